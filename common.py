@@ -1,0 +1,234 @@
+"""What every stage needs and no reader of the paper has to study: configuration, processes, schedule, checkpoints, log."""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its text is one sentence that says what, where and how."""
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; a `UserError` or ctrl-C ends it with one sentence and a non-zero exit status."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; `settings`, the .yaml file and group.key=value overrides, may stand anywhere in it."""
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | group.key=value")
+    words = sys.argv[1:]
+    settings = [word for word in words if re.match(r"\w+\.\w+=|[^-].*\.ya?ml$", word)]
+    arguments = parser.parse_intermixed_args([word for word in words if word not in settings])
+    arguments.settings += settings
+    return arguments
+
+
+# ---- configuration: one YAML file per experiment, `base:` names the file it varies, `key=value` overrides both ----
+
+
+def load_config(default: Path, settings: list[str], stored: dict | None = None) -> SimpleNamespace:
+    """The configuration that a command line names: at most one .yaml file, then `group.key=value` overrides.
+
+    Without a file it is the `stored` one of a checkpoint, or the stage's `default`. The default file holds every key,
+    so it is the schema too: names and types have to be the same as there.
+    Raises UserError for a missing file, an unknown or missing key, or a value of the wrong type.
+    """
+    files = [Path(setting) for setting in settings if setting.endswith((".yaml", ".yml")) and "=" not in setting]
+    if len(files) > 1:
+        raise UserError(f"only one configuration file can be given, not {' and '.join(map(str, files))}")
+    name = str(files[0]) if files else "the checkpoint" if stored else str(default)
+    schema = _flatten(_read_yaml(default))
+    given = _flatten(stored if stored and not files else _read_yaml(files[0] if files else default))
+    values = {key: (value, name) for key, value in given.items()}
+    for setting in settings:
+        if Path(setting) in files:
+            continue
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise UserError(f"'{setting}' is neither a .yaml file nor group.key=value")
+        try:
+            values[key] = yaml.safe_load(value), "command line"
+        except yaml.YAMLError:
+            raise UserError(f"command line: the value in '{setting}' is not valid YAML") from None
+    for key, (value, where) in values.items():
+        if key not in schema:
+            nearest = difflib.get_close_matches(key, schema, n=1, cutoff=0)[0]
+            raise UserError(f"{where}: unknown key '{key}'; the nearest valid key is '{nearest}'")
+    for key in schema:
+        if key not in values:
+            raise UserError(f"{name}: '{key}' is missing; a file without 'base:' gives every key")
+    nested: dict = {}
+    for key, example in schema.items():
+        group, item = key.split(".")
+        nested.setdefault(group, {})[item] = _as_type_of(example, *values[key], key)
+    return json.loads(json.dumps(nested), object_hook=lambda group: SimpleNamespace(**group))
+
+
+def as_dict(config: SimpleNamespace) -> dict:
+    """The nested plain dict of a configuration, for YAML and checkpoints."""
+    return json.loads(json.dumps(config, default=vars))
+
+
+def pick(table: dict[str, Any], name: str, key: str) -> Any:
+    """`table[name]`, or a UserError that lists the choices for the configuration key `key`."""
+    if name not in table:
+        raise UserError(f"{key}={name} is not known; choose one of {', '.join(table)}")
+    return table[name]
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    path = Path(path)
+    if path.resolve() in above:
+        raise UserError(f"{path}: 'base:' leads back to the file itself")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no configuration can be read from {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has to hold groups of 'key: value' lines")
+    if "base" not in config:
+        return config
+    base = _flatten(_read_yaml(path.parent / config.pop("base"), (*above, path.resolve())))
+    return base | _flatten(config)
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _as_type_of(example: Any, value: Any, where: str, key: str) -> Any:
+    if isinstance(example, list) and isinstance(value, list):
+        return [_as_type_of(example[0], item, where, key) for item in value]
+    if isinstance(example, float) and type(value) in (int, str):  # YAML reads 1e-3, without a dot, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(example, str) and value is None:  # 'key=' empties a text
+        return ""
+    if type(value) is not type(example):
+        raise UserError(f"{where}: {key} expects {type(example).__name__}, as in {example!r}, but is {value!r}")
+    return value
+
+
+# ---- processes: plain `python` runs one, torchrun starts one per device and sets RANK, LOCAL_RANK, WORLD_SIZE ----
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Join the other processes if torchrun started any. Returns rank, world size and this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs here; start torchrun with at most so many --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+# ---- schedule, checkpoints, log ----
+
+
+def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
+    """Learning rate at `step` of `total`: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
+    if step < warmup:
+        return peak * step / warmup
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def save_checkpoint(path: Path, **content: Any) -> None:
+    """Write beside and rename, so that a kill at any moment leaves a whole checkpoint: the old one or the new one."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
+    """The checkpoint that a run left at `path`, or None. UserError if it was made with another configuration.
+
+    What stands in `run`, but for the seed, may change when a run goes on, and so may the loader's workers and the folder of the data.
+    """
+    if not path.exists():
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    then, now = _flatten(checkpoint["config"]), _flatten(as_dict(config))
+    for key in now:
+        if then.get(key) != now[key] and key not in ("data.root", "data.workers") and (not key.startswith("run.") or key == "run.seed"):
+            raise UserError(f"{path.parent} holds a run with {key}={then.get(key)}, not {now[key]}: give another run.folder or delete this one")
+    return checkpoint
+
+
+def gather(items: list) -> list:
+    """The lists of all processes joined, without repetitions."""
+    if not dist.is_initialized():
+        return items
+    lists: list = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return list(dict.fromkeys(item for items in lists for item in items))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, or that this process took of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Reading:
+    """A number on its way from the device: the loop goes on meanwhile and asks for it later."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value.detach().to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if value.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def get(self) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
+class Log:
+    """log.jsonl in a run's folder: one JSON object per line. Lines after `step`, where a run resumes, are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps(values) + "\n")

@@ -1,0 +1,434 @@
+"""Self-supervised pre-training (Sec. 3, Table 9): hide most cubes of a clip, reconstruct them.
+
+    laptop:    torchrun pretrain.py                                    # toy videos, tiny model, a few minutes
+    one GPU:   torchrun pretrain.py configs/pretrain/ssv2_base.yaml data.root=/data/ssv2
+    8 GPUs:    torchrun --nproc_per_node=8 pretrain.py configs/pretrain/k400_base.yaml data.root=/data/k400
+    8 nodes:   torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py ...
+    pictures:  python pretrain.py --reconstruct VIDEO... --weights runs/pretrain/toy/checkpoint.pt mask.ratio=0.9
+
+The same command again goes on from the last checkpoint. Any value of the YAML file can be given as group.key=value.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import common
+import data
+import masking
+import toy
+from common import UserError
+from model import SIZES, VideoMAE, build_from_checkpoint, cube_grid, read_checkpoint, take
+
+CONFIGS = Path(__file__).parent / "configs" / "pretrain"
+DEFAULT = CONFIGS / "toy.yaml"
+TOY_VIDEOS = Path("toy_videos")
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
+
+
+# ---- what is to be reconstructed, and the loss ----
+
+
+class Objective:
+    """Which frames are the target (Table 1c), in which form, and how the error is measured (Eq. 1, Table 1f)."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        frames, stride, cube = config.data.frames, config.data.stride, config.model.cube
+        slices, height, width = cube_grid((frames, config.data.size, config.data.size), cube)
+        # Table 1c: number and stride of the frames to load, how many of them each token predicts, which tokens have a target
+        everywhere, middle = range(slices * height * width), slices // 2 * height * width
+        targets = {
+            "input": (frames, stride, cube[0], everywhere),  # T x tau -> T x tau, the default
+            "double": (2 * frames, stride // 2, 2 * cube[0], everywhere),  # T x tau -> 2T x tau/2
+            "center": (frames, stride, 1, range(middle, middle + height * width)),  # T x tau -> center
+        }
+        self.name = config.target.frames
+        self.load_frames, self.load_stride, frames_per_token, self.tokens = common.pick(targets, self.name, "target.frames")
+        if self.name == "double" and stride % 2:
+            raise UserError(f"target.frames=double halves the stride, so data.stride={stride} has to be even")
+        self.cube = (frames_per_token, *cube[1:])
+        self.share = len(self.tokens) / len(everywhere)
+        self.normalize = config.target.normalize
+        self.error = common.pick(LOSSES, config.target.loss, "target.loss")
+
+    def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Loaded frames (B, T', 3, H, W) to the encoder's input (B, T, 3, H, W) and the frames to reconstruct."""
+        if self.name == "double":
+            return frames[:, ::2], frames
+        if self.name == "center":
+            middle = frames.shape[1] // 2
+            return frames, frames[:, middle : middle + 1]
+        return frames, frames
+
+    def places(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Where among the target's cubes that of each masked token is, and whether it has one: twice (B, N_mask)."""
+        place = masked - self.tokens.start
+        has_target = (place >= 0) & (place < len(self.tokens))
+        return place.clamp(0, len(self.tokens) - 1), has_target
+
+    def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
+        """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over the masked cubes p in Omega and the pixels of each.
+
+        prediction (B, N_mask, pixels), target uint8 (B, T, 3, H, W), masked (B, N_mask).
+        """
+        prediction = prediction.float()
+        place, has_target = self.places(masked)
+        cubes = take(to_cubes(target, self.cube).flatten(2), place)  # (B, N_mask, pixels), uint8, channel fastest
+        cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
+        if self.normalize:
+            mean, deviation = cube_statistics(cubes)
+            cubes = cubes.sub_(mean).div_(deviation)
+        cubes = cubes.flatten(2)  # (B, N_mask, pixels)
+        if self.share < 1:  # tokens without target add no error; their expected number is taken out of the mean
+            prediction, cubes = prediction * has_target[:, :, None], cubes * has_target[:, :, None]
+        return self.error(prediction, cubes) / self.share
+
+
+def to_cubes(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """Cut frames (B, T, 3, H, W) into cubes (B, N, p0 p1 p2, 3)."""
+    p0, p1, p2 = cube
+    return rearrange(frames, "B (t p0) c (h p1) (w p2) -> B (t h w) (p0 p1 p2) c", p0=p0, p1=p1, p2=p2)
+
+
+def from_cubes(cubes: Tensor, cube: tuple[int, int, int], size: int) -> Tensor:
+    """The inverse of `to_cubes`: cubes (B, N, p0 p1 p2, 3) to frames (B, T, 3, size, size)."""
+    p0, p1, p2 = cube
+    return rearrange(cubes, "B (t h w) (p0 p1 p2) c -> B (t p0) c (h p1) (w p2)", p0=p0, p1=p1, p2=p2, h=size // p1, w=size // p2)
+
+
+def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the pixels of each cube and channel: (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
+    return cubes.mean(dim=-2, keepdim=True), cubes.std(dim=-2, keepdim=True) + 1e-6
+
+
+# ---- pictures (Figures 10 and 11) ----
+
+
+@torch.no_grad()
+def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Named videos, uint8 (T, 3, H, W), that show what the model makes of loaded frames (T', 3, H, W) under a mask (N,).
+
+    A model with normalised targets says nothing about a cube's mean and deviation. The honest reconstruction guesses
+    them from the visible cubes near by; the other one borrows them from the hidden cube itself.
+    """
+    device = model.mask_token.device
+    visible, masked = (positions[None].to(device) for positions in masking.split(mask))
+    clip, target = objective.split(frames[None].to(device))
+    prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
+
+    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
+    place, has_target = objective.places(masked[0])
+    place, prediction = place[has_target], prediction[has_target]
+
+    def video(hidden_cubes: Tensor) -> Tensor:
+        shown = cubes.clone()
+        shown[place] = hidden_cubes
+        return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
+
+    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
+    if not objective.normalize:
+        return views | {"reconstruction": video(prediction)}
+    mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
+    nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
+    nearness[:, place] = 0  # nothing is taken from hidden cubes
+    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
+    if len(place) == len(cubes):  # a target with no visible cube: the whole slice of time is hidden
+        guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
+    else:
+        guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
+    return views | {
+        "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
+        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
+    }
+
+
+def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> Tensor:
+    """How near each of `count` cubes is to each other: (N, N), one over the fourth power of their distance in cubes."""
+    axes = [torch.arange(length, device=device).float() for length in (count // (plane[0] * plane[1]), *plane)]
+    position = torch.cartesian_prod(*axes)  # (N, 3)
+    return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
+
+
+def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
+    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames, _, height, width = next(iter(rows.values())).shape
+    zoom = max(1, round(128 / height))
+    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
+    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
+    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
+    panels = []
+    for row, (label, video) in enumerate(rows.items()):
+        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
+        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
+        for column, frame in enumerate(chosen):
+            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
+        heading = Image.new("RGB", (wide, line), "white")
+        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
+        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
+    movie = torch.cat(panels, dim=3)
+    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
+    sheet.save(path.with_name(f"{path.name}.png"))
+    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
+    say(f"{path}.png and .mp4")
+
+
+def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
+    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
+    objective = Objective(config)
+    with data.Video(video) as opened:
+        frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
+    frames = data.center_crop(frames, config.data.size)
+    rows = {}
+    for name, mask in masks.items():
+        views = reconstruct(model, objective, frames, mask)
+        rows |= {label if label == "original" else f"{name}: {label}": view for label, view in views.items()}
+    save_pictures(rows, path)
+
+
+def draw_videos(arguments: argparse.Namespace) -> None:
+    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
+    if not arguments.weights:
+        raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
+    stored = read_checkpoint(arguments.weights)[1].get("config")
+    if not stored:  # weights from elsewhere do not say how they were trained: as in Table 9, let us assume
+        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, arguments.settings, stored)
+    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
+    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
+    for number, video in enumerate(arguments.reconstruct):
+        masks = {
+            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
+            for ratio in arguments.ratios or [config.mask.ratio]
+        }
+        try:
+            draw(video, config, model, masks, arguments.out / video.stem)
+        except data.BrokenVideo as error:
+            raise UserError(f"no clip can be read from {error}") from None
+
+
+# ---- training ----
+
+
+def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch.Generator], Tensor]]:
+    """The model, its objective and the function that draws a mask (N,). Most mistakes in a configuration are found here."""
+    objective = Objective(config)
+    torch.manual_seed(config.run.seed)
+    model = VideoMAE(
+        **common.pick(SIZES, config.model.size, "model.size"),
+        decoder_depth=config.model.decoder_depth,
+        clip_size=(config.data.frames, config.data.size, config.data.size),
+        cube=config.model.cube,
+        frames_per_token=objective.cube[0],
+    )
+    mask_function = common.pick(masking.MASKS, config.mask.type, "mask.type")
+
+    def draw_mask(generator: torch.Generator) -> Tensor:
+        return mask_function(model.grid, config.mask.ratio, generator)
+
+    draw_mask(torch.Generator())
+    return model, objective, draw_mask
+
+
+def find_videos(config: SimpleNamespace, world_size: int) -> tuple[list[Path], list[Path]]:
+    """Videos for training and for pictures; the toy videos, rendered if need be, unless `data.root` names a folder."""
+    root, train, val = config.data.root, config.data.train, config.data.val
+    if not root:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            toy.render(TOY_VIDEOS)
+        if world_size > 1:
+            dist.barrier()
+        root, train, val = str(TOY_VIDEOS), "train", "val"
+    videos = data.list_videos(root, train)
+    return videos, data.list_videos(root, val) if val else videos
+
+
+def parameter_groups(model: VideoMAE, weight_decay: float) -> list[dict]:
+    """Weights decay; biases, norms and the mask token do not, as in the authors' code."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim == 1 or name == "mask_token" else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def train(config: SimpleNamespace) -> None:
+    """Run, or go on with, the experiment that `config` describes."""
+    on_gpu = torch.cuda.is_available()
+    bf16 = common.pick({"auto": on_gpu, "bf16": True, "float32": False}, config.run.precision, "run.precision")
+    compiled = common.pick({"auto": on_gpu, "always": True, "never": False}, config.run.compile, "run.compile")
+    model, objective, draw_mask = build(config)
+    rank, world_size, device = common.start_processes()
+    chief = rank == 0
+    videos, val_videos = find_videos(config, world_size)
+    clips = data.PretrainingClips(
+        videos,
+        frames=objective.load_frames,
+        stride=objective.load_stride,
+        size=config.data.size,
+        scales=config.data.scales,
+        flip=config.data.flip,
+        draw_mask=lambda generator: masking.split(draw_mask(generator)),
+        seed=config.run.seed,
+    )
+    _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
+
+    # The paper's batch on any number of devices: what does not fit at once is accumulated.
+    batch_size = config.optim.batch_size
+    if batch_size % world_size:
+        raise UserError(f"optim.batch_size={batch_size} cannot be shared equally by {world_size} processes")
+    if len(videos) < batch_size:
+        raise UserError(f"{len(videos)} videos are fewer than one batch: set optim.batch_size to {len(videos)} or less")
+    per_device = max(n for n in range(1, config.run.batch_per_device + 1) if batch_size // world_size % n == 0)
+    accumulation = batch_size // world_size // per_device
+    steps_per_epoch = len(videos) // batch_size
+    steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
+    peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
+
+    model.to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.optim.weight_decay), betas=config.optim.betas, fused=True)
+    folder, start = Path(config.run.folder), 0
+    checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
+    if checkpoint:
+        start = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if chief:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
+        log = common.Log(folder / "log.jsonl", start)
+        say(
+            f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
+            f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x {config.data.size} pixels\n"
+            f"{config.mask.type} mask: {len(masked):,} of {len(masked) + len(visible):,} cubes masked, {len(visible):,} visible\n"
+            f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
+            f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}\n"
+            f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
+        )
+
+    predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if compiled else (model, objective.loss)
+    if world_size > 1:
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+    share = data.GlobalBatches(
+        length=len(videos),
+        batch_size=batch_size,
+        per_device=per_device,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        start=start,
+        steps=steps,
+    )
+    workers = dict(num_workers=config.data.workers, prefetch_factor=4) if config.data.workers else {}
+    batches = iter(DataLoader(clips, batch_sampler=share, collate_fn=data.collate, pin_memory=on_gpu, **workers))
+
+    reports: list[str] = []  # of broken videos
+    loss_sum, reading, waited, logged_at, logged_step = torch.zeros((), device=device), None, 0.0, time.perf_counter(), start
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not chief)
+
+    def write_log() -> None:
+        if reading:
+            loss, values = reading[0].get(), reading[1]
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
+            log.write(loss=loss, **values)
+            bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
+
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
+        for piece in range(accumulation):
+            asked_at = time.perf_counter()
+            frames, visible, masked, broken = next(batches)
+            waited += time.perf_counter() - asked_at
+            for report in broken:
+                if report not in reports:
+                    reports.append(report)
+                    tqdm.write(f"replaced by another video: {report}", file=sys.stderr)
+            frames, visible, masked = (x.to(device, non_blocking=True) for x in (frames, visible, masked))
+            clip, target = objective.split(frames)  # (B, T, 3, H, W) twice
+            # Processes exchange gradients once a step, with the last piece.
+            with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    prediction = predict(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
+                loss = loss_of(prediction, target, masked)
+                (loss / accumulation).backward()
+            loss_sum += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        if done % config.run.log_every == 0 or done == steps:
+            if world_size > 1:
+                dist.all_reduce(loss_sum)
+            if chief:
+                write_log()  # the reading before this one, which has come from the device by now: no waiting for a number to print
+                now = time.perf_counter()
+                reading = common.Reading(loss_sum / ((done - logged_step) * accumulation * world_size)), dict(
+                    step=done,
+                    epoch=round(done / steps_per_epoch, 4),
+                    lr=optimizer.param_groups[0]["lr"],
+                    clips_per_second=round((done - logged_step) * batch_size / (now - logged_at), 1),
+                    waiting_for_data=round(waited / (now - logged_at), 4),
+                    memory_gb=round(common.peak_memory(device) / 1e9, 3),
+                )
+                logged_at = now
+            loss_sum, waited, logged_step = torch.zeros_like(loss_sum), 0.0, done
+        if done % config.run.checkpoint_every == 0 or done == steps:
+            reports = common.gather(reports)
+            if chief:
+                write_log()
+                reading = None
+                content = dict(model=model.state_dict(), model_options=model.options, optimizer=optimizer.state_dict())
+                common.save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=common.as_dict(config))
+
+    if chief:
+        if reports:
+            (folder / "broken_videos.txt").write_text("".join(f"{report}\n" for report in reports))
+            say(f"{len(reports)} broken videos were replaced by others: {folder / 'broken_videos.txt'}")
+        for index in torch.linspace(0, len(val_videos) - 1, min(config.run.pictures, len(val_videos))).long().tolist():
+            masks = {f"{config.mask.ratio:.0%} masked": draw_mask(data.sample_generator(config.run.seed, -1, index))}
+            try:
+                draw(val_videos[index], config, model, masks, folder / "pictures" / f"{index:05d}")
+            except data.BrokenVideo as error:
+                say(f"no picture of {error}")
+        say(f"{folder}: {steps:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+
+
+def say(text: str) -> None:
+    """Print beside the progress bar, not among a command's results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reconstruct", nargs="+", type=Path, metavar="VIDEO", help="draw reconstructions of these videos instead of training")
+    parser.add_argument("--weights", type=Path, help="pre-training checkpoint: this project's, official or Hugging Face's")
+    parser.add_argument("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95; default: mask.ratio")
+    parser.add_argument("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the drawings")
+    arguments = common.parse(parser)
+    if arguments.reconstruct:
+        draw_videos(arguments)
+    else:
+        train(common.load_config(DEFAULT, arguments.settings))
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,102 @@
+"""Configuration errors teach, the schedule is the paper's, checkpoints and logs survive."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+from common import UserError
+
+CONFIGS = Path(common.__file__).parent / "configs" / "pretrain"
+TOY = CONFIGS / "toy.yaml"
+
+
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("optim.base_lrr=1", "command line: unknown key 'optim.base_lrr'; the nearest valid key is 'optim.base_lr'"),
+        ("mask.ration=0.5", "nearest valid key is 'mask.ratio'"),
+        ("ratio=0.5", "unknown key 'ratio'; the nearest valid key is 'mask.ratio'"),
+        ("data.frames=many", "data.frames expects int, as in 16, but is 'many'"),
+        ("data.frames=16.5", "data.frames expects int"),
+        ("data.flip=1", "data.flip expects bool"),
+        ("mask.ratio=true", "mask.ratio expects float"),
+        ("data.scales=[1.0,a]", "data.scales expects float"),
+        ("model.cube=2", "model.cube expects list"),
+        ("optim=3", "unknown key 'optim'"),
+        ("mask.ratio=[", "is not valid YAML"),
+        ("mask.ratio", "neither a .yaml file nor group.key=value"),
+        ("none.yaml", "no configuration can be read from none.yaml"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(setting, sentence):
+    with pytest.raises(UserError) as error:
+        common.load_config(TOY, [setting])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_and_numbers():
+    config = common.load_config(TOY, ["optim.base_lr=1e-3", "optim.epochs=3", "data.scales=[1, 0.875]", "run.folder=a=b"])
+    assert config.optim.base_lr == 0.001  # YAML reads 1e-3 as text
+    assert config.data.scales == [1.0, 0.875] and isinstance(config.data.scales[0], float)
+    assert config.optim.epochs == 3 and config.run.folder == "a=b"
+
+
+def test_base_and_missing_keys(tmp_path):
+    (tmp_path / "variant.yaml").write_text(f"base: {TOY}\nmask:\n  ratio: 0.5\n")
+    (tmp_path / "nested.yaml").write_text("base: variant.yaml\nmask:\n  type: random\n")
+    config = common.load_config(TOY, [str(tmp_path / "nested.yaml"), "run.seed=4"])
+    assert (config.mask.ratio, config.mask.type, config.run.seed, config.data.size) == (0.5, "random", 4, 64)
+    (tmp_path / "lone.yaml").write_text("mask:\n  ratio: 0.5\n")
+    with pytest.raises(UserError, match="'model.size' is missing"):
+        common.load_config(TOY, [str(tmp_path / "lone.yaml")])
+    (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
+    with pytest.raises(UserError, match="leads back"):
+        common.load_config(TOY, [str(tmp_path / "loop.yaml")])
+    (tmp_path / "wrong.yaml").write_text(f"base: {TOY}\nmask:\n  ratoi: 0.5\n")
+    with pytest.raises(UserError, match="wrong.yaml: unknown key 'mask.ratoi'"):
+        common.load_config(TOY, [str(tmp_path / "wrong.yaml")])
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    (tmp_path / "evil.yaml").write_text("mask: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        common.load_config(TOY, [str(tmp_path / "evil.yaml")])
+
+
+def test_schedule_by_hand():
+    # SSV2, Table 9: 168,913 videos, batch 1024: 164 steps an epoch; base lr 1.5e-4 scales to 6e-4
+    steps, warmup, peak, end = 800 * 164, 40 * 164, 1.5e-4 * 1024 / 256, 1e-5 * 1024 / 256
+    assert steps == 131_200 and peak == pytest.approx(6e-4)
+
+    def lr(step):
+        return common.warmup_cosine(step, steps, warmup, peak, end)
+
+    assert lr(0) == 0 and lr(warmup // 2) == pytest.approx(peak / 2) and lr(warmup) == pytest.approx(peak)
+    assert lr((steps + warmup) // 2) == pytest.approx((peak + end) / 2)
+    assert lr(steps - 1) == pytest.approx(end, rel=1e-4) and all(lr(s) >= lr(s + 1000) for s in range(warmup, steps - 1000, 1000))
+    assert lr(warmup + 1000) == pytest.approx(end + (peak - end) * (1 + math.cos(math.pi * 1000 / (steps - warmup))) / 2)
+
+
+def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
+    log = common.Log(path, 20)
+    log.write(step=30, loss=0.5)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
+def test_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
+    config = common.load_config(TOY, [])
+    path = tmp_path / "checkpoint.pt"
+    assert common.load_checkpoint(path, config) is None
+    for step in (1, 2):
+        common.save_checkpoint(path, step=step, weight=torch.ones(3), config=common.as_dict(config))
+    assert common.load_checkpoint(path, config)["step"] == 2 and list(tmp_path.iterdir()) == [path]
+    moved = common.load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
+    assert common.load_checkpoint(path, moved)["step"] == 2
+    with pytest.raises(UserError, match="holds a run with mask.ratio=0.75, not 0.9"):
+        common.load_checkpoint(path, common.load_config(TOY, ["mask.ratio=0.9"]))
