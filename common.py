@@ -29,9 +29,8 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -227,7 +226,8 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        path.with_suffix(".tmp").write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        os.replace(path.with_suffix(".tmp"), path)
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values: Any) -> None:

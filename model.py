@@ -221,8 +221,10 @@ class VideoClassifier(nn.Module):
 
 def cube_grid(clip_size: tuple[int, int, int], cube: tuple[int, int, int]) -> tuple[int, int, int]:
     """Number of cubes in time, height and width: (8, 14, 14) for 16 x 224 x 224. UserError if they do not fit."""
+    if len(cube) != 3:
+        raise UserError(f"a cube has three sides, frames, height and width, not {list(cube)}")
     for size, step, what in zip(clip_size, cube, ("frames", "pixels of height", "pixels of width")):
-        if size < step or size % step:
+        if step < 1 or size < step or size % step:
             raise UserError(f"a clip of {size} {what} is not a whole number of cubes of {step}; choose a multiple of {step}")
     return tuple(size // step for size, step in zip(clip_size, cube))
 

@@ -57,7 +57,7 @@ def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
     path = folder / split / motion / f"{number:05d}.mp4"
     if not path.exists():
         generator = torch.Generator().manual_seed((seed * len(VIDEOS) + list(VIDEOS).index(split)) * 10**7 + number)
-        part = path.with_suffix(f".part{os.getpid()}")
+        part = path.with_suffix(".part")
         # Nearly lossless: per-cube normalisation would blow up the coding noise of flat areas.
         write_mp4(part, render_clip(motion, generator), RATE, quantizer=10)
         os.replace(part, path)
@@ -81,7 +81,7 @@ def trajectory(motion: str, generator: torch.Generator) -> tuple[Tensor, Tensor,
     turn = turn + {"turning left": -turns, "turning right": turns}.get(motion, 0) * time
     phase = (phase + {"growing": cycles, "shrinking": -cycles}.get(motion, 0) * time) % 1
     slow = 0.9  # slowly up and quickly back: every size is equally frequent, whichever way the phase runs
-    return x, y, turn, 9 * (20 / 9) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
+    return x, y, turn, 11 * (22 / 11) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
 
 
 def render_clip(motion: str, generator: torch.Generator) -> Tensor:

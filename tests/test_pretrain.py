@@ -63,7 +63,7 @@ def test_target_of_a_cube_by_hand():
 
 @pytest.mark.parametrize("loss, reference", [("mse", torch.square), ("l1", torch.abs), ("smooth_l1", lambda d: torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5))])
 def test_losses_on_raw_pixels(loss, reference):
-    objective = pretrain.Objective(configured("target.normalize=false", f"target.loss={loss}", "data.size=16", "data.frames=2"))
+    objective = pretrain.Objective(configured("target.normalize=false", f"target.loss={loss}", "data.size=16", "data.frames=2", "model.cube=[2,16,16]"))
     frames = torch.randint(0, 256, (1, 2, 3, 16, 16), dtype=torch.uint8)
     target = frames[0].permute(0, 2, 3, 1).flatten() / 255  # one cube
     prediction = 3 * torch.randn(1, 1, 1536)
@@ -73,7 +73,7 @@ def test_losses_on_raw_pixels(loss, reference):
 
 def test_target_of_twice_the_frames():
     """T x tau -> 2T x tau/2: the encoder gets every second frame, each token predicts four (Table 1c)."""
-    objective = pretrain.Objective(configured("target.frames=double", "target.normalize=false", "data.frames=4", "data.stride=4", "data.size=16"))
+    objective = pretrain.Objective(configured("target.frames=double", "target.normalize=false", "data.frames=4", "data.stride=4", "data.size=16", "model.cube=[2,16,16]"))
     assert (objective.load_frames, objective.load_stride, objective.cube) == (8, 2, (4, 16, 16))
     frames = torch.randint(0, 256, (1, 8, 3, 16, 16), dtype=torch.uint8)
     clip, target = objective.split(frames)
@@ -86,7 +86,7 @@ def test_target_of_twice_the_frames():
 @pytest.mark.parametrize("mask", ["tube", "random"])
 def test_target_of_the_centre_frame(mask):
     """Only tokens of the slice of time that holds frame 8 count, and they predict that frame (Table 1c)."""
-    objective = pretrain.Objective(configured("target.frames=center", "target.normalize=false", "data.frames=16", "data.size=64"))
+    objective = pretrain.Objective(configured("target.frames=center", "target.normalize=false", "data.frames=16", "data.size=64", "model.cube=[2,16,16]"))
     frames = torch.randint(0, 256, (1, 16, 3, 64, 64), dtype=torch.uint8)
     _, target = objective.split(frames)
     assert torch.equal(target[0, 0], frames[0, 8])
@@ -146,7 +146,7 @@ def reference_run(toy_videos, tmp_path_factory) -> Path:
     """21 steps by one plain process."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     done = run(PRETRAIN, *QUICK, f"data.root={toy_videos}", "optim.epochs=7", f"run.folder={folder}", "run.checkpoint_every=2")
-    assert "tube mask: 96 of 128 cubes masked, 32 visible" in done.stderr
+    assert "tube mask: 192 of 256 cubes masked, 64 visible" in done.stderr
     assert "batch 8 = 1 processes x 1 accumulated x 8 clips; learning rate 0.02 x 8 / 256 = 0.000625" in done.stderr
     assert "21 steps = 7 epochs x 3" in done.stderr
     return folder
@@ -162,7 +162,7 @@ def test_a_run_leaves_log_checkpoint_configuration_and_pictures(reference_run):
     assert load_config(pretrain.CONFIGS / "toy.yaml", [str(reference_run / "config.yaml")]).optim.epochs == 7
     pictures = sorted((reference_run / "pictures").iterdir())
     assert [path.suffix for path in pictures] == [".mp4", ".png"]
-    assert len(data.Video(pictures[0])) == 16
+    assert len(data.Video(pictures[0])) == 8
     assert not list(reference_run.glob("*.tmp"))
 
 
@@ -246,11 +246,13 @@ def test_broken_videos_are_survived_counted_and_named(tmp_path):
     [
         (["optim.base_lrr=1"], "unknown key 'optim.base_lrr'; the nearest valid key is 'optim.base_lr'"),
         (["data.frames=sixteen"], "data.frames expects int"),
-        (["data.size=100"], "100 pixels of height is not a whole number of cubes of 16; choose a multiple of 16"),
+        (["data.size=100"], "100 pixels of height is not a whole number of cubes of 8; choose a multiple of 8"),
         (["data.frames=15"], "15 frames is not a whole number of cubes of 2"),
-        (["mask.ratio=1.0"], "a mask ratio of 1 hides 16 of 16 places"),
+        (["mask.ratio=1.0"], "a mask ratio of 1 hides 64 of 64 places"),
         (["mask.type=tubes"], "mask.type=tubes is not known; choose one of tube, random, frame"),
         (["model.size=XL"], "model.size=XL is not known; choose one of tiny, S, B, L, H"),
+        (["model.cube=[2,8]"], "a cube has three sides"),
+        (["run.log_every=0"], "run.log_every has to be at least 1"),
         (["run.precision=fp16"], "run.precision=fp16 is not known"),
         (["data.root=/nowhere"], "there is no folder or list file"),
         (["data.root=tests"], "no videos found in"),
@@ -279,11 +281,11 @@ def test_fewer_videos_than_a_batch(toy_videos, tmp_path):
 VARIANTS = [
     ["mask.type=random", "mask.ratio=0.9"],
     ["mask.type=frame", "mask.ratio=0.875"],
-    ["target.frames=double", "data.stride=2"],
+    ["target.frames=double"],
     ["target.frames=center", "mask.type=random"],
     ["target.frames=center", "mask.type=frame", "mask.ratio=0.875"],
     ["target.normalize=false", "target.loss=l1", "data.frames=32", "data.size=96", "data.flip=true", "data.scales=[1,0.75]"],
-    ["target.loss=smooth_l1", "model.decoder_depth=1", "model.cube=[2,8,8]", "run.precision=bf16"],
+    ["target.loss=smooth_l1", "model.decoder_depth=1", "model.cube=[4,16,16]", "run.precision=bf16"],
 ]
 
 
@@ -322,7 +324,7 @@ def test_reconstruct_own_video_with_own_and_official_weights(reference_run, tmp_
     video = write_numbered(tmp_path / "mine.mp4", 40)
     run(PRETRAIN, "--reconstruct", video, "--weights", reference_run / "checkpoint.pt", "--out", tmp_path / "own", "--ratios", 0.5, 0.75, "mask.type=random")
     assert picture_of(tmp_path / "own/mine.png") == (1024, (128 + 18) * 7)  # the original, and for both ratios masked, guessed and borrowed
-    assert len(data.Video(tmp_path / "own/mine.mp4")) == 16
+    assert len(data.Video(tmp_path / "own/mine.mp4")) == 8
 
     torch.manual_seed(0)
     official = m.VideoMAE(**m.SIZES["S"], decoder_depth=1)
@@ -338,7 +340,7 @@ def test_reconstruct_own_video_with_own_and_official_weights(reference_run, tmp_
 
 def test_a_perfect_prediction_gives_the_original_back(toy_videos):
     """With the borrowed statistics; and the honest reconstruction uses nothing of the hidden cubes."""
-    objective = pretrain.Objective(configured())
+    objective = pretrain.Objective(configured("data.frames=16", "model.cube=[2,16,16]"))
     frames = data.read_frames(data.list_videos(str(toy_videos), "val")[0], list(range(16)))
     mask = masking.tube_mask((8, 4, 4), 0.75, torch.Generator().manual_seed(0))
     _, masked = masking.split(mask)
@@ -368,6 +370,6 @@ def test_exported_folder_opens_in_transformers(reference_run, tmp_path):
     done = run(ROOT / "model.py", reference_run / "checkpoint.pt", tmp_path / "exported")
     assert "from_pretrained" in done.stdout
     theirs, report = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "exported", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.config.num_frames == 16
+    assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.config.num_frames == 8
     processor = json.loads((tmp_path / "exported/preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.485, 0.456, 0.406]

@@ -77,7 +77,7 @@ def test_a_single_frame_does_not_tell_the_class():
         generator = torch.Generator().manual_seed(1)
         x, y, turn, size = (torch.stack(of_clip) for of_clip in zip(*(toy.trajectory(motion, generator) for _ in range(3000))))
         for frame in (0, 11, toy.FRAMES - 1):
-            state = [x[:, frame] % toy.SIZE / toy.SIZE, y[:, frame] % toy.SIZE / toy.SIZE, turn[:, frame] % 1, (size[:, frame] / 9).log() / math.log(20 / 9)]
+            state = [x[:, frame] % toy.SIZE / toy.SIZE, y[:, frame] % toy.SIZE / toy.SIZE, turn[:, frame] % 1, (size[:, frame] / 11).log() / math.log(22 / 11)]
             found = torch.stack([part.quantile(quantiles) for part in state])  # all four uniform in [0, 1]
             assert (found - quantiles).abs().max() < 5 * 0.5 / 3000**0.5, (motion, frame)
 

@@ -1,0 +1,110 @@
+"""One pre-training sample (decode, crop, resize) against decord with per-frame PIL, as the authors' code loads it.
+
+    pip install decord
+    python tests/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
+
+Interleaved; the ratio is the median over pairs. The frames of this project's way are compared with decoding everything.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data  # noqa: E402
+
+SCALES = [1.0, 0.875, 0.75, 0.66]
+
+
+def official(path: str, seed: int) -> torch.Tensor:
+    """The authors' loading, written out: decord, PIL crop and resize of each frame, stack, to float, normalise."""
+    import decord
+
+    generator = data.sample_generator(0, seed, 0)  # the same frames and crop as ours
+    reader = decord.VideoReader(path, num_threads=1)
+    indices = data.dense_clip(len(reader), 16, 4, generator)
+    frames = reader.get_batch(indices).asnumpy()
+    images = [Image.fromarray(frame).convert("RGB") for frame in frames]
+    top, left, height, width = data.multi_scale_crop(images[0].height, images[0].width, 224, SCALES, generator)
+    images = [image.crop((left, top, left + width, top + height)) for image in images]  # GroupMultiScaleCrop
+    images = [image.resize((224, 224), Image.BILINEAR) for image in images]
+    stacked = numpy.concatenate(images, axis=2)  # Stack: (H, W, T * 3)
+    clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)  # ToTorchFormatTensor
+    mean, std = (torch.tensor(values * 16)[:, None, None] for values in (data.MEAN, data.STD))
+    return clip.sub_(mean).div_(std).view(16, 3, 224, 224).transpose(0, 1)  # GroupNormalize; (3, T, H, W)
+
+
+def ours(path: str, seed: int) -> torch.Tensor:
+    return clips_of(path)[seed, 0][0]  # uint8 (T, 3, H, W): normalised on the device
+
+
+def clips_of(path: str) -> data.PretrainingClips:
+    empty = torch.zeros(0)
+    return data.PretrainingClips([Path(path)], frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=lambda generator: (empty, empty), seed=0)
+
+
+def decode_everything(path: str) -> torch.Tensor:
+    with av.open(path) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.best("video"))]
+    return torch.stack(frames).permute(0, 3, 1, 2)
+
+
+def made_on_the_spot(path: Path) -> Path:
+    """280 frames of 340 x 256, moving gradients and noise, H.264 with x264's defaults: B-frames, a key frame every 250."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(340.0), indexing="ij")
+    grain = 20 * torch.rand(256, 340, 1, generator=generator)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=28, options={"crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        for t in range(280):
+            wave = torch.stack([(columns / 30 + t / 9).sin(), (rows / 40 - t / 13).cos(), ((rows + columns) / 50 + t / 7).sin()], 2)
+            image = (110 + 100 * wave + grain.roll((t, 2 * t), (0, 1))).clamp(0, 255).byte()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", nargs="*")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=40)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in a.videos or [str(made_on_the_spot(Path(folder) / "made_on_the_spot.mp4"))]:
+            everything = decode_everything(path)
+            with data.Video(path) as video:
+                count, same = 0, 0
+                for seed in range(20):
+                    indices = data.dense_clip(len(video), 16, 4, data.sample_generator(0, seed, 0))
+                    same += sum(torch.equal(a, b) for a, b in zip(video.frames(indices), everything[indices]))
+                    count += 16
+            seconds: dict[str, list[float]] = {"ours": [], "official": []}
+            for repeat in range(-2, a.repeats):
+                for name, load in (("ours", ours), ("official", official))[:: 1 if repeat % 2 else -1]:
+                    start = time.perf_counter()
+                    load(path, repeat + 2)
+                    if repeat >= 0:
+                        seconds[name].append(time.perf_counter() - start)
+            ratios = [b / o for o, b in zip(seconds["ours"], seconds["official"])]
+            quartiles = statistics.quantiles(ratios, n=4)
+            print(
+                f"{Path(path).name}: {statistics.median(ratios):.2f} times decord + PIL (quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {len(ratios)} pairs); "
+                f"{1000 * statistics.median(seconds['ours']):.1f} against {1000 * statistics.median(seconds['official']):.1f} ms a sample, {a.threads} thread(s); "
+                f"{same} of {count} frames identical to decoding everything"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""One pre-training step, this project's model against transformers' VideoMAE with sdpa: same numerics, same machine, one run.
+
+    python tests/bench_step.py                                   # CPU, ViT-B, batch 4, one thread, float32 and bf16
+    python tests/bench_step.py --device cuda --size S B L --batch 16 --numerics bf16 --compile --depths 1 2 4 8
+
+Interleaved; ratios are medians of paired runs, first on each line. Memory is measured in a process of its own for each model.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data  # noqa: E402
+import masking  # noqa: E402
+import pretrain  # noqa: E402
+from common import load_config  # noqa: E402
+from model import SIZES, VideoMAE  # noqa: E402
+
+
+def ours(size: str, depth: int, device: str, compiled: bool):
+    model = VideoMAE(**SIZES[size], decoder_depth=depth).to(device)
+    objective = pretrain.Objective(load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-5, betas=(0.9, 0.95), fused=True)
+    predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if compiled else (model, objective.loss)
+
+    def step(frames, mask, visible, masked, bf16):
+        clip, target = objective.split(frames)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            prediction = predict(data.normalize(clip), visible, masked)
+        loss = loss_of(prediction, target, masked)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return model, step
+
+
+def transformers_sdpa(size: str, depth: int, device: str, compiled: bool):
+    import transformers
+
+    o = SIZES[size]
+    config = transformers.VideoMAEConfig(
+        hidden_size=o["width"], num_hidden_layers=o["depth"], num_attention_heads=o["heads"], intermediate_size=4 * o["width"],
+        decoder_hidden_size=o["decoder_width"], decoder_num_hidden_layers=depth, decoder_num_attention_heads=o["decoder_heads"],
+        decoder_intermediate_size=4 * o["decoder_width"], use_mean_pooling=False, layer_norm_eps=1e-6, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.VideoMAEForPreTraining(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=device == "cuda")
+    predict = torch.compile(model) if compiled else model
+
+    def step(frames, mask, visible, masked, bf16):
+        clip = data.normalize(frames).transpose(1, 2)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = predict(clip, bool_masked_pos=mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return model, step
+
+
+BUILDERS = {"ours": ours, "transformers": transformers_sdpa}
+
+
+def batch_of(size: int, device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (size, 16, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    mask = torch.stack([masking.tube_mask((8, 14, 14), 0.9, generator) for _ in range(size)])
+    visible, masked = map(torch.stack, zip(*map(masking.split, mask)))
+    return tuple(x.to(device) for x in (frames, mask, visible, masked))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, a: argparse.Namespace, size: str, depth: int, bf16: bool) -> float:
+    """GB that two steps take at their peak, in a fresh process: resident on a CPU, allocated by tensors on a GPU."""
+    arguments = [name, size, depth, a.batch, a.device, a.threads, int(bf16), int(a.compile)]
+    return float(subprocess.run([sys.executable, __file__, "--memory-of", json.dumps(arguments)], check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(arguments: str) -> None:
+    name, size, depth, batch, device, threads, bf16, compiled = json.loads(arguments)
+    torch.set_num_threads(threads)
+    _, step = BUILDERS[name](size, depth, device, bool(compiled))
+    inputs = batch_of(batch, device)
+    for _ in range(2):
+        step(*inputs, bool(bf16))
+    # VmHWM and not getrusage, which would count what the parent process had before it started this one
+    used = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    print(used / 1e9)
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the most that this machine gives."""
+    a, b = (torch.randn(4096 if device == "cuda" else 2048, 4096 if device == "cuda" else 2048, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * a.shape[0] ** 3 / statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", nargs="+", default=["B"], choices=list(SIZES))
+    parser.add_argument("--depths", nargs="+", type=int, default=[4], help="decoder blocks, Table 1a")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--numerics", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.memory_of:
+        return measure_memory(a.memory_of)
+    torch.set_num_threads(a.threads)
+    machine = torch.cuda.get_device_name() if a.device == "cuda" else f"{a.threads} CPU thread(s)"
+    print(f"torch {torch.__version__}, {machine}; batch {a.batch} of 16 x 224 x 224, 1408 of 1568 cubes masked; compile {a.compile}")
+    for size in a.size:
+        for depth in a.depths:
+            inputs = batch_of(a.batch, a.device)
+            steps = {name: BUILDERS[name](size, depth, a.device, a.compile)[1] for name in BUILDERS}
+            for numerics in a.numerics:
+                bf16 = numerics == "bf16"
+                seconds: dict[str, list[float]] = {name: [] for name in steps}
+                for repeat in range(a.repeats + 1):
+                    for name in list(steps)[:: 1 if repeat % 2 else -1]:
+                        synchronize(a.device)
+                        start = time.perf_counter()
+                        steps[name](*inputs, bf16)
+                        synchronize(a.device)
+                        if repeat:  # the first is for warming up
+                            seconds[name].append(time.perf_counter() - start)
+                ratios = [t / o for t, o in zip(seconds["transformers"], seconds["ours"])]
+                median = {name: statistics.median(times) for name, times in seconds.items()}
+                with torch.device("meta"):
+                    model = VideoMAE(**SIZES[size], decoder_depth=depth)
+                    with FlopCounterMode(display=False) as counter:
+                        model(torch.empty(1, 3, 16, 224, 224), *(torch.empty(1, n, dtype=torch.long) for n in (160, 1408)))
+                # forward + backward = 3 x forward; no recomputation counted
+                flops = 3 * counter.get_total_flops() * a.batch
+                peak = matmul_rate(a.device, torch.bfloat16 if bf16 else torch.float32)
+                memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
+                print(
+                    f"ViT-{size}, {depth} decoder blocks, {numerics}: {statistics.median(ratios):.2f} times transformers "
+                    f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs); {median['ours']:.3f} against {median['transformers']:.3f} s a step, "
+                    f"{a.batch / median['ours']:.1f} clips/s; peak memory {memory['ours']:.2f} against {memory['transformers']:.2f} GB; "
+                    f"{flops / 1e9:.0f} GFLOP a step at {flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's {peak / 1e12:.3f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
