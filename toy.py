@@ -43,7 +43,8 @@ def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path
                 (folder / split / name).mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(settings))
         wanted = [(split, number) for split, count in videos.items() for number in range(count)]
-        with multiprocessing.Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # spawn, not fork: PyTorch's threads may be running already
+        with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
             done = pool.imap_unordered(partial(_render_one, folder, seed), wanted, chunksize=16)
             for _ in tqdm(done, f"rendering toy videos into {folder}", len(wanted), unit="video"):
                 pass
