@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--numerics", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.memory_of:
@@ -151,6 +151,7 @@ def main() -> None:
                         if repeat:  # the first is for warming up
                             seconds[name].append(time.perf_counter() - start)
                 ratios = [t / o for t, o in zip(seconds["transformers"], seconds["ours"])]
+                quartiles = statistics.quantiles(ratios, n=4)
                 median = {name: statistics.median(times) for name, times in seconds.items()}
                 with torch.device("meta"):
                     model = VideoMAE(**SIZES[size], decoder_depth=depth)
@@ -162,7 +163,7 @@ def main() -> None:
                 memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
                 print(
                     f"ViT-{size}, {depth} decoder blocks, {numerics}: {statistics.median(ratios):.2f} times transformers "
-                    f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs); {median['ours']:.3f} against {median['transformers']:.3f} s a step, "
+                    f"(quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {len(ratios)} pairs); {median['ours']:.3f} against {median['transformers']:.3f} s a step, "
                     f"{a.batch / median['ours']:.1f} clips/s; peak memory {memory['ours']:.2f} against {memory['transformers']:.2f} GB; "
                     f"{flops / 1e9:.0f} GFLOP a step at {flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's {peak / 1e12:.3f}"
                 )
