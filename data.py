@@ -6,6 +6,7 @@ of loader workers nor on the number of processes, and a resumed run sees what it
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -87,9 +88,7 @@ class Video:
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: frames {indices} asked for, but it has frames 0 to {len(self) - 1}")
         try:
-            found = self._decode_by_time(wanted) if self.timed else {}
-            if len(found) < len(wanted):  # no times, or times that decoding did not confirm
-                found = self._decode_by_counting(wanted)
+            found = self._decode_by_time(wanted) if self.timed else self._decode_by_counting(wanted)
         except (av.FFmpegError, ValueError) as error:
             raise BrokenVideo(f"{self.path}: {error}") from error
         if len(found) < len(wanted):
@@ -101,12 +100,15 @@ class Video:
     def _decode_by_time(self, wanted: list[int]) -> dict[int, Tensor]:
         packets, codec = self.packets, self.stream.codec_context
         index_of = {packets[self.positions[index]].pts: index for index in wanted}
-        runs: list[list[int]] = []  # stretches of packets [first, last] to be decoded
-        for last in sorted(self.positions[index] for index in wanted):
+        stretches = []  # packets from the key frame that a wanted frame needs to the frame itself: [first, last]
+        for last in (self.positions[index] for index in wanted):
             first = last
             # In an open GOP, frames shown before a key frame are stored after it and need the one before that.
             while first and not (packets[first].is_keyframe and packets[first].pts <= packets[last].pts):
                 first -= 1
+            stretches.append([first, last])
+        runs: list[list[int]] = []  # the same where they overlap or touch, as one
+        for first, last in sorted(stretches):
             if runs and first <= runs[-1][1] + 1:
                 runs[-1][1] = max(runs[-1][1], last)
             else:
@@ -162,17 +164,12 @@ def list_videos(root: str, selection: str) -> list[Path]:
             lines = [line.strip() for line in where.read_text().splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise UserError(f"{where} is not a text file with lines 'path [label]'") from None
-        videos = [Path(root, _without_label(line)) for line in lines]
+        videos = [Path(root, re.sub(r"[\s,]+\d+$", "", line)) for line in lines]  # without the label
     else:
         raise UserError(f"there is no folder or list file {where}: set data.root, and data.train or data.val below it")
     if not videos:
         raise UserError(f"no videos found in {where} (files ending in {' '.join(sorted(SUFFIXES))})")
     return videos
-
-
-def _without_label(line: str) -> str:
-    path, _, label = line.replace(",", " ").rpartition(" ") if line.rpartition(",")[2].isdigit() else line.rpartition(" ")
-    return path.strip() if path and label.isdigit() else line
 
 
 def write_mp4(path: Path, frames: Tensor, rate: int, quantizer: int = 18) -> None:

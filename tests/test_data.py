@@ -121,14 +121,14 @@ def broken_files(folder: Path) -> dict[str, Path]:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     audio_only(folder / "audio.mp4")
-    write_numbered(folder / "unreadable.mp4", 40)
+    (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
     damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
     damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
     (folder / "damaged.mkv").write_bytes(damaged)
     return {path.name: path for path in [*folder.iterdir(), folder / "missing.mp4"]}
 
 
-@pytest.mark.parametrize("name", ["truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "missing.mp4"])
+@pytest.mark.parametrize("name", ["truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "unreadable.mp4", "missing.mp4"])
 def test_broken_files_are_named_and_leave_nothing_open(tmp_path, name):
     path = broken_files(tmp_path / "broken")[name]
     before = len(os.listdir("/proc/self/fd"))
@@ -152,7 +152,7 @@ def test_training_survives_broken_videos_and_names_them(tmp_path, videos):
         clip, _, _, reports = clips[0, index]
         assert clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8
         name = clips.videos[index].name
-        if name in ("truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "missing.mp4", "folder.mp4"):
+        if name in ("truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "unreadable.mp4", "missing.mp4", "folder.mp4"):
             assert name in reports[0]
         if name in ("one.mp4", "b_frames.mp4"):
             assert not reports
