@@ -230,9 +230,10 @@ def draw_videos(arguments: argparse.Namespace) -> None:
 
 def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch.Generator], Tensor]]:
     """The model, its objective and the function that draws a mask (N,). Most mistakes in a configuration are found here."""
-    for group, key in (("data", "stride"), ("optim", "batch_size"), ("optim", "epochs"), *(("run", key) for key in ("batch_per_device", "log_every", "checkpoint_every"))):
-        if getattr(getattr(config, group), key) < 1:
-            raise UserError(f"{group}.{key} has to be at least 1")
+    for key in ("data.stride", "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"):
+        group, name = key.split(".")
+        if getattr(getattr(config, group), name) < 1:
+            raise UserError(f"{key} has to be at least 1")
     objective = Objective(config)
     torch.manual_seed(config.run.seed)
     model = VideoMAE(

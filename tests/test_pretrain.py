@@ -5,11 +5,9 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from conftest import ROOT, command, run, turn_by_90, write_numbered
