@@ -1,0 +1,779 @@
+"""Action detection on AVA v2.2 (Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
+
+    python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --exclude ava_val_excluded_timestamps_v2.2.csv \\
+        --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt     # frame-mAP at IoU 0.5; needs no model and no GPU
+
+AVA labels one frame of every second, the key frame: a box for each person and, for each box, all that the person does
+(one pose, and objects handled and persons dealt with, if any). A network sees a clip around the key frame.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import decode_image
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import common
+import data
+import toy
+from common import UserError
+from data import BrokenVideo
+
+ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
+RATE = 30  # frames a second at which the recipes state strides, whatever the rate of a movie
+START = 900  # AVA is the 15 minutes from this second of each movie
+
+Frame = tuple[str, int]  # a key frame: video, second
+
+
+# ---- annotations: AVA's csv files, its list of actions, and boxes of persons from a detector ----
+
+
+@dataclass
+class Rows:
+    """N rows of AVA's csv files, each a box in a key frame, an action and a score; boxes, of which B differ, stand apart."""
+
+    frames: list[Frame]  # the different key frames
+    frame: Tensor  # (B,) index of each box's frame
+    boxes: Tensor  # (B, 4) x1 y1 x2 y2 as fractions of width and height; float64, as in the official evaluation
+    box: Tensor  # (N,) index of each row's box
+    actions: Tensor  # (N,) from 1; 0 where the file states none
+    scores: Tensor  # (N,) float64; 1 where the file states none
+
+
+@dataclass
+class KeyFrame:
+    """A labelled frame: what the rows of a (video, second) say together."""
+
+    video: str
+    second: int
+    boxes: Tensor  # (M, 4) x1 y1 x2 y2 as fractions of width and height, float64
+    labels: Tensor  # (M, 80) 1.0 for each action that the person does; or, in a prediction, probabilities
+    scores: Tensor  # (M,) of the person detector; 1 for ground truth
+
+
+@dataclass
+class Action:
+    name: str
+    group: str  # PERSON_MOVEMENT, OBJECT_MANIPULATION, PERSON_INTERACTION; empty if unknown
+
+
+GROUPS = {"PERSON_MOVEMENT": "person movement", "OBJECT_MANIPULATION": "object manipulation", "PERSON_INTERACTION": "person interaction"}
+
+
+def read_ground_truth(path: Path, actions: int = ACTIONS) -> Rows:
+    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
+    return _read_rows(path, actions, scored=False, unlabelled=False, any_box=False)
+
+
+def read_detections(path: Path, actions: int = ACTIONS) -> Rows:
+    """Detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
+    return _read_rows(path, actions, scored=True, unlabelled=False, any_box=True)
+
+
+def _read_rows(path: Path, actions: int, *, scored: bool, unlabelled: bool, any_box: bool) -> Rows:
+    """scored: column 8 is a score, otherwise a person's number, which nothing needs. unlabelled: the action may be empty.
+
+    any_box: boxes may have their edges in the wrong order; the evaluation drops them.
+    """
+    frames: dict[Frame, int] = {}
+    places: dict[str, int] = {}  # box by its text, the first six columns: most boxes stand in many rows, and are parsed once
+    frame, boxes, box, labels, scores = array("q"), array("d"), array("q"), array("q"), array("d")
+    for number, line in _lines(path):
+        try:
+            commas = line.count(",")
+            if commas not in (6, 7):
+                raise ValueError(f"{commas + 1} columns")
+            place, action, *last = line.rsplit(",", commas - 5)
+            if place not in places:
+                video, second, *edges = place.split(",")
+                x1, y1, x2, y2 = map(float, edges)
+                if not video or not second.isdecimal():
+                    raise ValueError("no video, or a second that is not a whole number")
+                if not all(-10 < edge < 10 for edge in (x1, y1, x2, y2)):
+                    raise ValueError("a box in pixels, or with numbers that are not finite")
+                if not any_box and (x1 > x2 or y1 > y2):
+                    raise ValueError("a box whose left or upper edge lies beyond the other")
+                places[place] = len(places)
+                frame.append(frames.setdefault((video, int(second)), len(frames)))
+                boxes.extend((x1, y1, x2, y2))
+            label = 0 if unlabelled and not action.strip() else int(action)
+            score = float(last[0]) if scored and last else 1.0
+            if not 1 <= label <= actions and (label or not unlabelled):
+                raise ValueError(f"unknown action {label}, known are 1 to {actions}")
+            if not abs(score) < math.inf:
+                raise ValueError("a score that is not finite")
+        except ValueError as error:
+            columns = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
+            raise UserError(f"{path}, line {number}: {error}; a row is {columns}, the box in fractions of width and height") from None
+        box.append(places[place])
+        labels.append(label)
+        scores.append(score)
+    if not box:
+        raise UserError(f"{path} holds no rows")
+    frame, box, labels = (torch.frombuffer(column, dtype=torch.int64) for column in (frame, box, labels))
+    boxes, scores = (torch.frombuffer(column, dtype=torch.float64) for column in (boxes, scores))
+    return Rows(list(frames), frame, boxes.view(-1, 4), box, labels, scores)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, blank ones left out. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no rows can be read from {path}: {error}") from None
+
+
+def read_exclusions(path: Path) -> set[Frame]:
+    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
+    excluded = set()
+    for number, line in _lines(path):
+        video, _, second = line.strip().partition(",")
+        if not video or not second.isdecimal():
+            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
+        excluded.add((video, int(second)))
+    return excluded
+
+
+def read_actions(path: Path) -> dict[int, Action]:
+    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
+
+    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
+    Raises UserError with file and line.
+    """
+    try:
+        text = re.sub(r"^\s*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no list of actions can be read from {path}: {error}") from None
+    actions: dict[int, Action] = {}
+    end = 0
+    quoted = r'"(?:\\.|[^"\\\n])*"'
+    for block in re.finditer(rf"\w+\s*:?\s*\{{((?:{quoted}|[^{{}}\"])*)\}}", text):
+        where = f"{path}, line {text.count(chr(10), 0, block.start()) + 1}"
+        between, end = text[end : block.start()], block.end()
+        fields = rf"\bname:\s*({quoted})", r"\b(?:label_)?id:\s*(\d+)\b", r"\blabel_type:\s*(\w+)"
+        name, number, group = (re.search(field, block[1]) for field in fields)
+        if between.strip() or not name or not number:
+            raise UserError(f'{where}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
+        if int(number[1]) in actions or int(number[1]) == 0:
+            raise UserError(f"{where}: action {number[1]} is listed twice, or is 0; ids start at 1")
+        actions[int(number[1])] = Action(re.sub(r"\\(.)", r"\1", name[1][1:-1]), group[1] if group else "")
+    if not actions or text[end:].strip():
+        line = text.count("\n", 0, len(text.rstrip())) + 1
+        raise UserError(f'{path}, line {line}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
+    borders = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # last and first of AVA's three groups
+    is_ava = all(number in actions and actions[number].name == name for number, name in borders.items())
+    if is_ava and not any(action.group for action in actions.values()):
+        for number, action in actions.items():
+            action.group = list(GROUPS)[(number > 14) + (number > 63)]
+    return actions
+
+
+def read_person_boxes(
+    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
+) -> list[KeyFrame]:
+    """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
+
+    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
+    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in.
+    Raises UserError.
+    """
+    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
+        convert = (
+            f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in pickle.load(open('{path}', 'rb')).items() for row in rows]"
+        )
+        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
+    if path.suffix == ".json":
+        rows = _read_aia_boxes(path, file_list, sizes)
+    else:
+        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
+    if rows.scores.max() < threshold:
+        raise UserError(f"{path}: none of {len(rows.box)} boxes has a score of {threshold} or more; the highest is {float(rows.scores.max()):.3f}")
+    frames = []
+    for frame in key_frames(rows):
+        kept = frame.scores >= threshold
+        if kept.any():
+            frames.append(KeyFrame(frame.video, frame.second, frame.boxes[kept], frame.labels[kept], frame.scores[kept]))
+    return frames
+
+
+def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> Rows:
+    """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
+    if file_list is None or sizes is None:
+        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
+    try:
+        videos = [line.strip().rsplit(".", 1)[0] for line in file_list.read_text(encoding="utf-8").split()]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} holds no list of boxes")
+    numbers: dict[Frame, int] = {}
+    frame, boxes, scores = [], [], []
+    for place, entry in enumerate(entries, 1):
+        try:
+            movie, second = divmod(int(entry["image_id"]), 10000)
+            x, y, box_width, box_height = map(float, entry["bbox"])
+            score = float(entry["score"])
+            if not 0 <= movie < len(videos):
+                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
+            if videos[movie] not in sizes:
+                raise ValueError(f"the size of movie {videos[movie]} is not known")
+            width, height = sizes[videos[movie]]
+            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
+                raise ValueError("a box of negative size, or a number that is not finite")
+            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
+                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
+        frame.append(numbers.setdefault((videos[movie], second), len(numbers)))
+        boxes.append((x / width, y / height, (x + box_width) / width, (y + box_height) / height))
+        scores.append(score)
+    rows, boxes, scores = torch.arange(len(boxes)), torch.tensor(boxes, dtype=torch.float64), torch.tensor(scores, dtype=torch.float64)
+    return Rows(list(numbers), torch.tensor(frame), boxes, rows, torch.zeros_like(rows), scores)
+
+
+def key_frames(rows: Rows, actions: int = ACTIONS) -> list[KeyFrame]:
+    """Rows put together by key frame and, within it, by box; in the order of video and second."""
+    order = sorted(range(len(rows.frames)), key=rows.frames.__getitem__)  # of frames
+    rank = torch.tensor(order).argsort()[rows.frame]  # (B,) place of each box's frame in it
+    sorted_boxes = _lexicographic(rank, *rows.boxes.unbind(1))
+    rank, boxes = rank[sorted_boxes], rows.boxes[sorted_boxes]
+    new = torch.ones(len(rank), dtype=torch.bool)  # False where a box is the one before it, written in another way
+    new[1:] = (rank[1:] != rank[:-1]) | (boxes[1:] != boxes[:-1]).any(dim=1)
+    person = torch.empty_like(rank).index_copy_(0, sorted_boxes, new.cumsum(0) - 1)[rows.box]  # (N,)
+    labels = torch.zeros(int(new.sum()), actions + 1)
+    labels[person, rows.actions] = 1.0  # column 0 is of rows without an action
+    scores = torch.zeros(len(labels), dtype=torch.float64).scatter_reduce_(0, person, rows.scores, "amax", include_self=False)
+    counts = torch.bincount(rank[new], minlength=len(order)).tolist()  # boxes of each frame
+    pieces = zip(order, boxes[new].split(counts), labels[:, 1:].split(counts), scores.split(counts))
+    return [KeyFrame(*rows.frames[frame], *tensors) for frame, *tensors in pieces]
+
+
+def to_rows(frames: list[KeyFrame]) -> Rows:
+    """The reverse of `key_frames`: a row for every label above 0, with the label, 1 or a probability, as its score."""
+    counts = torch.tensor([len(frame.boxes) for frame in frames])
+    boxes, labels = torch.cat([frame.boxes for frame in frames]), torch.cat([frame.labels for frame in frames])  # (B, 4), (B, 80)
+    box, action = labels.nonzero().unbind(1)  # (N,) twice
+    frame = torch.arange(len(frames)).repeat_interleave(counts)
+    return Rows([(frame.video, frame.second) for frame in frames], frame, boxes, box, action + 1, labels[box, action].double())
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
+    places = []
+    for frame, box in zip(rows.frame.tolist(), rows.boxes.tolist()):
+        video, second = rows.frames[frame]
+        places.append(f"{video},{second:04d},{','.join(f'{edge:.9g}' for edge in box)}")
+    with open(path, "w") as file:
+        for box, action, score in zip(rows.box.tolist(), rows.actions.tolist(), rows.scores.tolist()):
+            file.write(f"{places[box]},{action},{score:.9g}\n")
+
+
+def _lexicographic(*keys: Tensor) -> Tensor:
+    """The order that sorts by the first key, where that ties by the second, and so on."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+# ---- evaluation: frame-mAP at IoU 0.5, the official evaluator's to the digit ----
+
+
+def average_precisions(
+    ground_truth: Rows, detections: Rows, actions: Iterable[int], excluded: Container[Frame] = (), *,
+    skip_frames_without_ground_truth: bool = False, threshold: float = 0.5
+) -> dict[int, float]:  # fmt: skip
+    """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
+
+    The evaluator of AVA, whose rules differ from others': a detection looks only at the ground-truth box that it
+    overlaps most, and is wrong if a detection with a higher score has taken that one, even where a second box overlaps
+    enough. Rows of other actions, excluded frames and detections without area count for nothing. Detections in frames
+    without ground truth are wrong, unless such frames are skipped, as mmaction2 does by default.
+
+    Where scores tie, the official result depends on the order of rows in the file. Here frame, then box decide.
+    """
+    actions = torch.tensor(sorted(actions))
+    place_of = {frame: place for place, frame in enumerate(sorted({*ground_truth.frames, *detections.frames}))}
+
+    def locate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Place of each box's frame (B,), index of each row's action (N,), and whether the row counts (N,)."""
+        place = torch.tensor([place_of[frame] for frame in rows.frames], dtype=torch.int64)[rows.frame]
+        allowed = torch.tensor([frame not in excluded for frame in rows.frames], dtype=torch.bool)[rows.frame]
+        kind = torch.searchsorted(actions, rows.actions).clamp(max=len(actions) - 1)
+        return place, kind, allowed[rows.box] & (actions[kind] == rows.actions)
+
+    place, kind, counts = locate(ground_truth)
+    box, kind = ground_truth.box[counts], kind[counts]
+    positives = torch.bincount(kind, minlength=len(actions))  # (actions,)
+    with_truth = torch.zeros(len(place_of), dtype=torch.bool).index_fill_(0, place[box], True)
+    cell = place[box] * len(actions) + kind  # a detection can match within its frame and action only
+    order = _lexicographic(cell, *ground_truth.boxes[box].unbind(1))
+    true_cell, true_boxes = cell[order], ground_truth.boxes[box[order]]  # (G,), (G, 4)
+
+    place, kind, counts = locate(detections)
+    boxes = detections.boxes
+    valid = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])  # (B,)
+    if skip_frames_without_ground_truth:
+        valid &= with_truth[place]
+    counts &= valid[detections.box]
+    box, kind = detections.box[counts], kind[counts]
+    rank = _lexicographic(place, *boxes.unbind(1)).argsort()  # (B,) decides between equal scores
+    order = _lexicographic(kind, -detections.scores[counts], rank[box])
+    box, kind = box[order], kind[order]  # (D,) twice: by action, best score first
+    cell = place[box] * len(actions) + kind
+
+    # The ground-truth boxes of a detection's frame and action stand side by side: compare with the first, the second, ...
+    first, last = torch.searchsorted(true_cell, cell), torch.searchsorted(true_cell, cell, right=True)
+    best_iou, best = torch.zeros(len(cell), dtype=torch.float64), torch.full((len(cell),), -1)
+    for step in range(int((last - first).max()) if len(cell) else 0):
+        mine = (first + step < last).nonzero()[:, 0]  # detections that have so many to compare with
+        overlap = paired_iou(boxes[box[mine]], true_boxes[first[mine] + step])
+        better = overlap > best_iou[mine]
+        best_iou[mine[better]], best[mine[better]] = overlap[better], first[mine[better]] + step
+
+    # Of all detections that claim the same ground-truth box, the one with the highest score, which comes first, is right.
+    claims = (best_iou >= threshold).nonzero()[:, 0]
+    first_claim = torch.full((len(true_cell),), len(cell)).scatter_reduce_(0, best[claims], claims, "amin")
+    correct = torch.zeros(len(cell), dtype=torch.bool)
+    correct[first_claim[first_claim < len(cell)]] = True
+
+    by_action = correct.split(torch.bincount(kind, minlength=len(actions)).tolist())
+    return {action: _average_precision(right, total) for action, right, total in zip(actions.tolist(), by_action, positives.tolist())}
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes (N, 4) and (N, 4), the first with the first and so on: (N,)."""
+    sides = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)  # (N, 2)
+    both = sides[:, 0] * sides[:, 1]
+    area_a, area_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
+    return both / (area_a + area_b - both)
+
+
+def _average_precision(correct: Tensor, positives: int) -> float:
+    """Area under the precision-recall curve of detections, best first; precision made non-increasing in recall."""
+    if not positives:
+        return math.nan
+    found = correct.cumsum(0).double()  # (D,)
+    precision = found / torch.arange(1, len(found) + 1)
+    envelope = precision.flip(0).cummax(0).values.flip(0) if len(found) else precision
+    return float(envelope[correct].sum() / positives)  # recall grows by 1 / positives at every correct detection
+
+
+def mean_of(precisions: Iterable[float]) -> float:
+    """The mean of those that are numbers."""
+    numbers = [precision for precision in precisions if not math.isnan(precision)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
+    """mAP, the mean of each group that the list of actions knows, and AP by action, in percent; None without ground truth."""
+
+    def percent(value: float) -> float | None:
+        return None if math.isnan(value) else 100 * value
+
+    groups: dict[str, list[float]] = {}
+    for number, action in actions.items():
+        if action.group:
+            groups.setdefault(GROUPS.get(action.group, action.group), []).append(precisions[number])
+    return {
+        "mAP": percent(mean_of(precisions.values())),
+        "groups": {group: percent(mean_of(values)) for group, values in groups.items()},
+        "actions": [{"id": number, "name": actions[number].name, "AP": percent(precision)} for number, precision in precisions.items()],
+    }
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`--evaluate`: print and write what a file of detections is worth."""
+    if not arguments.ground_truth or not arguments.labels:
+        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
+    actions = read_actions(arguments.labels)
+    known = max(ACTIONS, *actions)
+    ground_truth, detections = read_ground_truth(arguments.ground_truth, known), read_detections(arguments.evaluate, known)
+    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
+    precisions = average_precisions(
+        ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=arguments.skip_frames_without_ground_truth
+    )
+    if all(map(math.isnan, precisions.values())):
+        raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
+    summary = summarize(precisions, actions)
+    both = len({*ground_truth.frames} & {*detections.frames})
+    where = f"{len(detections.frames):,} frames, {both:,} of them among the {len(ground_truth.frames):,} with ground truth"
+    print(f"{len(detections.box):,} detections in {where}")
+    for action in summary["actions"]:
+        print(f"{'  none' if action['AP'] is None else format(action['AP'], '6.2f')}  {action['id']:3d} {action['name']}")
+    for group, value in summary["groups"].items():
+        print(f"{'  none' if value is None else format(value, '6.2f')}  mean of {group}")
+    if not summary["groups"]:
+        print(f"no groups: {arguments.labels} states no label_type")
+    print(f"{summary['mAP']:6.2f}  mAP at IoU 0.5" + (", frames without ground truth left out" if arguments.skip_frames_without_ground_truth else ""))
+    out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
+    out.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+# ---- boxes in pixels: they go with the frames through every change of the picture ----
+# A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
+
+
+def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) in fractions of a frame to pixels."""
+    return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Frames (T, 3, H, W) resized until the shorter side is `size`, and boxes (M, 4) with them."""
+    resized = TF.resize(frames, [size], antialias=True)
+    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounding makes them differ
+    return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+
+
+def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A window of the frames. What of a box lies outside is cut off; a box that is lost altogether has no area left."""
+    moved = boxes - boxes.new_tensor([left, top, left, top])
+    return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
+
+
+def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right exchanged."""
+    width = frames.shape[-1]
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+def pad_clips(clips: list[Tensor], cube: tuple[int, int, int]) -> Tensor:
+    """Clips (..., H_i, W_i) of different sizes as a batch (B, ..., H, W) whose H and W are whole numbers of cubes.
+
+    Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
+    """
+    height, width = (math.ceil(max(clip.shape[axis] for clip in clips) / side) * side for axis, side in ((-2, cube[1]), (-1, cube[2])))
+    return torch.stack([F.pad(clip, (0, width - clip.shape[-1], 0, height - clip.shape[-2])) for clip in clips])
+
+
+def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) cut off at the edges of a frame."""
+    return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
+
+
+def jitter_boxes(
+    boxes: Tensor, generator: torch.Generator, outward: tuple[float, float] = (0.2, 0.1), inward: tuple[float, float] = (0.1, 0.05)
+) -> Tensor:
+    """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
+
+    The authors' code trains with it, the paper does not say so.
+    """
+    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
+    outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
+    shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
+    return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
+
+
+def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
+    """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
+    half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
+    return boxes + torch.cat([-half, half], dim=1)
+
+
+# ---- the clip around a key frame: time, not a frame's number, decides ----
+
+
+def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> list[Fraction]:
+    """When, in seconds, the frames of the clip around `second` are shown; the key frame is the first of the second half.
+
+    Frames are `stride` frames apart at the nominal `rate`: 16 x 4 at 30 a second reach from -32/30 s to +28/30 s.
+    """
+    return [second + Fraction((i - frames // 2) * stride) / Fraction(rate) for i in range(frames)]
+
+
+def nearest(times: list[Fraction], time: Fraction) -> int:
+    """Index of the one of sorted `times` that lies nearest to `time`, the earlier of two equally near."""
+    right = bisect_left(times, time)
+    if right == len(times) or right and time - times[right - 1] <= times[right] - time:
+        return right - 1
+    return right
+
+
+class Excerpt(data.Video):
+    """The part of a movie around the times from `begin` to `end`, in seconds from its start; the rest of the file is not read.
+
+    `excerpt.times` says when each of its frames is shown, `excerpt.frames(indices)` decodes some. Raises BrokenVideo.
+    """
+
+    def __init__(self, path: Path, begin: Fraction, end: Fraction) -> None:
+        self.begin, self.end = begin, end
+        super().__init__(path)
+
+    def _index_packets(self) -> None:
+        self.stream = self.container.streams.best("video")
+        if self.stream is None:
+            raise BrokenVideo(f"{self.path}: no video stream")
+        if self.container.format.name not in self.TIMED:
+            raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; encode it anew as one of them")
+        self.stream.thread_type, self.stream.thread_count = "NONE", 1  # loader workers are the parallelism
+        self.timed, unit = True, self.stream.time_base
+        origin = Fraction(self.container.start_time or 0, 1_000_000)
+        begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
+        start, back = self.stream.start_time or 0, 0
+        while True:
+            target = max(int(begin - back / unit), start)
+            self.container.seek(target, stream=self.stream)  # to a key frame at or before the target
+            self.packets = self._read_until(end)
+            # Frames are sorted by the time of decoding, so the key frame found may still be shown after the target.
+            if target == start or self.packets and self.packets[0].pts <= begin:
+                break
+            back = 2 * back + 1
+        if not self.packets:
+            raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
+        # Frames shown before the first key frame need others that have not been read.
+        shown = [place for place, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= self.packets[0].pts]
+        self.positions = sorted(shown, key=lambda place: self.packets[place].pts)
+        self.times = [self.packets[place].pts * unit - origin for place in self.positions]
+
+    def _read_until(self, end: Fraction) -> list:
+        """Packets from the next key frame on, in the order of decoding, until a frame at or after `end` and all before it are there."""
+        packets, after = [], math.inf
+        for packet in self.container.demux(self.stream):
+            if not packet.size or not packets and not packet.is_keyframe:
+                continue
+            if packet.pts is None:
+                raise BrokenVideo(f"{self.path}: frames without a time; encode it anew")
+            if packet.dts is not None and packet.dts >= after:  # nothing is shown before it is decoded
+                break
+            packets.append(packet)
+            if packet.pts >= end:
+                after = min(after, packet.pts)
+        return packets
+
+
+def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
+    """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
+
+    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
+    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
+    Before the start and after the end the first and the last frame stand in.
+    """
+    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
+    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
+    if path.is_dir():
+        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
+        last = _last_frame(path)
+        if not 1 <= numbers[frames // 2] <= last + 15:
+            raise BrokenVideo(too_far)
+        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
+    if second < starts_at:
+        raise BrokenVideo(too_far)
+    with Excerpt(path, times[0], times[-1]) as excerpt:
+        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
+            raise BrokenVideo(too_far)
+        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
+
+
+@cache  # a folder may hold 27,000 frames
+def _last_frame(folder: Path) -> int:
+    pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
+    numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
+    if not numbers:
+        raise BrokenVideo(f"{folder}: no frames named {folder.name}_000001.jpg and so on")
+    return max(numbers)
+
+
+def _read_frame(folder: Path, number: int) -> Tensor:
+    path = folder / f"{folder.name}_{number:06d}.jpg"
+    try:
+        return decode_image(str(path), mode="RGB")  # (3, H, W)
+    except RuntimeError as error:
+        raise BrokenVideo(f"{path}: {error}") from None
+
+
+def list_movies(root: Path) -> dict[str, Path]:
+    """The movie of each video id: a file of any video suffix, or a folder of frames, in the folder `root`. Raises UserError."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: set data.root to the folder of AVA's movies, or of folders with their frames")
+    paths = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix.lower() in data.SUFFIXES)
+    movies = {path.name if path.is_dir() else path.stem: path for path in paths}
+    if not movies:
+        raise UserError(f"no movies and no folders of frames found in {root}")
+    return movies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluate", type=Path, required=True, metavar="DETECTIONS.csv", help="evaluate these detections")
+    parser.add_argument("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
+    parser.add_argument("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
+    parser.add_argument("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the result; default: DETECTIONS_mAP.json")
+    parser.add_argument("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
+    evaluate(common.parse(parser))
+
+
+# ======== to move to toy.py: toy videos with annotations in AVA's own formats ========
+
+AVA_FRAMES = 60  # five seconds: key frames at seconds 901 to 904
+AVA_VIDEOS = {"train": 400, "val": 80}
+RADIUS = 6, 12  # pixels, of the smallest and the largest shape
+EXCLUDED, MISSED, FALSE = 0.05, 0.1, 0.3  # frames excluded, boxes that the detector misses, frames where it sees something that is not
+
+
+def render_ava(folder: Path, videos: dict[str, int] = AVA_VIDEOS, seed: int = 0) -> Path:
+    """Make sure that `folder` holds toy videos of several shapes with annotations as AVA distributes them; returns `folder`.
+
+    videos/<split>_<number>.mp4, cut to start at second 900; in annotations/ the ground truth and excluded frames of each
+    split and the list of actions; in boxes/ what a person detector might have found, as SlowFast has it.
+    Each video depends on (seed, split, number) alone; an interrupted rendering is finished by the next call.
+    """
+    settings = dict(seed=seed, videos=videos, size=toy.SIZE, frames=AVA_FRAMES, classes=list(toy.CLASSES))
+    mark, notes, actions = folder / "settings.json", folder / "annotations", folder / "annotations" / "ava_action_list_v2.2.pbtxt"
+    if mark.exists() and mark.read_text() != json.dumps(settings):
+        raise UserError(f"{folder} holds toy videos of other settings; delete it or choose another folder")
+    if mark.exists() and actions.exists():
+        return folder
+    for name in ("videos", "annotations", "boxes"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(settings))
+    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for split, count in videos.items():
+            done = pool.imap(partial(_render_ava_video, folder, split, seed), range(count), chunksize=4)
+            texts = list(tqdm(done, f"rendering toy videos for detection into {folder}", count, unit="video"))
+            truth, exclusions, detected = ("".join(text) for text in zip(*texts))
+            (notes / f"ava_{split}_v2.2.csv").write_text(truth)
+            (notes / f"ava_{split}_excluded_timestamps_v2.2.csv").write_text(exclusions)
+            (folder / "boxes" / f"ava_{split}_predicted_boxes.csv").write_text(detected)
+    # Shapes do not handle objects: moving, turning and changing in size stand for AVA's three groups.
+    groups = [group for group, motions in zip(GROUPS, (4, 2, 2)) for _ in range(motions)]
+    items = enumerate(zip(toy.CLASSES, groups), 1)
+    # Last: it says that all are there.
+    actions.write_text("".join(f'label {{\n  name: "{name}"\n  label_id: {number}\n  label_type: {group}\n}}\n' for number, (name, group) in items))
+    return folder
+
+
+def _render_ava_video(folder: Path, split: str, seed: int, number: int) -> tuple[str, str, str]:
+    """Render one video if it is not there yet; returns its rows of ground truth, excluded frames and detected boxes."""
+    generator = data.sample_generator(seed, ["train", "val"].index(split), number)
+    frames, shapes = render_scene(generator)
+    video = f"{split}_{number:05d}"
+    path = folder / "videos" / f"{video}.mp4"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        data.write_mp4(part, frames, toy.RATE, quantizer=10)
+        os.replace(part, path)
+
+    def chance(probability: float) -> bool:
+        return bool(torch.rand((), generator=generator) < probability)
+
+    truth, exclusions, detected = "", "", ""
+    for second in range(START + 1, START + AVA_FRAMES // toy.RATE):
+        place = f"{video},{second:04d}"
+        frame = (second - START) * toy.RATE
+        exclusions += f"{place}\n" if chance(EXCLUDED) else ""
+        for person, (motions, boxes) in enumerate(shapes):
+            if boxes[frame] is None:
+                continue
+            box = torch.tensor(boxes[frame]) / toy.SIZE
+            for motion in motions[frame]:
+                truth += f"{place},{_csv(box)},{toy.CLASSES.index(motion) + 1},{person}\n"
+            if not chance(MISSED):
+                found = jitter_boxes(box[None], generator, (0.1, 0.1), (0.1, 0.1))[0].clamp(0, 1)
+                detected += f"{place},{_csv(found)},,{_csv(0.75 + 0.25 * torch.rand(1, generator=generator))}\n"  # a few below 0.8
+        if chance(FALSE):
+            corner, side = torch.rand(2, generator=generator) * 0.7, 0.2 + 0.1 * torch.rand(2, generator=generator)
+            detected += f"{place},{_csv(torch.cat([corner, corner + side]))},,{_csv(0.5 + 0.45 * torch.rand(1, generator=generator))}\n"
+    return truth, exclusions, detected
+
+
+def _csv(values: Tensor) -> str:
+    return ",".join(f"{value:.3f}" for value in values.tolist())
+
+
+def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], list[tuple | None]]]]:
+    """Two to four shapes on a smooth background: uint8 (AVA_FRAMES, 3, SIZE, SIZE), and of each shape motions and box by frame.
+
+    A box is (x1, y1, x2, y2) in pixels, or None where the shape's centre is outside or others hide more than half of it.
+    """
+    rows, columns = torch.meshgrid(torch.arange(toy.SIZE) + 0.5, torch.arange(toy.SIZE) + 0.5, indexing="ij")  # (SIZE, SIZE)
+    background = toy._gradient(columns / toy.SIZE, rows / toy.SIZE, torch.rand(4, 3, generator=generator))
+    other = 0.25 + 0.5 * ((background.mean(dim=(0, 1)) + 0.5) % 1)  # a colour that stands out, and room around it
+    clip = background.expand(AVA_FRAMES, -1, -1, -1)  # (AVA_FRAMES, SIZE, SIZE, 3)
+    tracks, masks = [], []
+    for _ in range(2 + data.pick_below(3, generator)):
+        motions, x, y, turn, size = track(generator)
+        dx, dy = columns - x[:, None, None], rows - y[:, None, None]  # (AVA_FRAMES, SIZE, SIZE)
+        angle, size = 2 * math.pi * turn[:, None, None], size[:, None, None]
+        u = (dx * angle.cos() + dy * angle.sin()) / size  # the shape's own axes, about -1 to 1
+        v = (dy * angle.cos() - dx * angle.sin()) / size
+        outline = toy._outline(torch.atan2(v, u), data.pick_below(6, generator))
+        inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)  # anti-aliased edge
+        colours = toy._gradient((u + 1) / 2, (v + 1) / 2, other + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5))
+        clip = clip + inside[..., None] * (colours - clip)
+        masks.append(inside > 0.5)
+        tracks.append((motions, (x >= 0) & (x < toy.SIZE) & (y >= 0) & (y < toy.SIZE)))
+    shapes = []
+    for place, (motions, within) in enumerate(tracks):
+        hidden = torch.stack([*masks[place + 1 :], torch.zeros_like(masks[place])]).any(dim=0)  # by those painted later
+        boxes = [
+            _box_of(mask) if seen and (mask & ~above).sum() > 0.5 * mask.sum() else None
+            for mask, above, seen in zip(masks[place], hidden, within)
+        ]
+        shapes.append((motions, boxes))
+    return (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2), shapes
+
+
+def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
+    """The box around the true pixels of a mask (H, W)."""
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, Tensor, Tensor]:
+    """What a shape does in each frame, one or two motions, others in the second half than in the first; and its
+    position x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
+
+    As in the videos of one shape, a single frame tells nothing about the motions: a coordinate that ever moves is
+    uniform on a circle that the frame and a margin as wide as the largest shape form, and uniform in the frame otherwise.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    pairs = [toy.CLASSES[i : i + 2] for i in range(0, len(toy.CLASSES), 2)]  # opposite motions exclude each other
+    halves = []
+    for _ in range(2):
+        chosen = torch.randperm(len(pairs), generator=generator)[: 1 + data.pick_below(2, generator)].tolist()
+        halves.append([pairs[pair][data.pick_below(2, generator)] for pair in sorted(chosen)])
+    motions = [halves[2 * frame // AVA_FRAMES] for frame in range(AVA_FRAMES)]
+
+    def path(pair: tuple[str, str], speed: float) -> Tensor:
+        """Way covered since the first frame: (AVA_FRAMES,)."""
+        steps = torch.tensor([speed * ((pair[1] in doing) - (pair[0] in doing)) for doing in motions])
+        return steps.cumsum(0) - steps[0]
+
+    x, y = path(pairs[0], uniform(1, 2)), path(pairs[1], uniform(1, 2))  # pixels, turns and cycles a frame
+    turn, phase = path(pairs[2], uniform(1 / 60, 1 / 30)), path(pairs[3], uniform(1 / 40, 1 / 24))
+    period, margin = toy.SIZE + 2 * RADIUS[1], RADIUS[1]
+    x, y = ((way + uniform(0, period)) % period - margin if way.any() else way + uniform(0, toy.SIZE) for way in (x, y))
+    turn, phase = turn + uniform(0, 1), (uniform(0, 1) - phase) % 1  # growing stands before shrinking
+    slow = 0.9  # slowly up and quickly back: every size is equally frequent, whichever way the phase runs
+    return motions, x, y, turn, RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
+
+
+if __name__ == "__main__":
+    common.launch(main)
