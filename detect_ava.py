@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -114,7 +114,7 @@ def _read_rows(path: Path, actions: int, *, scored: bool, unlabelled: bool, any_
                 boxes.extend((x1, y1, x2, y2))
             label = 0 if unlabelled and not action.strip() else int(action)
             score = float(last[0]) if scored and last else 1.0
-            if not 1 <= label <= actions and (label or not unlabelled):
+            if not (0 if unlabelled else 1) <= label <= actions:
                 raise ValueError(f"unknown action {label}, known are 1 to {actions}")
             if not abs(score) < math.inf:
                 raise ValueError("a score that is not finite")
@@ -160,7 +160,7 @@ def read_actions(path: Path) -> dict[int, Action]:
     Raises UserError with file and line.
     """
     try:
-        text = re.sub(r"^\s*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no list of actions can be read from {path}: {error}") from None
     actions: dict[int, Action] = {}
@@ -220,7 +220,7 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
     if file_list is None or sizes is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
     try:
-        videos = [line.strip().rsplit(".", 1)[0] for line in file_list.read_text(encoding="utf-8").split()]
+        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
@@ -310,7 +310,7 @@ def average_precisions(
     enough. Rows of other actions, excluded frames and detections without area count for nothing. Detections in frames
     without ground truth are wrong, unless such frames are skipped, as mmaction2 does by default.
 
-    Where scores tie, the official result depends on the order of rows in the file. Here frame, then box decide.
+    Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
     """
     actions = torch.tensor(sorted(actions))
     place_of = {frame: place for place, frame in enumerate(sorted({*ground_truth.frames, *detections.frames}))}
@@ -599,8 +599,8 @@ def _last_frame(folder: Path) -> int:
 def _read_frame(folder: Path, number: int) -> Tensor:
     path = folder / f"{folder.name}_{number:06d}.jpg"
     try:
-        return decode_image(str(path), mode="RGB")  # (3, H, W)
-    except RuntimeError as error:
+        return TF.pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
+    except OSError as error:
         raise BrokenVideo(f"{path}: {error}") from None
 
 
