@@ -427,7 +427,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"no groups: {arguments.labels} states no label_type")
     print(f"{summary['mAP']:6.2f}  mAP at IoU 0.5" + (", frames without ground truth left out" if arguments.skip_frames_without_ground_truth else ""))
     out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
-    out.write_text(json.dumps(summary, indent=1) + "\n")
+    try:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
     print(f"written to {out}")
 
 

@@ -443,7 +443,8 @@ def test_person_boxes_of_aia(tmp_path):
         detect_ava.read_person_boxes(path, 0.8)
     for change, reason in (
         ({"image_id": 20902}, "names.txt lists 2"), ({"image_id": None}, "int"), ({"bbox": [1, 2, 3]}, "not enough values"),
-        ({"score": math.nan}, "not finite"), ({"bbox": [900, 10, 20, 20]}, "of another size"), ({"bbox": 7}, "not iterable"), ({"score": "high"}, "could not convert"),
+        ({"score": math.nan}, "not finite"), ({"bbox": [900, 10, 20, 20]}, "of another size"),
+        ({"bbox": 7}, "not iterable"), ({"score": "high"}, "could not convert"),
     ):  # fmt: skip
         path.write_text(json.dumps([entries[0], entries[1] | change]))
         with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}"):
