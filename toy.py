@@ -14,8 +14,10 @@ import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from data import write_mp4
 
 CLASSES = ("moving left", "moving right", "moving up", "moving down", "turning left", "turning right", "growing", "shrinking")
 SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames a video, frames a second
+FOLDER = Path("toy_videos")
 VIDEOS = {"train": 4000, "val": 800}
 
 
@@ -50,6 +53,17 @@ def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path
                 pass
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))  # last: it says that all are there
     return folder
+
+
+def find(data: SimpleNamespace, world_size: int) -> tuple[str, str, str]:
+    """`data.root`, `data.train` and `data.val` of a configuration; the toy videos, rendered if need be, without a root."""
+    if data.root:
+        return data.root, data.train, data.val
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        render(FOLDER)
+    if world_size > 1:
+        dist.barrier()
+    return str(FOLDER), "train", "val"
 
 
 def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
