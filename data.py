@@ -2,13 +2,18 @@
 
 Everything random about a sample is a function of (seed, epoch, index) alone, so results depend neither on the number
 of loader workers nor on the number of processes, and a resumed run sees what it would have seen.
+
+    python data.py check configs/finetune/ucf101_base.yaml data.root=/data/ucf101    # before days of training
 """
 
+import argparse
 import csv
 import functools
 import hashlib
 import json
+import multiprocessing
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
-from common import UserError
+from common import UserError, launch, load_config, parse
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -616,3 +622,59 @@ class GlobalBatches(Sampler):
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.batch_size // (self.world_size * self.per_device)
+
+
+# ---- a dataset looked over before days of training ----
+
+
+def check(root: str, train: str, val: str, classes: str, processes: int) -> bool:
+    """Print, for the training and the test videos, how many there are of each class, which labels are wrong and which
+    files cannot be read: of every video the first, the middle and the last frame are decoded. Whether all is well."""
+    table, well, seen = None, True, set()
+    for what, selection in (("training", train), ("testing", val)):
+        entries = list_entries(root, selection)
+        table = table or Classes(root, classes, entries)
+        count, wrong = Counter(), []
+        for entry in entries:
+            try:
+                count[table.index(entry)] += 1
+            except UserError as error:
+                wrong.append(str(error))
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            reasons = pool.imap(_unreadable, [entry.path for entry in entries], chunksize=16)
+            broken = [reason for reason in tqdm(reasons, f"reading {what} videos", len(entries), unit="video") if reason]
+        print(f"{len(entries):,} videos for {what} in {selection or root}, {len(table.names)} classes, {len(wrong)} wrong labels, {len(broken)} unreadable")
+        for index, name in enumerate(table.names):
+            print(f"{count[index]:8,}  {name}")
+        for report in (*wrong, *broken):
+            print(f"  {report}")
+        both = {entry.path for entry in entries} & seen
+        if both:
+            print(f"  {len(both):,} videos are for training as well, {min(both)} for one")
+        seen = {entry.path for entry in entries}
+        well = well and not (wrong or broken or both)
+    return well
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        with Video(path) as video:
+            video.frames([0, len(video) // 2, len(video) - 1])
+    except BrokenVideo as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look over a dataset: python data.py check configs/finetune/ucf101_base.yaml data.root=/data/ucf101")
+    parser.add_argument("command", choices=["check"])
+    default = Path(__file__).parent / "configs" / "finetune" / "toy.yaml"
+    config = load_config(default, parse(parser).settings).data
+    if not config.root:
+        raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
+    if not check(config.root, config.train, config.val, config.classes, max(1, config.workers)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    launch(main)
