@@ -8,13 +8,16 @@ import os
 import re
 import resource
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -34,10 +37,10 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; `settings`, the .yaml file and group.key=value overrides, may stand anywhere in it."""
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | group.key=value")
+    """Parse the command line; `settings`, the .yaml file and key=value overrides, may stand anywhere in it."""
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
     words = sys.argv[1:]
-    settings = [word for word in words if re.match(r"\w+\.\w+=|[^-].*\.ya?ml$", word)]
+    settings = [word for word in words if re.match(r"\w+(\.\w+)?=|[^-].*\.ya?ml$", word)]
     arguments = parser.parse_intermixed_args([word for word in words if word not in settings])
     arguments.settings += settings
     return arguments
@@ -47,7 +50,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load_config(default: Path, settings: list[str], stored: dict | None = None) -> SimpleNamespace:
-    """The configuration that a command line names: at most one .yaml file, then `group.key=value` overrides.
+    """The configuration that a command line names: at most one .yaml file, then `key=value` overrides.
 
     Without a file it is the `stored` one of a checkpoint, or the stage's `default`. The default file holds every key,
     so it is the schema too: names and types have to be the same as there.
@@ -65,7 +68,7 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
             continue
         key, separator, value = setting.partition("=")
         if not separator:
-            raise UserError(f"'{setting}' is neither a .yaml file nor group.key=value")
+            raise UserError(f"'{setting}' is neither a .yaml file nor key=value")
         try:
             values[key] = yaml.safe_load(value), "command line"
         except yaml.YAMLError:
@@ -79,8 +82,8 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
             raise UserError(f"{name}: '{key}' is missing; a file without 'base:' gives every key")
     nested: dict = {}
     for key, example in schema.items():
-        group, item = key.split(".")
-        nested.setdefault(group, {})[item] = _as_type_of(example, *values[key], key)
+        *group, item = key.split(".")
+        (nested.setdefault(group[0], {}) if group else nested)[item] = _as_type_of(example, *values[key], key)
     return json.loads(json.dumps(nested), object_hook=lambda group: SimpleNamespace(**group))
 
 
@@ -155,7 +158,42 @@ def start_processes() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def position() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def numerics(run: SimpleNamespace) -> tuple[bool, bool]:
+    """Whether to compute in bf16 and whether to compile: `run.precision` and `run.compile`, "auto" meaning on GPUs."""
+    on_gpu = torch.cuda.is_available()
+    bf16 = pick({"auto": on_gpu, "bf16": True, "float32": False}, run.precision, "run.precision")
+    return bf16, pick({"auto": on_gpu, "always": True, "never": False}, run.compile, "run.compile")
+
+
+def share_batch(batch_size: int, samples: int, world_size: int, at_most: int) -> tuple[int, int]:
+    """The paper's batch on any number of devices: samples at a time on each, at most `at_most`, and times to accumulate."""
+    if batch_size % world_size:
+        raise UserError(f"optim.batch_size={batch_size} cannot be shared equally by {world_size} processes")
+    if samples < batch_size:
+        raise UserError(f"{samples} videos are fewer than one batch: set optim.batch_size to {samples} or less")
+    per_device = max(n for n in range(1, at_most + 1) if batch_size // world_size % n == 0)
+    return per_device, batch_size // world_size // per_device
+
+
+def at_least_one(config: SimpleNamespace, *keys: str) -> None:
+    """UserError for the first of the keys whose value is below 1."""
+    for key in keys:
+        if _flatten(as_dict(config))[key] < 1:
+            raise UserError(f"{key} has to be at least 1")
+
+
 # ---- schedule, checkpoints, log ----
+
+
+def say(text: str) -> None:
+    """Print beside the progress bar, not among a command's results; only the first process does."""
+    if position()[0] == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -190,12 +228,12 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
 
 
 def gather(items: list) -> list:
-    """The lists of all processes joined, without repetitions."""
+    """The lists of all processes, one after the other."""
     if not dist.is_initialized():
         return items
     lists: list = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return list(dict.fromkeys(item for items in lists for item in items))
+    return sum(lists, [])
 
 
 def peak_memory(device: torch.device) -> int:
@@ -232,3 +270,79 @@ class Log:
 
     def write(self, **values: Any) -> None:
         self.file.write(json.dumps(values) + "\n")
+
+
+class Progress:
+    """The steps of a loop, with a bar and log.jsonl: mean loss, clips/s, share of time spent waiting for data, memory.
+
+    A line is written when the next one is due: by then its loss has come from the device, and the loop has not waited.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, clips: int, every: int, device: torch.device) -> None:
+        self.folder, self.clips, self.every, self.device = folder, clips, every, device
+        self.chief = position()[0] == 0
+        self.log = Log(folder / "log.jsonl", start) if self.chief else None
+        self.bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not self.chief)
+        self.broken: list[str] = []  # what was said about unreadable videos
+        self.pending: tuple[Reading, dict] | None = None
+        self._begin(start)
+
+    def _begin(self, step: int) -> None:
+        self.step, self.since, self.waited, self.count = step, time.perf_counter(), 0.0, 0
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.bar)
+
+    def next(self, batches: Iterator) -> Any:
+        """The next batch, the time that it takes counted as waiting."""
+        asked_at = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked_at
+        return batch
+
+    def report(self, broken: list[str]) -> None:
+        """Say once of each unreadable video that another one stands in for it."""
+        for report in broken:
+            if report not in self.broken:
+                self.broken.append(report)
+                tqdm.write(f"replaced by another video: {report}", file=sys.stderr)
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.loss_sum += loss.detach()
+        self.count += 1
+
+    def done(self, step: int, **values: Any) -> None:
+        """To be called after each step with its number, counted from 1, and what else to log."""
+        if step % self.every and step != self.bar.total:
+            return
+        _, processes = position()
+        if processes > 1:
+            dist.all_reduce(self.loss_sum)
+        self.flush()
+        seconds = time.perf_counter() - self.since
+        speed = dict(
+            clips_per_second=round((step - self.step) * self.clips / seconds, 1),
+            waiting_for_data=round(self.waited / seconds, 4),
+            memory_gb=round(peak_memory(self.device) / 1e9, 3),
+        )
+        self.pending = Reading(self.loss_sum / (self.count * processes)), dict(step=step, **values, **speed)
+        self._begin(step)
+
+    def flush(self) -> None:
+        """Write the pending line. UserError if its loss is not a number."""
+        if not self.pending:
+            return
+        reading, values = self.pending
+        self.pending, loss = None, reading.get()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
+        if self.chief:
+            self.log.write(loss=loss, **values)
+            self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
+
+    def gather_broken(self) -> None:
+        """All processes' reports to each of them, and to broken_videos.txt."""
+        self.broken = list(dict.fromkeys(gather(self.broken)))
+        if self.chief and self.broken:
+            (self.folder / "broken_videos.txt").write_text("".join(f"{report}\n" for report in self.broken))

@@ -2,23 +2,35 @@
 
 Everything random about a sample is a function of (seed, epoch, index) alone, so results depend neither on the number
 of loader workers nor on the number of processes, and a resumed run sees what it would have seen.
+
+    python data.py check configs/finetune/ucf101_base.yaml data.root=/data/ucf101    # before days of training
 """
 
+import argparse
+import csv
 import functools
 import hashlib
+import json
+import multiprocessing
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import av
 import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
-from common import UserError
+from common import UserError, launch, load_config, parse
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -150,28 +162,6 @@ def read_frames(path: str | Path, indices: list[int]) -> Tensor:
         return video.frames(indices)
 
 
-def list_videos(root: str, selection: str) -> list[Path]:
-    """Paths of the videos that a configuration names.
-
-    selection: a sub-folder of `root`, or a list file with lines `path [label]`, paths relative to `root` and the
-    label a whole number; empty for everything below `root`. Raises UserError if there is none.
-    """
-    where = Path(root, selection) if not selection or Path(root, selection).exists() else Path(selection)
-    if where.is_dir():
-        videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    elif where.is_file():
-        try:
-            lines = [line.strip() for line in where.read_text().splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{where} is not a text file with lines 'path [label]'") from None
-        videos = [Path(root, re.sub(r"[\s,]+\d+$", "", line)) for line in lines]  # without the label
-    else:
-        raise UserError(f"there is no folder or list file {where}: set data.root, and data.train or data.val below it")
-    if not videos:
-        raise UserError(f"no videos found in {where} (files ending in {' '.join(sorted(SUFFIXES))})")
-    return videos
-
-
 def write_mp4(path: Path, frames: Tensor, rate: int, quantizer: int = 18) -> None:
     """Write frames uint8 (T, 3, H, W), H and W even, as H.264; the same frames give the same file.
 
@@ -185,6 +175,159 @@ def write_mp4(path: Path, frames: Tensor, rate: int, quantizer: int = 18) -> Non
             image = frame.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+
+
+# ---- which videos there are, and their labels, as each dataset's own files say it ----
+
+
+class Entry(NamedTuple):
+    """One video of a dataset. label: as the dataset writes it, a number or a class's name; "" if it does not."""
+
+    path: Path
+    label: str
+    where: str  # the file, and the line in it, that names the video
+
+
+def list_entries(root: str, selection: str) -> list[Entry]:
+    """The videos that a configuration names.
+
+    selection: empty for everything below `root`, or the name, below `root`, of
+    - a folder: every video below it; its own folder's name is its label (Kinetics, UCF101 and HMDB51 unpacked);
+    - a list file: lines `path [number]` or `path,number`, paths relative to `root` (UCF101's trainlist and testlist);
+    - a .json list of objects with `id` and `template` or `label` (Something-Something V2);
+    - a .csv file with the columns label, youtube_id, time_start, time_end (Kinetics);
+    - files with lines `name flag`, one for each class, as `*_test_split1.txt=FLAG`: those with this flag (HMDB51).
+    An `id` stands for the video of this name, whatever its suffix, anywhere below `root`.
+    Raises UserError, with the line, for what cannot be read, is named twice or is not there at all.
+    """
+    pattern, flag = re.fullmatch(r"(.*?)(?:=(\d+))?", selection).groups()
+    where = Path(root, pattern) if not pattern or Path(root, pattern).exists() else Path(pattern)
+    if flag:
+        entries = _read_flagged(root, pattern, flag)
+    elif where.is_dir():
+        videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos]
+    elif where.is_file():
+        entries = _read_list(root, where)
+    else:
+        raise UserError(f"there is no folder or list file {where}: set data.root, and data.train or data.val below it")
+    if not entries:
+        raise UserError(f"no videos found in {where} (files ending in {' '.join(sorted(SUFFIXES))})")
+    seen: dict[Path, str] = {}
+    for entry in entries:
+        if entry.path in seen:
+            raise UserError(f"{entry.where}: {entry.path} is named a second time, after {seen[entry.path]}; delete one of the two")
+        seen[entry.path] = entry.where
+    return entries
+
+
+def list_videos(root: str, selection: str) -> list[Path]:
+    """The paths alone of `list_entries`: pre-training needs no labels."""
+    return [entry.path for entry in list_entries(root, selection)]
+
+
+def _read_list(root: str, file: Path) -> list[Entry]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".json":
+            named = [(str(item["id"]), re.sub(r"[\[\]]", "", item.get("template") or item.get("label") or "")) for item in json.loads(text)]
+            return _find_by_name(root, [(name, label, f"{file}: id {name}") for name, label in named])
+        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if {"youtube_id", "time_start", "time_end"} <= set(lines[0][1].split(",") if lines else []):
+            rows = [(f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}", row.get("label") or "") for row in csv.DictReader(text.splitlines())]
+            return _find_by_name(root, [(name, label, f"{file}: youtube_id {name[:-14]}") for name, label in rows])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a list of videos in a form that data.list_entries describes ({type(error).__name__}: {error})") from None
+    entries = []
+    for number, line in lines:
+        path, label = re.fullmatch(r"(.*?)(?:[\s,]+(\d+))?", line).groups()
+        entries.append(Entry(Path(root, path), label or Path(path).parent.name, f"{file}, line {number}"))
+    return entries
+
+
+def _read_flagged(root: str, pattern: str, flag: str) -> list[Entry]:
+    """HMDB51: CLASS_test_split1.txt with lines `name flag`; the class is what stands before the pattern's text."""
+    entries = []
+    for file in sorted(Path(root).glob(pattern)):
+        label = file.name.removesuffix(pattern.rpartition("*")[2])
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            name, _, its_flag = line.strip().rpartition(" ")
+            if line.strip() and not (name and its_flag.isdigit()):
+                raise UserError(f"{file}, line {number}: expected 'name flag', not '{line.strip()}'")
+            if its_flag == flag:
+                entries.append(Entry(Path(root, label, name.strip()), label, f"{file}, line {number}"))
+    return entries
+
+
+def _find_by_name(root: str, named: list[tuple[str, str, str]]) -> list[Entry]:
+    """Entries for videos known by name: found once for all below `root`; one that is not there stays a broken video."""
+    paths = {path.stem: path for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in SUFFIXES}
+    return [Entry(paths.get(name, Path(root, name)), label, where) for name, label, where in named]
+
+
+class Classes:
+    """The names of a dataset's classes, and which class a label means.
+
+    From a file: lines `name`, numbered from 0 (Kinetics), lines `number name` (UCF101's classInd.txt) or a .json object
+    {"name": "number"} (Something-Something V2's labels). Without one, from the labels of the training videos.
+    """
+
+    def __init__(self, root: str, file: str, entries: list[Entry]) -> None:
+        if file:
+            self.where = Path(root, file) if Path(root, file).exists() else Path(file)
+            numbered = self._read(self.where)
+        else:
+            self.where = "the training videos"
+            labels = {entry.label for entry in entries}
+            if all(label.isdigit() for label in labels):
+                numbered = [(number, str(number)) for number in range(max(map(int, labels)) + 1)]
+            else:
+                numbered = list(enumerate(sorted(labels)))
+        self.names = [name for _, name in numbered]
+        self.by_label = {str(number): index for index, (number, _) in enumerate(numbered)}
+        self.by_label |= {self._plain(name): index for index, name in enumerate(self.names)}
+
+    @staticmethod
+    def _read(file: Path) -> list[tuple[int, str]]:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+            if file.suffix == ".json":
+                return sorted((int(number), name) for name, number in json.loads(text).items())
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"data.classes: {file} names no class")
+        matches = [re.fullmatch(r"(\d+)[\s,]+(.+)", line) for line in lines]
+        return [(int(match[1]), match[2]) for match in matches] if all(matches) else list(enumerate(lines))
+
+    @staticmethod
+    def _plain(name: str) -> str:
+        return name.replace("_", " ").lower()  # folders are often named riding_a_bike for "riding a bike"
+
+    def index(self, entry: Entry) -> int:
+        """The class of an entry. Raises UserError with its file and line."""
+        index = self.by_label.get(entry.label if entry.label.isdigit() else self._plain(entry.label))
+        if index is None:
+            what = f"label {entry.label} is out of range" if entry.label.isdigit() else f"unknown class '{entry.label}'" if entry.label else "no label"
+            raise UserError(f"{entry.where}: {what} for {entry.path.name}; {self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ...")
+        return index
+
+
+def labelled(root: str, train: str, val: str, classes: str, per_class: int = 0) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
+    """Videos with their class for training and for testing, and the classes' names. per_class: so many of each, 0 for all.
+
+    Raises UserError for a video without a label or with one that is out of range.
+    """
+    train_entries, val_entries = list_entries(root, train), list_entries(root, val)
+    table = Classes(root, classes, train_entries)
+    count, chosen = Counter(), []
+    for entry in train_entries:
+        index = table.index(entry)
+        count[index] += 1
+        if not per_class or count[index] <= per_class:
+            chosen.append((entry.path, index))
+    return chosen, [(entry.path, table.index(entry)) for entry in val_entries], table.names
 
 
 # ---- from frames to a clip ----
@@ -213,6 +356,62 @@ def dense_clip(length: int, frames: int, stride: int, generator: torch.Generator
     return [min(start + i * stride, last) for i in range(frames)]
 
 
+def dense_training_clip(length: int, frames: int, stride: int, generator: torch.Generator) -> list[int]:
+    """Dense sampling for fine-tuning on Kinetics, UCF101 and HMDB51, as the authors' code does it (after SlowFast).
+
+    `frames` indices spread evenly over a random stretch of frames * stride, both ends included: with 16 and 4 the mean
+    distance is 63/15 or, as the end is left out and put back by clipping, 64/15. A shorter video is taken whole.
+    """
+    span = frames * stride
+    if length > span:
+        end = span + pick_below(length - span, generator)
+        return [min(int(end - span + i * span / (frames - 1)), end - 1) for i in range(frames)]
+    count = length // stride
+    indices = [int(i * length / (count - 1)) if count > 1 else 0 for i in range(count)]
+    return [min(index, length - 1) for index in indices + [length] * (frames - count)]
+
+
+def uniform_training_clip(length: int, frames: int, stride: int, generator: torch.Generator) -> list[int]:
+    """TSN's uniform sampling (Something-Something): a random frame from each of `frames` equal parts; no stride."""
+    part = length // frames
+    if part == 0:
+        return [i * length // frames for i in range(frames)]
+    return [i * part + pick_below(part, generator) for i in range(frames)]
+
+
+def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
+    """`clips` clips of frames exactly `stride` apart, from the first that fits to the last; one alone in the middle."""
+    strided = list(range(0, length, stride))
+    strided += [strided[-1]] * (frames - len(strided))
+    spare = len(strided) - frames
+    starts = [k * spare // (clips - 1) for k in range(clips)] if clips > 1 else [spare // 2]
+    return [strided[start : start + frames] for start in starts]
+
+
+def uniform_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
+    """`clips` interleaved clips over the whole video; no stride. One alone takes the middle of each part."""
+    tick = length / frames
+    offsets = [k * tick / clips for k in range(clips)] if clips > 1 else [tick / 2]
+    indices = sorted(int(offset + tick * i) for offset in offsets for i in range(frames))
+    return [indices[k::clips] for k in range(clips)]
+
+
+SAMPLING = {"dense": (dense_training_clip, dense_test_clips), "uniform": (uniform_training_clip, uniform_test_clips)}
+
+
+def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
+    """`crops` windows size x size along the longer side of frames (T, 3, H, W) with the shorter side resized to `size`.
+
+    They go from one end to the other, one alone stands in the middle. Returns (crops, T, 3, size, size).
+    """
+    height, width = frames.shape[-2:]
+    scale = size / min(height, width)
+    frames = TF.resize(frames, [max(size, int(height * scale)), max(size, int(width * scale))], antialias=True)
+    long = max(frames.shape[-2:])
+    starts = [int(j * (long - size) / (crops - 1)) for j in range(crops)] if crops > 1 else [(long - size) // 2]
+    return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
+
+
 def multi_scale_crop(
     height: int, width: int, size: int, scales: list[float], generator: torch.Generator
 ) -> tuple[int, int, int, int]:
@@ -230,10 +429,47 @@ def multi_scale_crop(
     return y * step_y, x * step_x, crop_height, crop_width
 
 
+def resized_multi_scale_crop(frames: Tensor, size: int, scales: list[float], flip: bool, generator: torch.Generator) -> Tensor:
+    """The same MultiScaleCrop of all frames (T, 3, H_video, W_video), and flip in half of the cases: (T, 3, size, size)."""
+    top, left, height, width = multi_scale_crop(*frames.shape[-2:], size, scales, generator)
+    clip = TF.resized_crop(frames, top, left, height, width, [size, size], antialias=True)
+    return (clip.flip(-1) if flip and pick_below(2, generator) else clip).contiguous()
+
+
 def center_crop(frames: Tensor, size: int) -> Tensor:
     """The largest central square of frames (T, 3, H, W), resized to size x size."""
     side = min(frames.shape[-2:])
     return TF.resize(TF.center_crop(frames, [side, side]), [size, size], antialias=True)
+
+
+class Augmentation:
+    """What fine-tuning does to a clip (Table 10, order as in the authors' code): RandAugment, random resized crop, flip, erasing.
+
+    randaugment: number of operations, magnitude (of 10), its standard deviation; each operation is done half the time.
+    One choice for all frames of the clip. Called with frames uint8 (T, 3, H, W) it returns uint8 (T, 3, size, size).
+    """
+
+    def __init__(self, *, size: int, randaugment: tuple[int, float, float], area: tuple[float, float], aspect: tuple[float, float], flip: bool, erase: float) -> None:
+        self.operations, self.magnitude, self.deviation = randaugment
+        self.crop = v2.RandomResizedCrop(size, area, aspect, antialias=True)
+        self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+        self.erase = erase
+
+    def __call__(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's global source of randomness
+            torch.manual_seed(pick_below(2**62, generator))
+            clip = tv_tensors.Video(frames)
+            for _ in range(int(self.operations)):
+                if torch.rand(()) < 0.5:
+                    level = (self.magnitude + self.deviation * torch.randn(())).clamp(0, 10)
+                    magnitude = round(float(level) * 3)  # torchvision counts to 30
+                    clip = v2.RandAugment(1, magnitude, interpolation="bilinear", fill=[int(255 * mean) for mean in MEAN])(clip)
+            clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
+            if torch.rand(()) < self.erase:
+                top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
+                noise = torch.randn(len(clip), 3, height, width) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+                clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
+        return clip
 
 
 def normalize(clip: Tensor) -> Tensor:
@@ -250,53 +486,116 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 # ---- datasets and batches ----
 
 
-class PretrainingClips(Dataset):
-    """Random clips and their masks, by (epoch, index).
+class TrainingVideos(Dataset):
+    """Samples by (epoch, index). A broken video is replaced by another one, chosen by the sample's own generator.
 
-    Each item: clip uint8 (T, 3, H, W), positions of visible (N_vis,) and masked (N_mask,) cubes, and a list with the
-    reasons why videos could not be read: a broken video is replaced by another one, chosen by the sample's own generator.
+    A sample is what `sample` makes of a video, followed by a list with the reasons why others could not be read.
     """
 
-    def __init__(
-        self, videos: list[Path], *, frames: int, stride: int, size: int, scales: list[float], flip: bool,
-        draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int
-    ) -> None:  # fmt: skip
-        self.videos, self.frames, self.stride, self.size = videos, frames, stride, size
-        self.scales, self.flip, self.draw_mask, self.seed = scales, flip, draw_mask, seed
+    def __init__(self, videos: list, seed: int) -> None:
+        self.videos, self.seed = videos, seed
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
         generator = sample_generator(self.seed, epoch, index)
         broken = []
         while True:
             try:
-                clip = self._clip(self.videos[index], generator)  # (T, 3, H, W)
-                break
+                return *self.sample(self.videos[index], generator), broken
             except BrokenVideo as error:
                 broken.append(str(error))
                 if len(broken) == TRIES:
                     raise UserError(f"{TRIES} videos in a row could not be read; look at data.root and at the last one, {error}") from None
                 index = pick_below(len(self), generator)
-        return clip, *self.draw_mask(generator), broken
 
-    def _clip(self, path: Path, generator: torch.Generator) -> Tensor:
-        with Video(path) as video:
-            indices = dense_clip(len(video), self.frames, self.stride, generator)
-            frames = video.frames(indices)  # (T, 3, H_video, W_video)
-        top, left, height, width = multi_scale_crop(*frames.shape[-2:], self.size, self.scales, generator)
-        clip = TF.resized_crop(frames, top, left, height, width, [self.size, self.size], antialias=True)  # (T, 3, H, W)
-        if self.flip and pick_below(2, generator):
-            clip = clip.flip(-1)
-        return clip.contiguous()
+    def sample(self, video: Any, generator: torch.Generator) -> tuple:
+        raise NotImplementedError
 
 
-def collate(samples: list[tuple[Tensor, Tensor, Tensor, list[str]]]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Stack clips (B, T, 3, H, W) and positions (B, N_vis), (B, N_mask); join the reports of broken videos."""
-    clips, visible, masked, broken = zip(*samples)
-    return torch.stack(clips), torch.stack(visible), torch.stack(masked), sum(broken, [])
+class PretrainingClips(TrainingVideos):
+    """Random clips and their masks: clip uint8 (T, 3, H, W), positions of visible (N_vis,) and masked (N_mask,) cubes."""
+
+    def __init__(
+        self, videos: list[Path], *, frames: int, stride: int, size: int, scales: list[float], flip: bool,
+        draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int
+    ) -> None:  # fmt: skip
+        super().__init__(videos, seed)
+        self.frames, self.stride, self.size, self.scales, self.flip, self.draw_mask = frames, stride, size, scales, flip, draw_mask
+
+    def sample(self, video: Path, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        with Video(video) as opened:
+            frames = opened.frames(dense_clip(len(opened), self.frames, self.stride, generator))  # (T, 3, H_video, W_video)
+        clip = resized_multi_scale_crop(frames, self.size, self.scales, self.flip, generator)  # (T, 3, H, W)
+        return clip, *self.draw_mask(generator)
+
+
+class LabelledClips(TrainingVideos):
+    """Clips with their class: uint8 (repeats, T, 3, H, W) and a number.
+
+    Repeated augmentation (Table 10): the same frames, decoded once, in `repeats` independent augmentations.
+    """
+
+    def __init__(
+        self, videos: list[tuple[Path, int]], *, frames: int, stride: int, sampling: str,
+        augment: Callable[[Tensor, torch.Generator], Tensor], repeats: int, seed: int
+    ) -> None:  # fmt: skip
+        super().__init__(videos, seed)
+        self.frames, self.stride, self.augment, self.repeats = frames, stride, augment, repeats
+        self.choose_frames = SAMPLING[sampling][0]
+
+    def sample(self, video: tuple[Path, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        path, label = video
+        with Video(path) as opened:
+            frames = opened.frames(self.choose_frames(len(opened), self.frames, self.stride, generator))  # (T, 3, H_video, W_video)
+        return torch.stack([self.augment(frames, generator) for _ in range(self.repeats)]), torch.tensor(label)
+
+
+class TestViews(Dataset):
+    """All views of each video, uint8 (clips * crops, T, 3, H, W), every frame decoded once; or None and why not.
+
+    Nothing random, and nothing stands in for a video that cannot be read. Items: index, views or None, reason.
+    """
+
+    def __init__(self, videos: list[Path], *, frames: int, stride: int, sampling: str, size: int, clips: int, crops: int) -> None:
+        self.videos, self.frames, self.stride, self.size = videos, frames, stride, size
+        self.clips, self.crops, self.choose_frames = clips, crops, SAMPLING[sampling][1]
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        try:
+            with Video(self.videos[index]) as video:
+                clips = self.choose_frames(len(video), self.frames, self.stride, self.clips)
+                wanted = sorted(set(sum(clips, [])))
+                crops = test_crops(video.frames(wanted), self.size, self.crops)  # (crops, len(wanted), 3, H, W)
+        except BrokenVideo as error:
+            return index, None, str(error)
+        position = {frame: place for place, frame in enumerate(wanted)}
+        views = [crops[:, [position[frame] for frame in clip]] for clip in clips]  # clips times (crops, T, 3, H, W)
+        return index, torch.cat(views), ""
+
+
+def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
+    """Indices and views (B, V, T, 3, H, W) of the readable videos, None without any; indices and reasons of the others."""
+    readable = [(index, views) for index, views, _ in items if views is not None]
+    broken = [(index, reason) for index, views, reason in items if views is None]
+    return [index for index, _ in readable], torch.stack([views for _, views in readable]) if readable else None, broken
+
+
+def collate(samples: list[tuple]) -> tuple:
+    """Stack the tensors of samples; join the reports of broken videos, which come last."""
+    *tensors, broken = zip(*samples)
+    return *(torch.stack(column) for column in tensors), sum(broken, [])
+
+
+def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+    """A DataLoader with so many processes beside this one, 0 for none; batches come in pinned memory where a GPU waits."""
+    ahead = dict(num_workers=workers, prefetch_factor=4) if workers else {}
+    return DataLoader(dataset, pin_memory=torch.cuda.is_available(), **ahead, **options)
 
 
 class GlobalBatches(Sampler):
@@ -323,3 +622,59 @@ class GlobalBatches(Sampler):
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.batch_size // (self.world_size * self.per_device)
+
+
+# ---- a dataset looked over before days of training ----
+
+
+def check(root: str, train: str, val: str, classes: str, processes: int) -> bool:
+    """Print, for the training and the test videos, how many there are of each class, which labels are wrong and which
+    files cannot be read: of every video the first, the middle and the last frame are decoded. Whether all is well."""
+    table, well, seen = None, True, set()
+    for what, selection in (("training", train), ("testing", val)):
+        entries = list_entries(root, selection)
+        table = table or Classes(root, classes, entries)
+        count, wrong = Counter(), []
+        for entry in entries:
+            try:
+                count[table.index(entry)] += 1
+            except UserError as error:
+                wrong.append(str(error))
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            reasons = pool.imap(_unreadable, [entry.path for entry in entries], chunksize=16)
+            broken = [reason for reason in tqdm(reasons, f"reading {what} videos", len(entries), unit="video") if reason]
+        print(f"{len(entries):,} videos for {what} in {selection or root}, {len(table.names)} classes, {len(wrong)} wrong labels, {len(broken)} unreadable")
+        for index, name in enumerate(table.names):
+            print(f"{count[index]:8,}  {name}")
+        for report in (*wrong, *broken):
+            print(f"  {report}")
+        both = {entry.path for entry in entries} & seen
+        if both:
+            print(f"  {len(both):,} videos are for training as well, {min(both)} for one")
+        seen = {entry.path for entry in entries}
+        well = well and not (wrong or broken or both)
+    return well
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        with Video(path) as video:
+            video.frames([0, len(video) // 2, len(video) - 1])
+    except BrokenVideo as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look over a dataset: python data.py check configs/finetune/ucf101_base.yaml data.root=/data/ucf101")
+    parser.add_argument("command", choices=["check"])
+    default = Path(__file__).parent / "configs" / "finetune" / "toy.yaml"
+    config = load_config(default, parse(parser).settings).data
+    if not config.root:
+        raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
+    if not check(config.root, config.train, config.val, config.classes, max(1, config.workers)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    launch(main)

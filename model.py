@@ -10,16 +10,20 @@ N = T/2 * H/16 * W/16 tokens of width D. Modules and parameters are named as in 
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from common import UserError, launch
+from masking import Grid
 
 # The encoder is the usual ViT, the decoder half as wide (Sec. 4.2, "Decoder design"). The decoder's depth is no part
 # of the size: Table 1a varies it and chooses 4; the authors' scripts and checkpoints have 12 for L and H.
@@ -85,36 +89,44 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of the vanilla ViT."""
+    """Pre-norm transformer block of the vanilla ViT. drop_path: how often, in training, a clip skips either branch."""
 
-    def __init__(self, *, width: int, heads: int, eps: float) -> None:
+    def __init__(self, *, width: int, heads: int, eps: float, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width=width, heads=heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width=width)
+        self.drop_path = StochasticDepth(drop_path, "row")  # of each clip by itself
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Encoder(nn.Module):
-    """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only, 10 % of all."""
+    """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only, 10 % of all.
+
+    clip_size: what the position table is made for. Clips of another size get an interpolated one, so that weights
+    pre-trained on 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path rises linearly with depth.
+    """
 
     def __init__(
-        self, *, width: int, depth: int, heads: int, clip_size: tuple[int, int, int], cube: tuple[int, int, int], eps: float, norm: bool
-    ) -> None:
+        self, *, width: int, depth: int, heads: int, clip_size: tuple[int, int, int], cube: tuple[int, int, int], eps: float, norm: bool,
+        drop_path: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        grid = cube_grid(clip_size, cube)
+        self.grid = cube_grid(clip_size, cube)
         self.patch_embed = CubeEmbedding(width=width, cube=cube)
-        self.register_buffer("pos_embed", sincos_positions(grid[0] * grid[1] * grid[2], width), persistent=False)  # (N, D)
-        self.blocks = nn.ModuleList(Block(width=width, heads=heads, eps=eps) for _ in range(depth))
+        self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), width), persistent=False)  # (N, D)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(width=width, heads=heads, eps=eps, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
 
     def forward(self, clip: Tensor, visible: Tensor | None = None) -> Tensor:
         x = self.patch_embed(clip, visible)  # (B, N_vis, D)
-        x = x + (self.pos_embed if visible is None else self.pos_embed[visible])
+        positions = interpolate_positions(self.pos_embed, self.grid, cube_grid(clip.shape[2:], self.patch_embed.cube))  # (N, D)
+        x = x + (positions if visible is None else positions[visible])
         for block in self.blocks:
             x = block(x)
         return self.norm(x)  # (B, N_vis, D)
@@ -193,9 +205,11 @@ class VideoClassifier(nn.Module):
     """The fine-tuning model (Sec. 4): encoder, mean over tokens, LayerNorm, linear. The decoder is discarded.
 
     The pre-trained encoder's last norm is discarded too, `fc_norm` after the mean starts fresh.
+    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be classified.
+    drop_path, dropout (before the last layer): Table 10.
     """
 
-    discards = ("encoder.norm.", "encoder_to_decoder.", "mask_token", "decoder.")
+    discards = ("encoder.norm.", "encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.")
 
     def __init__(
         self,
@@ -207,19 +221,29 @@ class VideoClassifier(nn.Module):
         clip_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
         eps: float = 1e-6,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps, norm=False)
+        # What it takes to build this model again; checkpoints carry it.
+        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
+        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
+        self.encoder = Encoder(**encoder, norm=False, drop_path=drop_path)
         self.fc_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
+        self.apply(_truncated_normal)
+        with torch.no_grad():  # the first predictions are nearly uniform
+            self.head.weight.mul_(0.001)
 
     def forward(self, clip: Tensor) -> Tensor:
         """clip (B, 3, T, H, W), normalised, to class logits (B, classes)."""
         x = self.encoder(clip)  # (B, N, D)
-        return self.head(self.fc_norm(x.mean(dim=1)))  # (B, classes)
+        x = self.fc_norm(x.mean(dim=1))  # (B, D)
+        return self.head(self.dropout(x))  # (B, classes)
 
 
-def cube_grid(clip_size: tuple[int, int, int], cube: tuple[int, int, int]) -> tuple[int, int, int]:
+def cube_grid(clip_size: tuple[int, int, int], cube: tuple[int, int, int]) -> Grid:
     """Number of cubes in time, height and width: (8, 14, 14) for 16 x 224 x 224. UserError if they do not fit."""
     if len(cube) != 3:
         raise UserError(f"a cube has three sides, frames, height and width, not {list(cube)}")
@@ -236,6 +260,17 @@ def sincos_positions(count: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()  # (count, width): sin, cos, sin, cos, ...
 
 
+def interpolate_positions(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """A position table (N, D) stretched from one grid of cubes to another: bicubic in space, linear in time."""
+    if new_grid == grid:
+        return table
+    x = rearrange(table, "(t h w) D -> t D h w", t=grid[0], h=grid[1])
+    x = F.interpolate(x, size=new_grid[1:], mode="bicubic")
+    x = rearrange(x, "t D h w -> (h w) D t")
+    x = F.interpolate(x, size=new_grid[0], mode="linear")
+    return rearrange(x, "(h w) D t -> (t h w) D", h=new_grid[1])  # (N', D)
+
+
 def take(tokens: Tensor, positions: Tensor) -> Tensor:
     """Tokens (B, N, D) at `positions` (B, M): (B, M, D)."""
     return tokens.gather(1, positions[:, :, None].expand(-1, -1, tokens.shape[2]))
@@ -244,6 +279,13 @@ def take(tokens: Tensor, positions: Tensor) -> Tensor:
 def _xavier(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)  # q, k and v as the one matrix they are stored in
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _truncated_normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -270,7 +312,7 @@ _RENAME = [
     (r"^(backbone\.)?patch_embed\.projection\.", "patch_embed.proj."),
     (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
-    # official fine-tuning checkpoints: the encoder stands alone
+    # official fine-tuning checkpoints and image models: the encoder stands alone
     (r"^backbone\.", ""),
     (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),
     (r"^encoder\.(?=head\.|fc_norm\.)", ""),
@@ -309,13 +351,14 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own, separate = {}, {}
+    of_images = any(key.endswith("patch_embed.proj.weight") and value.ndim == 4 for key, value in state.items())
     for key, value in state.items():
         match = re.fullmatch(r"(.*)\.attention\.attention\.(query|key|value)\.weight", key)
         if match:  # Hugging Face keeps three matrices where the official code has one
             separate.setdefault(match[1], {})[match[2]] = value
             continue
-        if key.endswith(("pos_embed", "position_embeddings")):
-            continue  # a fixed table: every model computes its own
+        if key.endswith(("pos_embed", "position_embeddings")) and not of_images:
+            continue  # a fixed table: every video model computes its own
         own[_rename(key)] = value
     for prefix, qkv in separate.items():
         own[_rename(f"{prefix}.attn.qkv.weight")] = torch.cat([qkv["query"], qkv["key"], qkv["value"]])  # (3 D, D)
@@ -334,8 +377,17 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     Every parameter has to be found, with its shape, but for those whose name starts with one of `fresh`: they keep
     their initialisation. Every tensor of the file has to be used, but for the parts that the model `discards`.
     Prints what was kept fresh and what was left over; raises UserError naming what else is missing or does not fit.
+    Weights of 2-D image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
-    state, _ = read_checkpoint(path)
+    state, content = read_checkpoint(path)
+    encoder, options = model.encoder, content.get("model_options")
+    if options:  # positions belong to the clips of the file's model
+        grid = cube_grid(options["clip_size"], options["cube"])
+        table = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
+        encoder.pos_embed.copy_(interpolate_positions(table, grid, encoder.grid))
+    elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
+        print(f"{path}: weights of an image model, inflated to cubes", file=sys.stderr)
+        encoder.pos_embed.copy_(inflate(state, encoder.patch_embed.cube[0], encoder.grid))
     own = model.state_dict()
     misfits = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     missing = sorted(own.keys() - state.keys() | {key for key in misfits if key.startswith(fresh)})
@@ -354,26 +406,71 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
             print(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}", file=sys.stderr)
 
 
-def build_from_checkpoint(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> VideoMAE:
-    """The pre-training model that a checkpoint holds, with its weights.
+def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> Tensor:
+    """Turn the weights of an image ViT into a video model's, in place, as I3D does; returns positions (N, D).
 
-    This project's checkpoints say how to rebuild it. In others the sizes are read off the tensors' shapes; heads,
-    which leave no trace there, come from `SIZES` by width, and `clip_size`, which leaves none either, is the caller's.
+    The patch kernel is repeated over the cube's frames and divided by their number: a still video gives what the image
+    gave. Positions in space are the image's; the class token and its position are dropped. Image tables know no time:
+    sine and cosine of it are added, as large as the table and of mean 0, or no token would know when it is.
+    """
+    kernel = state["encoder.patch_embed.proj.weight"]  # (D, 3, 16, 16)
+    state["encoder.patch_embed.proj.weight"] = kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # (D, 3, 2, 16, 16)
+    for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+        q, _, v = state.pop(key).chunk(3)  # a bias of the keys changes nothing, see Attention
+        state[key.replace("qkv.bias", "q_bias")], state[key.replace("qkv.bias", "v_bias")] = q, v
+    image = state.pop("encoder.pos_embed", state.pop("pos_embed", None))
+    if image is None:
+        raise UserError("these weights of an image model hold no position table 'pos_embed'; give ones named as in timm or facebookresearch/mae")
+    side = math.isqrt(image.shape[1])  # the class token comes first, if there is one
+    image = image[0, -side * side :]  # (14 * 14, D)
+    time = sincos_positions(grid[0], image.shape[1])  # (T/2, D)
+    time = time - time.mean(dim=0)
+    time = time * image.std() / time.std() if grid[0] > 1 else time
+    image = interpolate_positions(image, (1, side, side), (1, *grid[1:]))  # (H/16 * W/16, D)
+    return (time[:, None] + image[None]).flatten(0, 1)  # (N, D)
+
+
+def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
+    """The keyword arguments of the `VideoMAE` or `VideoClassifier` that a checkpoint holds.
+
+    This project's checkpoints say them. In others the sizes are read off the tensors' shapes; heads, which leave no
+    trace there, come from `SIZES` by width, and `clip_size`, which leaves none either, is the caller's.
     """
     state, content = read_checkpoint(path)
-    options = content.get("model_options")
-    if options is None:
-        for needed in ("encoder.patch_embed.proj.weight", "decoder.head.weight"):
-            if needed not in state:
-                raise UserError(f"{path} has no {needed}: it is not a pre-training checkpoint, with its decoder")
-        width, _, *cube = state["encoder.patch_embed.proj.weight"].shape
-        size = next((size for size in SIZES.values() if size["width"] == width), None)
-        if size is None:
-            raise UserError(f"{path} has an encoder of width {width}; known are {', '.join(str(s['width']) for s in SIZES.values())}")
-        depths = {part: 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{part}.blocks.")) for part in ("encoder", "decoder")}
-        frames_per_token = state["decoder.head.weight"].shape[0] // (3 * cube[1] * cube[2])
-        options = {**size, "depth": depths["encoder"], "decoder_depth": depths["decoder"], "cube": cube, "clip_size": clip_size, "frames_per_token": frames_per_token}
-    model = VideoMAE(**options)
+    if "model_options" in content:
+        return content["model_options"]
+    if "encoder.patch_embed.proj.weight" not in state:
+        raise UserError(f"{path} has no encoder.patch_embed.proj.weight: it is no checkpoint of a VideoMAE model")
+    width, _, *cube = state["encoder.patch_embed.proj.weight"].shape
+    size = next((size for size in SIZES.values() if size["width"] == width), None)
+    if size is None:
+        raise UserError(f"{path} has an encoder of width {width}; known are {', '.join(str(s['width']) for s in SIZES.values())}")
+
+    def depth(part: str) -> int:
+        return 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{part}.blocks."))
+
+    options = dict(width=width, depth=depth("encoder"), heads=size["heads"], cube=cube, clip_size=list(clip_size))
+    if "decoder.head.weight" in state:
+        decoder = dict(decoder_width=size["decoder_width"], decoder_heads=size["decoder_heads"], decoder_depth=depth("decoder"))
+        return {**options, **decoder, "frames_per_token": state["decoder.head.weight"].shape[0] // (3 * cube[1] * cube[2])}
+    return {**options, "classes": len(state["head.weight"])} if "head.weight" in state else options
+
+
+def build_from_checkpoint(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> VideoMAE:
+    """The pre-training model that a checkpoint holds, with its weights; for `clip_size` see `read_options`."""
+    return _build(VideoMAE, "decoder_width", "a pre-training checkpoint, with its decoder", path, clip_size)
+
+
+def build_classifier(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> VideoClassifier:
+    """The fine-tuned model that a checkpoint holds, with its weights; for `clip_size` see `read_options`."""
+    return _build(VideoClassifier, "classes", "a fine-tuned checkpoint, with its classes", path, clip_size)
+
+
+def _build(kind: type[nn.Module], needed: str, what: str, path: str | Path, clip_size: tuple[int, int, int]) -> Any:
+    options = read_options(path, clip_size)
+    if needed not in options:
+        raise UserError(f"{path} is not {what}")
+    model = kind(**options)
     load_weights(model, path)
     return model
 

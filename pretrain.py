@@ -10,37 +10,29 @@ The same command again goes on from the last checkpoint. Any value of the YAML f
 """
 
 import argparse
-import math
-import os
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 import common
 import data
 import masking
 import toy
-from common import UserError
+from common import UserError, say
 from model import SIZES, VideoMAE, build_from_checkpoint, cube_grid, read_checkpoint, take
 
 CONFIGS = Path(__file__).parent / "configs" / "pretrain"
 DEFAULT = CONFIGS / "toy.yaml"
-TOY_VIDEOS = Path("toy_videos")
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
 
 
@@ -230,10 +222,7 @@ def draw_videos(arguments: argparse.Namespace) -> None:
 
 def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch.Generator], Tensor]]:
     """The model, its objective and the function that draws a mask (N,). Most mistakes in a configuration are found here."""
-    for key in ("data.stride", "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"):
-        group, name = key.split(".")
-        if getattr(getattr(config, group), name) < 1:
-            raise UserError(f"{key} has to be at least 1")
+    common.at_least_one(config, "data.stride", "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every")
     objective = Objective(config)
     torch.manual_seed(config.run.seed)
     model = VideoMAE(
@@ -252,19 +241,6 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
     return model, objective, draw_mask
 
 
-def find_videos(config: SimpleNamespace, world_size: int) -> tuple[list[Path], list[Path]]:
-    """Videos for training and for pictures; the toy videos, rendered if need be, unless `data.root` names a folder."""
-    root, train, val = config.data.root, config.data.train, config.data.val
-    if not root:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            toy.render(TOY_VIDEOS)
-        if world_size > 1:
-            dist.barrier()
-        root, train, val = str(TOY_VIDEOS), "train", "val"
-    videos = data.list_videos(root, train)
-    return videos, data.list_videos(root, val) if val else videos
-
-
 def parameter_groups(model: VideoMAE, weight_decay: float) -> list[dict]:
     """Weights decay; biases, norms and the mask token do not, as in the authors' code."""
     decayed, others = [], []
@@ -275,13 +251,13 @@ def parameter_groups(model: VideoMAE, weight_decay: float) -> list[dict]:
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes."""
-    on_gpu = torch.cuda.is_available()
-    bf16 = common.pick({"auto": on_gpu, "bf16": True, "float32": False}, config.run.precision, "run.precision")
-    compiled = common.pick({"auto": on_gpu, "always": True, "never": False}, config.run.compile, "run.compile")
+    bf16, compiled = common.numerics(config.run)
     model, objective, draw_mask = build(config)
     rank, world_size, device = common.start_processes()
     chief = rank == 0
-    videos, val_videos = find_videos(config, world_size)
+    root, train, val = toy.find(config.data, world_size)
+    videos = data.list_videos(root, train)
+    val_videos = data.list_videos(root, val) if val else videos
     clips = data.PretrainingClips(
         videos,
         frames=objective.load_frames,
@@ -294,14 +270,8 @@ def train(config: SimpleNamespace) -> None:
     )
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
 
-    # The paper's batch on any number of devices: what does not fit at once is accumulated.
     batch_size = config.optim.batch_size
-    if batch_size % world_size:
-        raise UserError(f"optim.batch_size={batch_size} cannot be shared equally by {world_size} processes")
-    if len(videos) < batch_size:
-        raise UserError(f"{len(videos)} videos are fewer than one batch: set optim.batch_size to {len(videos)} or less")
-    per_device = max(n for n in range(1, config.run.batch_per_device + 1) if batch_size // world_size % n == 0)
-    accumulation = batch_size // world_size // per_device
+    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
@@ -317,19 +287,18 @@ def train(config: SimpleNamespace) -> None:
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
-        log = common.Log(folder / "log.jsonl", start)
-        say(
-            f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
-            f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x {config.data.size} pixels\n"
-            f"{config.mask.type} mask: {len(masked):,} of {len(masked) + len(visible):,} cubes masked, {len(visible):,} visible\n"
-            f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
-            f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}\n"
-            f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
-        )
+    say(
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
+        f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x {config.data.size} pixels\n"
+        f"{config.mask.type} mask: {len(masked):,} of {len(masked) + len(visible):,} cubes masked, {len(visible):,} visible\n"
+        f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
+        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}\n"
+        f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
+    )
 
     predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if compiled else (model, objective.loss)
     if world_size > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     share = data.GlobalBatches(
         length=len(videos),
         batch_size=batch_size,
@@ -340,33 +309,16 @@ def train(config: SimpleNamespace) -> None:
         start=start,
         steps=steps,
     )
-    workers = dict(num_workers=config.data.workers, prefetch_factor=4) if config.data.workers else {}
-    batches = iter(DataLoader(clips, batch_sampler=share, collate_fn=data.collate, pin_memory=on_gpu, **workers))
+    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=data.collate))
+    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
 
-    reports: list[str] = []  # of broken videos
-    loss_sum, reading, waited, logged_at, logged_step = torch.zeros((), device=device), None, 0.0, time.perf_counter(), start
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not chief)
-
-    def write_log() -> None:
-        if reading:
-            loss, values = reading[0].get(), reading[1]
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
-            log.write(loss=loss, **values)
-            bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
-
-    for step in bar:
+    for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
         for piece in range(accumulation):
-            asked_at = time.perf_counter()
-            frames, visible, masked, broken = next(batches)
-            waited += time.perf_counter() - asked_at
-            for report in broken:
-                if report not in reports:
-                    reports.append(report)
-                    tqdm.write(f"replaced by another video: {report}", file=sys.stderr)
-            frames, visible, masked = (x.to(device, non_blocking=True) for x in (frames, visible, masked))
+            *tensors, broken = progress.next(batches)
+            progress.report(broken)
+            frames, visible, masked = (x.to(device, non_blocking=True) for x in tensors)
             clip, target = objective.split(frames)  # (B, T, 3, H, W) twice
             # Processes exchange gradients once a step, with the last piece.
             with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
@@ -374,39 +326,22 @@ def train(config: SimpleNamespace) -> None:
                     prediction = predict(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
                 loss = loss_of(prediction, target, masked)
                 (loss / accumulation).backward()
-            loss_sum += loss.detach()
+            progress.add(loss)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        if done % config.run.log_every == 0 or done == steps:
-            if world_size > 1:
-                dist.all_reduce(loss_sum)
-            if chief:
-                write_log()  # the reading before this one, which has come from the device by now: no waiting for a number to print
-                now = time.perf_counter()
-                reading = common.Reading(loss_sum / ((done - logged_step) * accumulation * world_size)), dict(
-                    step=done,
-                    epoch=round(done / steps_per_epoch, 4),
-                    lr=optimizer.param_groups[0]["lr"],
-                    clips_per_second=round((done - logged_step) * batch_size / (now - logged_at), 1),
-                    waiting_for_data=round(waited / (now - logged_at), 4),
-                    memory_gb=round(common.peak_memory(device) / 1e9, 3),
-                )
-                logged_at = now
-            loss_sum, waited, logged_step = torch.zeros_like(loss_sum), 0.0, done
+        progress.done(done, epoch=round(done / steps_per_epoch, 4), lr=optimizer.param_groups[0]["lr"])
         if done % config.run.checkpoint_every == 0 or done == steps:
-            reports = common.gather(reports)
+            progress.flush()
+            progress.gather_broken()
             if chief:
-                write_log()
-                reading = None
                 content = dict(model=model.state_dict(), model_options=model.options, optimizer=optimizer.state_dict())
                 common.save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=common.as_dict(config))
 
     if chief:
-        if reports:
-            (folder / "broken_videos.txt").write_text("".join(f"{report}\n" for report in reports))
-            say(f"{len(reports)} broken videos were replaced by others: {folder / 'broken_videos.txt'}")
+        if progress.broken:
+            say(f"{len(progress.broken)} broken videos were replaced by others: {folder / 'broken_videos.txt'}")
         for index in torch.linspace(0, len(val_videos) - 1, min(config.run.pictures, len(val_videos))).long().tolist():
             masks = {f"{config.mask.ratio:.0%} masked": draw_mask(data.sample_generator(config.run.seed, -1, index))}
             try:
@@ -414,11 +349,6 @@ def train(config: SimpleNamespace) -> None:
             except data.BrokenVideo as error:
                 say(f"no picture of {error}")
         say(f"{folder}: {steps:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
-
-
-def say(text: str) -> None:
-    """Print beside the progress bar, not among a command's results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""The toy videos that every stage runs on by default: one shape on a smooth background, in eight motions.
+"""The toy videos that every stage runs on by default: one shape on a smooth background, moving in one of eight directions.
 
     python toy.py toy_videos        # renders what is not there yet; the stages do it by themselves on first use
 
-Motion alone decides the class, as in Something-Something: position, angle and size have the same distribution in every
-frame of every class (positions wrap around, sizes go up and down for ever), so a single frame is worth chance.
-Backgrounds and shapes are smooth colour gradients: a tenth of the cubes tells much about the others.
+Motion alone decides the class, as in Something-Something: in every frame of every class the shape is anywhere with the
+same probability (it wraps around), so a single frame is worth chance. Backgrounds and shapes are smooth colour gradients:
+a tenth of the cubes tells much about the others, and the rest is where the shape will be.
 """
 
 import argparse
@@ -14,16 +14,19 @@ import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, launch
 from data import write_mp4
 
-CLASSES = ("moving left", "moving right", "moving up", "moving down", "turning left", "turning right", "growing", "shrinking")
+CLASSES = tuple(f"moving {way}" for way in ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right"))
 SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames a video, frames a second
+FOLDER = Path("toy_videos")
 VIDEOS = {"train": 4000, "val": 800}
 
 
@@ -52,6 +55,17 @@ def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path
     return folder
 
 
+def find(data: SimpleNamespace, world_size: int) -> tuple[str, str, str]:
+    """`data.root`, `data.train` and `data.val` of a configuration; the toy videos, rendered if need be, without a root."""
+    if data.root:
+        return data.root, data.train, data.val
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        render(FOLDER)
+    if world_size > 1:
+        dist.barrier()
+    return str(FOLDER), "train", "val"
+
+
 def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
     split, number = wanted
     motion = CLASSES[number % len(CLASSES)]
@@ -67,22 +81,16 @@ def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
 def trajectory(motion: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Position x and y in pixels, angle in turns and size in pixels of the shape in each frame: four times (FRAMES,).
 
-    The first frame is drawn alike for all classes, and one of the four changes in time: as x, y and angle wrap around,
-    uniform stays uniform; as the size goes up and down for ever, so does its phase.
+    The first frame is drawn alike for all classes; as positions wrap around, uniform stays uniform in all others.
     """
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    x, y, turn, phase = uniform(0, SIZE), uniform(0, SIZE), uniform(0, 1), uniform(0, 1)
-    pixels, turns, cycles = uniform(1.5, 3), uniform(1 / 60, 1 / 30), uniform(1 / 40, 1 / 24)  # a frame
-    time = torch.arange(FRAMES).float()
-    x = x + {"moving left": -pixels, "moving right": pixels}.get(motion, 0) * time
-    y = y + {"moving up": -pixels, "moving down": pixels}.get(motion, 0) * time
-    turn = turn + {"turning left": -turns, "turning right": turns}.get(motion, 0) * time
-    phase = (phase + {"growing": cycles, "shrinking": -cycles}.get(motion, 0) * time) % 1
-    slow = 0.9  # slowly up and quickly back: every size is equally frequent, whichever way the phase runs
-    return x, y, turn, 11 * (22 / 11) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
+    x, y, turn, size, speed = uniform(0, SIZE), uniform(0, SIZE), uniform(0, 1), uniform(11, 22), uniform(1.5, 3)
+    direction = 2 * math.pi * CLASSES.index(motion) / len(CLASSES)
+    time, still = torch.arange(FRAMES).float(), torch.ones(FRAMES)
+    return x + speed * math.cos(direction) * time, y + speed * math.sin(direction) * time, turn * still, size * still
 
 
 def render_clip(motion: str, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,179 @@
+"""Linear probing: how much a linear classifier reads off a frozen pre-trained encoder (Table 11, Table 3).
+
+    laptop:   torchrun probe.py                         # toy videos, from the encoder that `torchrun pretrain.py` leaves
+    8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
+
+An encoder with random weights can be probed beside it, on the same clips: what pre-training adds is the difference.
+The same command again goes on from the last checkpoint. Any value of the YAML file can be given as key=value.
+"""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import data
+import finetune
+from common import UserError, say
+from model import SIZES, Encoder, cube_grid, load_weights, read_checkpoint
+
+CONFIGS = Path(__file__).parent / "configs" / "probe"
+DEFAULT = CONFIGS / "toy.yaml"
+
+
+class LinearProbe(nn.Module):
+    """A frozen encoder, its last norm included, the mean over tokens, and a linear layer, all that learns.
+
+    The paper says no more about it; there is no batch normalisation.
+    """
+
+    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
+
+    def __init__(self, *, width: int, depth: int, heads: int, classes: int, clip_size: tuple[int, int, int], cube: tuple[int, int, int], eps: float = 1e-6) -> None:
+        super().__init__()
+        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
+        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
+        self.encoder = Encoder(**encoder, norm=True).requires_grad_(False)
+        self.head = nn.Linear(width, classes)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.encoder.eval()  # always
+        return self
+
+    def features(self, clip: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W), normalised, to (B, D)."""
+        with torch.no_grad():
+            return self.encoder(clip).mean(dim=1)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.head(self.features(clip))  # (B, classes)
+
+
+def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
+    """The probes to train beside each other: of the pre-trained encoder and, if wanted, of a random one."""
+    if not Path(config.init).is_file():
+        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, or name another file")
+    sizes = common.pick(SIZES, config.model.size, "model.size")
+    options = {name: sizes[name] for name in ("width", "depth", "heads")}
+    clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", config.model.pretrained_clip)
+    probes = {}
+    for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
+        torch.manual_seed(config.run.seed)
+        probes[name] = LinearProbe(**options, classes=classes, clip_size=clip_size, cube=config.model.cube)
+    load_weights(probes["pre-trained"], config.init, fresh=("head.",))
+    return probes
+
+
+def train(config: SimpleNamespace) -> None:
+    """Run, or go on with, the experiment that `config` describes; test it at the end."""
+    common.at_least_one(
+        config, "data.frames", "data.stride", "data.size", "data.test_clips", "data.test_crops",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
+    bf16, compiled = common.numerics(config.run)
+    rank, world_size, device = common.start_processes()
+    videos, val_videos, names = finetune.find_videos(config, world_size)
+    probes = nn.ModuleDict(build(config, len(names))).to(device)
+    clips = data.LabelledClips(
+        videos,
+        frames=config.data.frames,
+        stride=config.data.stride,
+        sampling=config.data.sampling,
+        augment=lambda frames, generator: data.resized_multi_scale_crop(frames, config.data.size, config.data.scales, False, generator),
+        repeats=1,
+        seed=config.run.seed,
+    )
+    clips[0, 0]  # stops here if no video can be read
+
+    batch_size = config.optim.batch_size
+    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
+    steps_per_epoch = len(videos) // batch_size
+    steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
+    peak_lr = config.optim.base_lr * batch_size / 256
+
+    heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)
+    folder, start = Path(config.run.folder), 0
+    checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
+    if checkpoint:
+        start = checkpoint["step"]
+        heads.load_state_dict(checkpoint["heads"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
+    say(
+        f"{folder}: linear probes of ViT-{config.model.size}, {' and '.join(probes)}, on {world_size} x {device.type}\n"
+        f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes\n"
+        f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} videos; "
+        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}\n"
+        f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
+    )
+
+    share = data.GlobalBatches(
+        length=len(videos),
+        batch_size=batch_size,
+        per_device=per_device,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        start=start,
+        steps=steps,
+    )
+    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=data.collate))
+    features = {name: torch.compile(probe.features) if compiled else probe.features for name, probe in probes.items()}
+    predict = {name: DistributedDataParallel(head) if world_size > 1 else head for name, head in heads.items()}
+    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
+
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = common.warmup_cosine(step, steps, warmup, peak_lr, 0.0)
+        for piece in range(accumulation):
+            frames, labels, broken = progress.next(batches)  # (B, 1, T, 3, H, W), (B,)
+            progress.report(broken)
+            clip = data.normalize(frames.to(device, non_blocking=True).squeeze(1))  # (B, 3, T, H, W)
+            labels = labels.to(device, non_blocking=True)
+            for name in probes:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    latent = features[name](clip).float()  # (B, D)
+                with predict[name].no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
+                    loss = F.cross_entropy(predict[name](latent), labels)
+                    (loss / accumulation).backward()
+                if name == "pre-trained":
+                    progress.add(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        progress.done(done, epoch=round(done / steps_per_epoch, 4), lr=optimizer.param_groups[0]["lr"])
+        if done % config.run.checkpoint_every == 0 or done == steps:
+            progress.flush()
+            progress.gather_broken()
+            if rank == 0:
+                content = dict(heads=heads.state_dict(), optimizer=optimizer.state_dict(), classes=names)
+                common.save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=common.as_dict(config))
+
+    for name, probe in probes.items():
+        say(f"{name} encoder:")
+        top1 = finetune.test_and_write(probe, val_videos, names, config, folder / name)
+        if rank == 0:
+            progress.log.write(step=steps, encoder=name, test_top1=top1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    train(common.load_config(DEFAULT, common.parse(parser).settings))
+
+
+if __name__ == "__main__":
+    common.launch(main)
