@@ -10,7 +10,6 @@ AVA labels one frame of every second, the key frame: a box for each person and, 
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import re
 from array import array
@@ -18,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 import common
 import data
@@ -627,155 +625,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the result; default: DETECTIONS_mAP.json")
     parser.add_argument("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
     evaluate(common.parse(parser))
-
-
-# ======== to move to toy.py: toy videos with annotations in AVA's own formats ========
-
-AVA_FRAMES = 60  # five seconds: key frames at seconds 901 to 904
-AVA_VIDEOS = {"train": 400, "val": 80}
-RADIUS = 6, 12  # pixels, of the smallest and the largest shape
-EXCLUDED, MISSED, FALSE = 0.05, 0.1, 0.3  # frames excluded, boxes that the detector misses, frames where it sees something that is not
-
-
-def render_ava(folder: Path, videos: dict[str, int] = AVA_VIDEOS, seed: int = 0) -> Path:
-    """Make sure that `folder` holds toy videos of several shapes with annotations as AVA distributes them; returns `folder`.
-
-    videos/<split>_<number>.mp4, cut to start at second 900; in annotations/ the ground truth and excluded frames of each
-    split and the list of actions; in boxes/ what a person detector might have found, as SlowFast has it.
-    Each video depends on (seed, split, number) alone; an interrupted rendering is finished by the next call.
-    """
-    settings = dict(seed=seed, videos=videos, size=toy.SIZE, frames=AVA_FRAMES, classes=list(toy.CLASSES))
-    mark, notes, actions = folder / "settings.json", folder / "annotations", folder / "annotations" / "ava_action_list_v2.2.pbtxt"
-    if mark.exists() and mark.read_text() != json.dumps(settings):
-        raise UserError(f"{folder} holds toy videos of other settings; delete it or choose another folder")
-    if mark.exists() and actions.exists():
-        return folder
-    for name in ("videos", "annotations", "boxes"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(settings))
-    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for split, count in videos.items():
-            done = pool.imap(partial(_render_ava_video, folder, split, seed), range(count), chunksize=4)
-            texts = list(tqdm(done, f"rendering toy videos for detection into {folder}", count, unit="video"))
-            truth, exclusions, detected = ("".join(text) for text in zip(*texts))
-            (notes / f"ava_{split}_v2.2.csv").write_text(truth)
-            (notes / f"ava_{split}_excluded_timestamps_v2.2.csv").write_text(exclusions)
-            (folder / "boxes" / f"ava_{split}_predicted_boxes.csv").write_text(detected)
-    # Shapes do not handle objects: moving, turning and changing in size stand for AVA's three groups.
-    groups = [group for group, motions in zip(GROUPS, (4, 2, 2)) for _ in range(motions)]
-    items = enumerate(zip(toy.CLASSES, groups), 1)
-    # Last: it says that all are there.
-    actions.write_text("".join(f'label {{\n  name: "{name}"\n  label_id: {number}\n  label_type: {group}\n}}\n' for number, (name, group) in items))
-    return folder
-
-
-def _render_ava_video(folder: Path, split: str, seed: int, number: int) -> tuple[str, str, str]:
-    """Render one video if it is not there yet; returns its rows of ground truth, excluded frames and detected boxes."""
-    generator = data.sample_generator(seed, ["train", "val"].index(split), number)
-    frames, shapes = render_scene(generator)
-    video = f"{split}_{number:05d}"
-    path = folder / "videos" / f"{video}.mp4"
-    if not path.exists():
-        part = path.with_suffix(".part")
-        data.write_mp4(part, frames, toy.RATE, quantizer=10)
-        os.replace(part, path)
-
-    def chance(probability: float) -> bool:
-        return bool(torch.rand((), generator=generator) < probability)
-
-    truth, exclusions, detected = "", "", ""
-    for second in range(START + 1, START + AVA_FRAMES // toy.RATE):
-        place = f"{video},{second:04d}"
-        frame = (second - START) * toy.RATE
-        exclusions += f"{place}\n" if chance(EXCLUDED) else ""
-        for person, (motions, boxes) in enumerate(shapes):
-            if boxes[frame] is None:
-                continue
-            box = torch.tensor(boxes[frame]) / toy.SIZE
-            for motion in motions[frame]:
-                truth += f"{place},{_csv(box)},{toy.CLASSES.index(motion) + 1},{person}\n"
-            if not chance(MISSED):
-                found = jitter_boxes(box[None], generator, (0.1, 0.1), (0.1, 0.1))[0].clamp(0, 1)
-                detected += f"{place},{_csv(found)},,{_csv(0.75 + 0.25 * torch.rand(1, generator=generator))}\n"  # a few below 0.8
-        if chance(FALSE):
-            corner, side = torch.rand(2, generator=generator) * 0.7, 0.2 + 0.1 * torch.rand(2, generator=generator)
-            detected += f"{place},{_csv(torch.cat([corner, corner + side]))},,{_csv(0.5 + 0.45 * torch.rand(1, generator=generator))}\n"
-    return truth, exclusions, detected
-
-
-def _csv(values: Tensor) -> str:
-    return ",".join(f"{value:.3f}" for value in values.tolist())
-
-
-def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], list[tuple | None]]]]:
-    """Two to four shapes on a smooth background: uint8 (AVA_FRAMES, 3, SIZE, SIZE), and of each shape motions and box by frame.
-
-    A box is (x1, y1, x2, y2) in pixels, or None where the shape's centre is outside or others hide more than half of it.
-    """
-    rows, columns = torch.meshgrid(torch.arange(toy.SIZE) + 0.5, torch.arange(toy.SIZE) + 0.5, indexing="ij")  # (SIZE, SIZE)
-    background = toy._gradient(columns / toy.SIZE, rows / toy.SIZE, torch.rand(4, 3, generator=generator))
-    other = 0.25 + 0.5 * ((background.mean(dim=(0, 1)) + 0.5) % 1)  # a colour that stands out, and room around it
-    clip = background.expand(AVA_FRAMES, -1, -1, -1)  # (AVA_FRAMES, SIZE, SIZE, 3)
-    tracks, masks = [], []
-    for _ in range(2 + data.pick_below(3, generator)):
-        motions, x, y, turn, size = track(generator)
-        dx, dy = columns - x[:, None, None], rows - y[:, None, None]  # (AVA_FRAMES, SIZE, SIZE)
-        angle, size = 2 * math.pi * turn[:, None, None], size[:, None, None]
-        u = (dx * angle.cos() + dy * angle.sin()) / size  # the shape's own axes, about -1 to 1
-        v = (dy * angle.cos() - dx * angle.sin()) / size
-        outline = toy._outline(torch.atan2(v, u), data.pick_below(6, generator))
-        inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)  # anti-aliased edge
-        colours = toy._gradient((u + 1) / 2, (v + 1) / 2, other + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5))
-        clip = clip + inside[..., None] * (colours - clip)
-        masks.append(inside > 0.5)
-        tracks.append((motions, (x >= 0) & (x < toy.SIZE) & (y >= 0) & (y < toy.SIZE)))
-    shapes = []
-    for place, (motions, within) in enumerate(tracks):
-        hidden = torch.stack([*masks[place + 1 :], torch.zeros_like(masks[place])]).any(dim=0)  # by those painted later
-        boxes = [
-            _box_of(mask) if seen and (mask & ~above).sum() > 0.5 * mask.sum() else None
-            for mask, above, seen in zip(masks[place], hidden, within)
-        ]
-        shapes.append((motions, boxes))
-    return (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2), shapes
-
-
-def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
-    """The box around the true pixels of a mask (H, W)."""
-    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, Tensor, Tensor]:
-    """What a shape does in each frame, one or two motions, others in the second half than in the first; and its
-    position x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
-
-    As in the videos of one shape, a single frame tells nothing about the motions: a coordinate that ever moves is
-    uniform on a circle that the frame and a margin as wide as the largest shape form, and uniform in the frame otherwise.
-    """
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
-    pairs = [toy.CLASSES[i : i + 2] for i in range(0, len(toy.CLASSES), 2)]  # opposite motions exclude each other
-    halves = []
-    for _ in range(2):
-        chosen = torch.randperm(len(pairs), generator=generator)[: 1 + data.pick_below(2, generator)].tolist()
-        halves.append([pairs[pair][data.pick_below(2, generator)] for pair in sorted(chosen)])
-    motions = [halves[2 * frame // AVA_FRAMES] for frame in range(AVA_FRAMES)]
-
-    def path(pair: tuple[str, str], speed: float) -> Tensor:
-        """Way covered since the first frame: (AVA_FRAMES,)."""
-        steps = torch.tensor([speed * ((pair[1] in doing) - (pair[0] in doing)) for doing in motions])
-        return steps.cumsum(0) - steps[0]
-
-    x, y = path(pairs[0], uniform(1, 2)), path(pairs[1], uniform(1, 2))  # pixels, turns and cycles a frame
-    turn, phase = path(pairs[2], uniform(1 / 60, 1 / 30)), path(pairs[3], uniform(1 / 40, 1 / 24))
-    period, margin = toy.SIZE + 2 * RADIUS[1], RADIUS[1]
-    x, y = ((way + uniform(0, period)) % period - margin if way.any() else way + uniform(0, toy.SIZE) for way in (x, y))
-    turn, phase = turn + uniform(0, 1), (uniform(0, 1) - phase) % 1  # growing stands before shrinking
-    slow = 0.9  # slowly up and quickly back: every size is equally frequent, whichever way the phase runs
-    return motions, x, y, turn, RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
 
 
 if __name__ == "__main__":

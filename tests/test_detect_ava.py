@@ -672,17 +672,17 @@ def test_list_of_movies(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return detect_ava.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
+    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
 
 
 def test_toy_annotations_are_read_as_ava_itself(toy_ava):
     actions = detect_ava.read_actions(toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt")
-    assert [action.name for action in actions.values()] == list(toy.CLASSES)
+    assert [action.name for action in actions.values()] == list(toy.ACTIONS)
     movies = detect_ava.list_movies(toy_ava / "videos")
     assert len(movies) == 10
     for split in ("train", "val"):
-        truth = detect_ava.read_ground_truth(toy_ava / "annotations" / f"ava_{split}_v2.2.csv", len(toy.CLASSES))
-        frames = detect_ava.key_frames(truth, len(toy.CLASSES))
+        truth = detect_ava.read_ground_truth(toy_ava / "annotations" / f"ava_{split}_v2.2.csv", len(toy.ACTIONS))
+        frames = detect_ava.key_frames(truth, len(toy.ACTIONS))
         assert all(frame.video in movies and 901 <= frame.second <= 904 for frame in frames)
         assert all(1 <= count <= 2 for frame in frames for count in frame.labels.sum(dim=1).tolist())
         assert all((frame.boxes >= 0).all() and (frame.boxes <= 1).all() and (frame.boxes[:, :2] < frame.boxes[:, 2:]).all() for frame in frames)
@@ -693,7 +693,7 @@ def test_toy_annotations_are_read_as_ava_itself(toy_ava):
         found = detect_ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
         assert 0.5 < sum(len(frame.boxes) for frame in found) / sum(len(frame.boxes) for frame in frames) < 1.3
         clip = detect_ava.read_clip(movies[frames[0].video], frames[0].second, frames=8, stride=2, rate=toy.RATE)
-        assert clip.shape == (8, 3, toy.SIZE, toy.SIZE)
+        assert clip.shape == (8, 3, toy.AVA_HEIGHT, toy.AVA_WIDTH)
 
 
 def test_toy_videos_are_the_same_each_time_and_an_interrupted_rendering_is_finished(toy_ava, tmp_path):
@@ -702,31 +702,31 @@ def test_toy_videos_are_the_same_each_time_and_an_interrupted_rendering_is_finis
     (again / "annotations" / "ava_action_list_v2.2.pbtxt").unlink()
     (again / "annotations" / "ava_val_v2.2.csv").write_text("cut off")
     (again / "videos" / "val_00002.mp4").unlink()
-    detect_ava.render_ava(again, {"train": 6, "val": 4})
+    toy.render_ava(again, {"train": 6, "val": 4})
     files = [path.relative_to(toy_ava) for path in sorted(toy_ava.rglob("*")) if path.is_file()]
     assert len(files) == 10 + 2 * 3 + 2
     assert all((again / path).read_bytes() == (toy_ava / path).read_bytes() for path in files)
     with pytest.raises(UserError, match="other settings"):
-        detect_ava.render_ava(again, {"train": 7, "val": 4})
+        toy.render_ava(again, {"train": 7, "val": 4})
 
 
 def test_toy_boxes_follow_the_motions_that_the_labels_say():
     """In frames without a change of motion, a wrap or a cut, the centre of a box goes where its label says."""
     checked = set()
     for seed in range(30):
-        _, shapes = detect_ava.render_scene(data.sample_generator(0, 0, seed))
+        _, shapes = toy.render_scene(data.sample_generator(0, 0, seed))
         for motions, boxes in shapes:
-            for frame in range(4, detect_ava.AVA_FRAMES - 4):
+            for frame in range(4, toy.AVA_FRAMES - 4):
                 before, after = boxes[frame - 4], boxes[frame + 4]
                 if not before or not after or motions[frame - 4] != motions[frame + 4]:
                     continue
-                if min(*before, *after) <= 0 or max(*before, *after) >= toy.SIZE:
+                if min(*before, *after) <= 0 or max(before[2], after[2]) >= toy.AVA_WIDTH or max(before[3], after[3]) >= toy.AVA_HEIGHT:
                     continue
                 dx, dy = ((after[i] + after[i + 2] - before[i] - before[i + 2]) / 2 for i in (0, 1))
-                if abs(dx) > 30 or abs(dy) > 30:
+                if abs(dx) > 40 or abs(dy) > 40:
                     continue
                 for name, way in (("left", -dx), ("right", dx), ("up", -dy), ("down", dy)):
-                    if f"moving {name}" in motions[frame]:
+                    if any(motion.startswith("moving") and name in motion for motion in motions[frame]):
                         checked.add(name)
-                        assert way >= 5  # at least 1 pixel a frame; an outline that turns or grows shifts its box by some
+                        assert way >= 4  # at least 1 pixel a frame; an outline that turns or grows shifts its box by some
     assert checked == {"left", "right", "up", "down"}
