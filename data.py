@@ -15,7 +15,8 @@ import multiprocessing
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -162,16 +163,17 @@ def read_frames(path: str | Path, indices: list[int]) -> Tensor:
         return video.frames(indices)
 
 
-def write_mp4(path: Path, frames: Tensor, rate: int, quantizer: int = 18) -> None:
-    """Write frames uint8 (T, 3, H, W), H and W even, as H.264; the same frames give the same file.
+def write_mp4(path: Path, frames: Iterable[Tensor], rate: int | Fraction, quantizer: int = 18) -> None:
+    """Write frames uint8, each (3, H, W) with H and W even, as H.264; the same frames give the same file.
 
     With a constant quantizer, that is: x264's usual rate control is not reproducible to the bit.
     """
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"qp": str(quantizer), "preset": "fast", "threads": "1"})
-        stream.height, stream.width = frames.shape[2:]
         stream.pix_fmt = "yuv420p"
-        for frame in frames:
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = frame.shape[1:]
             image = frame.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
@@ -472,15 +474,15 @@ class Augmentation:
         return clip
 
 
-def normalize(clip: Tensor) -> Tensor:
+def normalize(clip: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """uint8 (B, T, 3, H, W), as the loader hands it over, to the model's input: float (B, 3, T, H, W)."""
-    mean, std = _statistics(clip.device)
+    mean, std = _statistics(clip.device, tuple(mean), tuple(std))
     return clip.transpose(1, 2).float().sub_(mean).div_(std)
 
 
 @functools.cache  # copied to a GPU once: every copy would make the loop wait
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(255 * torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (MEAN, STD))
+def _statistics(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    return tuple(255 * torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (mean, std))
 
 
 # ---- datasets and batches ----

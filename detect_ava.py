@@ -1,10 +1,17 @@
 """Action detection on AVA v2.2 (Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
 
-    python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --exclude ava_val_excluded_timestamps_v2.2.csv \\
-        --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt     # frame-mAP at IoU 0.5; needs no model and no GPU
+    laptop:   torchrun detect_ava.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
+    8 GPUs:   torchrun --nproc_per_node=8 detect_ava.py configs/detect/k400_base.yaml data.root=/data/ava init=pretrained.pt
+    8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
+    test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
+    predict:  python detect_ava.py --predict VIDEO --boxes PERSONS.csv --weights runs/detect/toy/checkpoint.pt
+    evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --exclude ava_val_excluded_timestamps_v2.2.csv \\
+                  --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt     # frame-mAP at IoU 0.5; needs no model and no GPU
 
 AVA labels one frame of every second, the key frame: a box for each person and, for each box, all that the person does
-(one pose, and objects handled and persons dealt with, if any). A network sees a clip around the key frame.
+(one pose, and objects handled and persons dealt with, if any). A network sees a clip around the key frame. Where the
+persons are is given: by people for training, by a detector of persons for testing.
+The same command again goes on from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
 import argparse
@@ -15,23 +22,35 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+import yaml
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 import common
 import data
 import toy
-from common import UserError
+from common import UserError, say
 from data import BrokenVideo
+from finetune import parameter_groups
+from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, truncated_normal
 
+CONFIGS = Path(__file__).parent / "configs" / "detect"
+DEFAULT = CONFIGS / "toy.yaml"
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
 RATE = 30  # frames a second at which the recipes state strides, whatever the rate of a movie
 START = 900  # AVA is the 15 minutes from this second of each movie
@@ -191,8 +210,8 @@ def read_person_boxes(
     """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
 
     path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
-    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in.
-    Raises UserError.
+    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in;
+    boxes of movies whose size is not given are left out. Raises UserError.
     """
     if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
         convert = (
@@ -233,8 +252,8 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
             score = float(entry["score"])
             if not 0 <= movie < len(videos):
                 raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-            if videos[movie] not in sizes:
-                raise ValueError(f"the size of movie {videos[movie]} is not known")
+            if videos[movie] not in sizes:  # the movie is missing
+                continue
             width, height = sizes[videos[movie]]
             if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
                 raise ValueError("a box of negative size, or a number that is not finite")
@@ -245,6 +264,8 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
         frame.append(numbers.setdefault((videos[movie], second), len(numbers)))
         boxes.append((x / width, y / height, (x + box_width) / width, (y + box_height) / height))
         scores.append(score)
+    if not boxes:
+        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
     rows, boxes, scores = torch.arange(len(boxes)), torch.tensor(boxes, dtype=torch.float64), torch.tensor(scores, dtype=torch.float64)
     return Rows(list(numbers), torch.tensor(frame), boxes, rows, torch.zeros_like(rows), scores)
 
@@ -417,19 +438,30 @@ def evaluate(arguments: argparse.Namespace) -> None:
     both = len({*ground_truth.frames} & {*detections.frames})
     where = f"{len(detections.frames):,} frames, {both:,} of them among the {len(ground_truth.frames):,} with ground truth"
     print(f"{len(detections.box):,} detections in {where}")
-    for action in summary["actions"]:
-        print(f"{'  none' if action['AP'] is None else format(action['AP'], '6.2f')}  {action['id']:3d} {action['name']}")
-    for group, value in summary["groups"].items():
-        print(f"{'  none' if value is None else format(value, '6.2f')}  mean of {group}")
+    show(summary)
     if not summary["groups"]:
         print(f"no groups: {arguments.labels} states no label_type")
-    print(f"{summary['mAP']:6.2f}  mAP at IoU 0.5" + (", frames without ground truth left out" if arguments.skip_frames_without_ground_truth else ""))
+    if arguments.skip_frames_without_ground_truth:
+        print("frames without ground truth left out")
     out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
     try:
         out.write_text(json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
     print(f"written to {out}")
+
+
+def show(summary: dict) -> None:
+    """Print AP by action, the mean of each group, and the mAP."""
+
+    def number(value: float | None) -> str:
+        return "  none" if value is None else f"{value:6.2f}"
+
+    for action in summary["actions"]:
+        print(f"{number(action['AP'])}  {action['id']:3d} {action['name']}")
+    for group, value in summary["groups"].items():
+        print(f"{number(value)}  mean of {group}")
+    print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
 
 
 # ---- boxes in pixels: they go with the frames through every change of the picture ----
@@ -461,13 +493,12 @@ def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
-def pad_clips(clips: list[Tensor], cube: tuple[int, int, int]) -> Tensor:
-    """Clips (..., H_i, W_i) of different sizes as a batch (B, ..., H, W) whose H and W are whole numbers of cubes.
+def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """A clip (..., H, W) whose H and W are made whole numbers of cubes.
 
     Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
     """
-    height, width = (math.ceil(max(clip.shape[axis] for clip in clips) / side) * side for axis, side in ((-2, cube[1]), (-1, cube[2])))
-    return torch.stack([F.pad(clip, (0, width - clip.shape[-1], 0, height - clip.shape[-2])) for clip in clips])
+    return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
 
 
 def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -492,6 +523,20 @@ def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tenso
     """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
     half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
     return boxes + torch.cat([-half, half], dim=1)
+
+
+def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, all by the same.
+
+    The authors' code trains with it, the paper does not say so.
+    """
+    hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
+    frames = TF.adjust_hue(frames, hue).float() / 255
+    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); value is high
+    spread = (high - low).clamp(min=1e-6)
+    away = (high - frames) / spread  # (T, 3, H, W) 0 for the strongest channel, 1 for the weakest, the hue between
+    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
+    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
 
 
 # ---- the clip around a key frame: time, not a frame's number, decides ----
@@ -616,15 +661,527 @@ def list_movies(root: Path) -> dict[str, Path]:
     return movies
 
 
+def movie_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of a movie file or a folder of frames. Raises BrokenVideo."""
+    height, width = read_clip(path, 0, frames=2, stride=1, starts_at=0).shape[-2:]
+    return width, height
+
+
+# ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
+
+
+class ActionDetector(nn.Module):
+    """Encoder, mean over time, RoIAlign of each person's box, the maximum of it, linear.
+
+    Unlike a classifier's, the encoder keeps its last norm; after weights without one, fine-tuned ones, it starts at 1 and 0.
+    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be looked at.
+    """
+
+    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        clip_size: tuple[int, int, int] = (16, 224, 224),
+        cube: tuple[int, int, int] = (2, 16, 16),
+        eps: float = 1e-6,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # What it takes to build this model again; checkpoints carry it.
+        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
+        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
+        self.encoder = Encoder(**encoder, norm=True, drop_path=drop_path)
+        self.head = nn.Linear(width, classes)
+        self.apply(truncated_normal)
+
+    def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each person's clip and box in pixels, to logits (M, classes)."""
+        cube = self.encoder.patch_embed.cube
+        time, height, _ = cube_grid(clip.shape[2:], cube)
+        x = self.encoder(clip)  # (B, N, D)
+        x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
+        # Not aligned, and as many sampling points as cubes, as in SlowFast and the authors' code
+        x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / cube[1], sampling_ratio=0, aligned=False)  # (M, D, 7, 7)
+        return self.head(x.amax(dim=(2, 3)))  # (M, classes)
+
+
+def to_rois(boxes: list[Tensor]) -> Tensor:
+    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's place in the batch."""
+    return torch.cat([F.pad(of_clip, (1, 0), value=place) for place, of_clip in enumerate(boxes)])
+
+
+def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
+    """Binary cross-entropy: the mean over actions, the sum over persons (M, classes), divided by the number of clips.
+
+    So every person weighs the same, however many stand in a clip and whichever process sees it. The authors' code
+    multiplies the mean by the number of persons, which differs by a constant that AdamW does not notice.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
+
+
+def build(config: SimpleNamespace) -> ActionDetector:
+    """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads."""
+    torch.manual_seed(config.run.seed)
+    clip_size = config.model.pretrained_clip
+    if config.init == "scratch":
+        clip_size = [config.data.frames, config.data.size, config.data.size]
+    elif not Path(config.init).is_file():
+        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, name another file, or start with init=scratch")
+    else:
+        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", clip_size)
+    sizes = common.pick(SIZES, config.model.size, "model.size")
+    model = ActionDetector(
+        **{name: sizes[name] for name in ("width", "depth", "heads")},
+        classes=config.data.actions,
+        clip_size=clip_size,
+        cube=config.model.cube,
+        drop_path=config.model.drop_path,
+    )
+    say(f"initialised from {config.init}")
+    if config.init != "scratch":
+        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
+    return model
+
+
+def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetector:
+    """The detector that a checkpoint holds, with its weights; for `clip_size` see `model.read_options`."""
+    return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
+
+
+# ---- training clips and test clips (Sec. B) ----
+
+
+class KeyFrameClips(data.TrainingVideos):
+    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
+        super().__init__(frames, seed)
+        self.movies, self.settings = movies, settings
+
+    def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.settings
+        clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])  # (M, 4)
+        clip, boxes = resize_short_side(clip, boxes, s.short_side)  # (T, 3, H, W)
+        if s.jitter_boxes:
+            boxes = jitter_boxes(boxes, generator)
+        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
+        # Persons outside the crop stay, pooled at its edge, as in SlowFast and the authors' code.
+        clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
+        if s.flip and data.pick_below(2, generator):
+            clip, boxes = flip(clip, boxes)
+        if s.jitter_colours:
+            clip = jitter_colours(clip, generator)
+        return clip.contiguous(), boxes, frame.labels
+
+
+def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Clips (B, T, 3, H, W), their persons (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
+    clips, boxes, labels, broken = zip(*samples)
+    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
+
+
+class TestClips(Dataset):
+    """Whole frames around key frames: index, uint8 (T, 3, H, W), boxes (M, 4) in pixels, ""; or index, None, None and why not."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace) -> None:
+        self.frames, self.movies, self.settings = frames, movies, settings
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
+        s, frame = self.settings, self.frames[index]
+        if frame.video not in self.movies:
+            return index, None, None, f"movie {frame.video} is missing"
+        try:
+            clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+        except BrokenVideo as error:
+            return index, None, None, str(error)
+        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])
+        clip, boxes = resize_short_side(clip, boxes, s.short_side)
+        if s.widen_boxes:
+            boxes = enlarge_boxes(boxes)
+        return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
+
+
+def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
+    """Indices, clips (B, T, 3, H, W) and persons (M, 5) of what can be read, None without any; reasons of the rest."""
+    readable = [item for item in items if item[1] is not None]
+    reasons = [reason for _, clip, _, reason in items if clip is None]
+    if not readable:
+        return [], None, None, reasons
+    indices, clips, boxes, _ = zip(*readable)
+    return list(indices), torch.stack(clips), to_rois(boxes), reasons
+
+
+def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
+    """Indices of frames in batches of the same movie: its frames are all of one size."""
+    batches: list[list[int]] = []
+    for index, frame in enumerate(frames):
+        if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+# ---- what AVA says: clips to train on, and what a model is tested on ----
+
+
+@dataclass
+class TestSet:
+    movies: dict[str, Path]
+    persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
+    ground_truth: Rows
+    actions: dict[int, Action]  # those evaluated
+    excluded: set[Frame]
+
+
+def find_root(config: SimpleNamespace, world_size: int) -> Path:
+    """`data.root` of a configuration; the toy videos, rendered if need be, without one."""
+    return Path(config.data.root or toy.on_first_use(toy.render_ava, toy.AVA_FOLDER, world_size))
+
+
+def find_training(config: SimpleNamespace, root: Path) -> tuple[list[KeyFrame], dict[str, Path]]:
+    """Labelled key frames to train on, those of missing movies and excluded ones left out, and all movies."""
+    movies = list_movies(root / config.data.movies)
+    frames = key_frames(read_ground_truth(root / config.data.train, config.data.actions), config.data.actions)
+    excluded = read_exclusions(root / config.data.train_exclude) if config.data.train_exclude else set()
+    frames = [frame for frame in frames if (frame.video, frame.second) not in excluded]
+    named = {frame.video for frame in frames}
+    missing = sorted(named - movies.keys())
+    if missing:
+        say(f"{len(missing)} of {len(named)} movies for training are not in {root / config.data.movies} and left out: {', '.join(missing)}")
+    frames = [frame for frame in frames if frame.video in movies]
+    if not frames:
+        raise UserError(f"{root / config.data.movies} holds none of the movies that {root / config.data.train} names; look at data.movies")
+    return frames, movies
+
+
+def find_test(config: SimpleNamespace, root: Path) -> TestSet:
+    movies = list_movies(root / config.data.movies)
+    actions = read_actions(root / config.data.labels)
+    if max(actions) > config.data.actions:
+        raise UserError(f"{root / config.data.labels} lists action {max(actions)}, more than data.actions={config.data.actions}")
+    excluded = read_exclusions(root / config.data.val_exclude) if config.data.val_exclude else set()
+    ground_truth = read_ground_truth(root / config.data.val, config.data.actions)
+    persons = find_persons(root / config.data.boxes, config, root, movies)
+    persons = [frame for frame in persons if (frame.video, frame.second) not in excluded]
+    return TestSet(movies, persons, ground_truth, actions, excluded)
+
+
+def find_persons(path: Path, config: SimpleNamespace, root: Path, movies: dict[str, Path]) -> list[KeyFrame]:
+    """Boxes that a detector found, from a file of any form that `read_person_boxes` reads."""
+    if path.suffix != ".json":
+        return read_person_boxes(path, config.data.threshold)
+    sizes = {}
+    for video, movie in movies.items():
+        try:
+            sizes[video] = movie_size(movie)
+        except BrokenVideo as error:
+            say(f"its boxes are left out: {error}")
+    return read_person_boxes(path, config.data.threshold, root / config.data.file_list, sizes)
+
+
+# ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 ----
+
+
+@torch.inference_mode()
+def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], list[str]]:
+    """Probabilities of all actions for all persons, for every process, and why some key frames could not be read."""
+    device = next(model.parameters()).device
+    bf16, _ = common.numerics(config.run)
+    rank, world_size = common.position()
+    share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
+    batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
+    model.eval()
+    found, broken = [], []
+    with tqdm(total=len(persons), desc=title, unit="frame", disable=rank > 0) as bar:
+        for indices, clip, rois, reasons in batches:
+            broken += reasons
+            if clip is not None:
+                clip = data.normalize(clip.to(device, non_blocking=True), config.data.mean, config.data.std)  # (B, 3, T, H, W)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
+                found.append((indices, logits.float().sigmoid()))
+            bar.update(min(world_size * (len(indices) + len(reasons)), bar.total - bar.n))
+    predictions = []
+    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
+        of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
+        for frame, labels in zip((persons[index] for index in indices), of_frames):
+            if config.data.person_score:
+                labels = labels * frame.scores[:, None].float()
+            predictions.append(KeyFrame(frame.video, frame.second, frame.boxes, labels, frame.scores))
+    predictions.sort(key=lambda frame: (frame.video, frame.second))
+    return predictions, sorted(set(common.gather(broken)))
+
+
+def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
+    """Predictions, what they are worth as `summarize` says it, and why some key frames could not be read.
+
+    A key frame that cannot be read has no detections; its ground truth still counts.
+    """
+    predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
+    if not predictions:
+        raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
+    evaluated = torch.zeros(model.options["classes"]).index_fill_(0, torch.tensor(sorted(test_set.actions)) - 1, 1)
+    for frame in predictions:
+        frame.labels = frame.labels * evaluated
+    precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
+    return predictions, summarize(precisions, test_set.actions), broken
+
+
+def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
+    """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
+    predictions, summary, broken = test(model, test_set, config, "testing")
+    if common.position()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "detections.csv", to_rows(predictions))
+        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
+        for reason in broken:
+            say(f"no detections: {reason}")
+        draw_key_frames(predictions, test_set, config, folder / "pictures")
+        show(summary)
+        print(f"{sum(len(frame.boxes) for frame in predictions):,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
+    return summary["mAP"]
+
+
+# ---- pictures ----
+
+
+def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
+    """A frame uint8 (3, H, W), enlarged if small, with boxes and the most probable actions, if more so than `least`, and their scores."""
+    zoom = max(1, round(400 / image.shape[1]))
+    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
+    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
+        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
+        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+        for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
+            if score > least:
+                where, text = (left + 3, top + 2 + place * line), f"{names.get(action + 1, action + 1)} {score:.2f}"
+                draw.rectangle(draw.textbbox(where, text, font), fill="black")
+                draw.text(where, text, colour, font)
+    return picture
+
+
+def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
+    """Some key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
+    s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
+    truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
+    for place in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
+        frame = predictions[place]
+        image = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)[1]  # (3, H, W)
+        left = draw_persons(image, frame, names, "orange")
+        right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
+        sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
+        sheet.paste(left, (0, 20))
+        sheet.paste(right, (left.width + 8, 20))
+        for x, text in ((4, "detected"), (left.width + 12, "ground truth")):
+            ImageDraw.Draw(sheet).text((x, 2), f"{text}, {frame.video}, second {frame.second}", "black", ImageFont.load_default(13))
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
+
+
+def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
+    """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
+    by_second = {frame.second: frame for frame in predictions}
+    for first in range(0, len(movie), 32):
+        places = range(first, min(first + 32, len(movie)))
+        for place, image in zip(places, movie.frames(list(places))):
+            persons = by_second.get(round(movie.times[place]) + starts_at)
+            picture = TF.pil_to_tensor(draw_persons(image, persons, names, "orange"))  # (3, H, W)
+            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
+
+
+# ---- training ----
+
+
+def train(config: SimpleNamespace) -> None:
+    """Run, or go on with, the experiment that `config` describes; test it at the end."""
+    common.at_least_one(
+        config, "data.actions", "data.frames", "data.stride", "data.size",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    if config.data.size > config.data.short_side:
+        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
+    bf16, compiled = common.numerics(config.run)
+    rank, world_size, device = common.start_processes()
+    chief = rank == 0
+    root = find_root(config, world_size)
+    frames, movies = find_training(config, root)
+    test_set = find_test(config, root)
+    model = build(config).to(device)
+    clips = KeyFrameClips(frames, movies, config.data, config.run.seed)
+    clips[0, 0]  # stops here if no movie can be read
+
+    batch_size = config.optim.batch_size
+    per_device, accumulation = common.share_batch(batch_size, len(frames), world_size, config.run.batch_per_device)
+    steps_per_epoch = len(frames) // batch_size
+    steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
+    peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
+
+    groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    folder, start = Path(config.run.folder), 0
+    checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
+    if checkpoint:
+        start = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if chief:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
+    say(
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
+        f"{len(frames):,} key frames for training with {sum(len(frame.boxes) for frame in frames):,} persons, {len(test_set.persons):,} for testing "
+        f"with {sum(len(frame.boxes) for frame in test_set.persons):,} detected, {len(test_set.actions)} of {config.data.actions} actions evaluated\n"
+        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels in training, short side {config.data.short_side} in testing\n"
+        f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
+        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
+        f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
+    )
+
+    predict = torch.compile(model) if compiled else model
+    if world_size > 1:
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
+    share = data.GlobalBatches(
+        length=len(frames),
+        batch_size=batch_size,
+        per_device=per_device,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        start=start,
+        steps=steps,
+    )
+    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=collate))
+    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
+
+    model.train()
+    for step in progress:
+        learning_rate = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        for piece in range(accumulation):
+            *tensors, broken = progress.next(batches)
+            progress.report(broken)
+            clip, rois, labels = (x.to(device, non_blocking=True) for x in tensors)  # (B, T, 3, H, W), (M, 5), (M, classes)
+            clip = data.normalize(clip, config.data.mean, config.data.std)  # (B, 3, T, H, W)
+            # Drop path: a function of the step, so that a resumed run repeats it.
+            torch.manual_seed(data.pick_below(2**62, data.sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
+            with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = predict(clip, rois)  # (M, classes)
+                loss = detection_loss(logits, labels, len(clip))
+                (loss / accumulation).backward()
+            progress.add(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        progress.done(done, epoch=round(done / steps_per_epoch, 4), lr=learning_rate)
+        if done % config.run.checkpoint_every == 0 or done == steps:
+            progress.flush()
+            progress.gather_broken()
+            if chief:
+                names = {number: action.name for number, action in test_set.actions.items()}
+                # `positions` are no parameter and usually computed, but those of image weights are not
+                content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, actions=names)
+                common.save_checkpoint(folder / "checkpoint.pt", **content, optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+        if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
+            progress.flush()
+            epoch = done // steps_per_epoch
+            _, summary, _ = test(model, test_set, config, f"epoch {epoch}")
+            if chief:
+                progress.log.write(step=done, epoch=epoch, mAP=summary["mAP"])
+            say(f"epoch {epoch}: mAP {summary['mAP']:.2f}")
+            model.train()
+
+    if progress.broken:
+        say(f"{len(progress.broken)} key frames that could not be read were replaced by others: {folder / 'broken_videos.txt'}")
+    mean_ap = test_and_write(model, test_set, config, folder)
+    if chief:
+        progress.log.write(step=steps, test_mAP=mean_ap)
+
+
+# ---- testing and predicting with weights from anywhere ----
+
+
+def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
+    """The configuration for weights: a .yaml file if given, or what the checkpoint says, or the ViT-B recipe's for weights from elsewhere."""
+    stored = read_checkpoint(weights)[1].get("config")
+    return common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+
+
+def test_weights(arguments: argparse.Namespace) -> None:
+    """`--test`: the mAP of any checkpoint of action detection, its detections and pictures beside it or in `--out`."""
+    config = stored_config(arguments.weights, arguments.settings)
+    _, world_size, device = common.start_processes()
+    test_set = find_test(config, find_root(config, world_size))
+    model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
+    if model.options["classes"] != config.data.actions:
+        raise UserError(f"{arguments.weights} knows {model.options['classes']} actions, the dataset {config.data.actions}: set data.actions")
+    test_and_write(model, test_set, config, arguments.out or arguments.weights.parent)
+
+
+def predict_video(arguments: argparse.Namespace) -> None:
+    """`--predict`: a video as mp4 with the persons' boxes, one set of them a second, and what they do."""
+    video, out = arguments.predict, arguments.out or Path("runs/detections") / f"{arguments.predict.stem}.mp4"
+    config = stored_config(arguments.weights, arguments.settings)
+    device = common.start_processes()[2]
+    model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
+    names = read_checkpoint(arguments.weights)[1].get("actions", {})
+    persons = find_persons(arguments.boxes, config, Path(config.data.root), {video.stem: video})
+    mine = [frame for frame in persons if frame.video == video.stem]
+    if not mine:
+        others = ", ".join(sorted({frame.video for frame in persons})[:3])
+        raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, only of {others}, ...: its first column has to be the name of the file")
+    predictions, broken = detect(model, mine, {video.stem: video}, config, "predicting")
+    for reason in broken:
+        say(f"no detections: {reason}")
+    try:
+        with Excerpt(video, Fraction(0), Fraction(10**6)) as movie:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            pictures = tqdm(annotated(movie, predictions, names, config.data.starts_at), "drawing", len(movie), unit="frame")
+            data.write_mp4(out, pictures, movie.stream.average_rate)
+    except BrokenVideo as error:
+        raise UserError(f"the video cannot be read: {error}") from None
+    print(f"{sum(len(frame.boxes) for frame in predictions)} persons in {len(predictions)} key frames: {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluate", type=Path, required=True, metavar="DETECTIONS.csv", help="evaluate these detections")
+    parser.add_argument("--test", action="store_true", help="test --weights instead of training")
+    parser.add_argument("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of this video")
+    parser.add_argument("--boxes", type=Path, metavar="FILE", help="rows video,second,x1,y1,x2,y2,,score; seconds count from data.starts_at at the start of the file")
+    parser.add_argument("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
+    parser.add_argument("--evaluate", type=Path, metavar="DETECTIONS.csv", help="evaluate these detections")
     parser.add_argument("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
     parser.add_argument("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
     parser.add_argument("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the result; default: DETECTIONS_mAP.json")
     parser.add_argument("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
-    evaluate(common.parse(parser))
+    parser.add_argument("--out", type=Path, help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, and of --evaluate, default DETECTIONS_mAP.json")
+    arguments = common.parse(parser)
+    if (arguments.test or arguments.predict) and not arguments.weights:
+        raise UserError("--test and --predict need --weights FILE, a checkpoint of action detection such as runs/detect/toy/checkpoint.pt")
+    if arguments.predict and not arguments.boxes:
+        raise UserError("--predict needs --boxes FILE, where the persons are: rows video,second,x1,y1,x2,y2,,score in fractions of width and height")
+    if arguments.evaluate:
+        evaluate(arguments)
+    elif arguments.predict:
+        predict_video(arguments)
+    elif arguments.test:
+        test_weights(arguments)
+    else:
+        train(common.load_config(DEFAULT, arguments.settings))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ class VideoClassifier(nn.Module):
         self.fc_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
-        self.apply(_truncated_normal)
+        self.apply(truncated_normal)
         with torch.no_grad():  # the first predictions are nearly uniform
             self.head.weight.mul_(0.001)
 
@@ -283,7 +283,8 @@ def _xavier(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _truncated_normal(module: nn.Module) -> None:
+def truncated_normal(module: nn.Module) -> None:
+    """Initialise a linear layer as the authors do in fine-tuning; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -312,6 +313,8 @@ _RENAME = [
     (r"^(backbone\.)?patch_embed\.projection\.", "patch_embed.proj."),
     (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
+    # official action detection: the head's one layer, wherever it stands
+    (r"^roi_heads?\.(\w+\.)*(weight|bias)$", r"head.\2"),
     # official fine-tuning checkpoints and image models: the encoder stands alone
     (r"^backbone\.", ""),
     (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),
@@ -458,15 +461,16 @@ def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 2
 
 def build_from_checkpoint(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> VideoMAE:
     """The pre-training model that a checkpoint holds, with its weights; for `clip_size` see `read_options`."""
-    return _build(VideoMAE, "decoder_width", "a pre-training checkpoint, with its decoder", path, clip_size)
+    return build_from(VideoMAE, "decoder_width", "a pre-training checkpoint, with its decoder", path, clip_size)
 
 
 def build_classifier(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> VideoClassifier:
     """The fine-tuned model that a checkpoint holds, with its weights; for `clip_size` see `read_options`."""
-    return _build(VideoClassifier, "classes", "a fine-tuned checkpoint, with its classes", path, clip_size)
+    return build_from(VideoClassifier, "classes", "a fine-tuned checkpoint, with its classes", path, clip_size)
 
 
-def _build(kind: type[nn.Module], needed: str, what: str, path: str | Path, clip_size: tuple[int, int, int]) -> Any:
+def build_from(kind: type[nn.Module], needed: str, what: str, path: str | Path, clip_size: tuple[int, int, int]) -> Any:
+    """A model of this kind with the weights of a checkpoint. UserError if `read_options` does not find what is `needed`."""
     options = read_options(path, clip_size)
     if needed not in options:
         raise UserError(f"{path} is not {what}")
