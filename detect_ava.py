@@ -771,7 +771,7 @@ class KeyFrameClips(data.TrainingVideos):
         if s.jitter_boxes:
             boxes = jitter_boxes(boxes, generator)
         top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
-        # Persons outside the crop stay, pooled at its edge, as in SlowFast and the authors' code.
+        # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
         clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
         if s.flip and data.pick_below(2, generator):
             clip, boxes = flip(clip, boxes)
@@ -956,7 +956,7 @@ def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNames
 
 
 def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes and the most probable actions, if more so than `least`, and their scores."""
+    """A frame uint8 (3, H, W), enlarged if small, with boxes, their `most` probable actions above `least`, and the scores of these."""
     zoom = max(1, round(400 / image.shape[1]))
     picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
     draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
@@ -965,7 +965,7 @@ def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str],
         draw.rectangle((left, top, right, bottom), outline=colour, width=2)
         for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
             if score > least:
-                where, text = (left + 3, top + 2 + place * line), f"{names.get(action + 1, action + 1)} {score:.2f}"
+                where, text = (left + 3, top + 2 + place * line), f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
                 draw.rectangle(draw.textbbox(where, text, font), fill="black")
                 draw.text(where, text, colour, font)
     return picture

@@ -449,7 +449,10 @@ def test_person_boxes_of_aia(tmp_path):
         path.write_text(json.dumps([entries[0], entries[1] | change]))
         with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}"):
             detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    with pytest.raises(UserError, match="entry 1: the size of movie 2nd is not known"):
+    path.write_text(json.dumps(entries))
+    frames = detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {"first-One": (400, 200)})
+    assert [frame.video for frame in frames] == ["first-One"]  # the other movie is missing
+    with pytest.raises(UserError, match="a movie for none of its 3 boxes"):
         detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {})
     for content in ("{}", "[]", "not json", "[1]"):
         path.write_text(content)
@@ -511,11 +514,10 @@ def test_the_pixel_under_a_corner_stays_under_it(height, width, short):
     frames, pixels = detect_ava.flip(frames, pixels)
     check(frames, pixels, flipped=True)
     assert (pixels[:, :2] < pixels[:, 2:]).all()
-    smaller = frames[..., : side - 9]
-    batch = detect_ava.pad_clips([smaller, frames], (2, 16, 16))
-    assert batch.shape == (2, 2, 3, math.ceil(side / 16) * 16, math.ceil(side / 16) * 16)
-    check(batch[1], pixels, flipped=True)
-    assert torch.equal(batch[0, ..., :side, : side - 9], smaller) and not batch[0, ..., side:, :].any() and not batch[0, ..., side - 9 :].any()
+    frames = frames[..., :-3]
+    padded = detect_ava.pad(frames, (2, 16, 32))
+    assert padded.shape == (2, 3, math.ceil(side / 16) * 16, math.ceil((side - 3) / 32) * 32)
+    assert torch.equal(padded[..., :side, : side - 3], frames) and not padded[..., side:, :].any() and not padded[..., side - 3 :].any()
 
 
 def test_boxes_are_cut_off_at_the_window(tmp_path):
