@@ -307,7 +307,7 @@ class Classes:
 
     def index(self, entry: Entry) -> int:
         """The class of an entry. Raises UserError with its file and line."""
-        index = self.by_label.get(entry.label if entry.label.isdigit() else self._plain(entry.label))
+        index = self.by_label.get(str(int(entry.label)) if entry.label.isdigit() else self._plain(entry.label))
         if index is None:
             what = f"label {entry.label} is out of range" if entry.label.isdigit() else f"unknown class '{entry.label}'" if entry.label else "no label"
             raise UserError(f"{entry.where}: {what} for {entry.path.name}; {self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ...")
