@@ -278,9 +278,9 @@ class Classes:
             numbered = self._read(self.where)
         else:
             self.where = "the training videos"
-            labels = {entry.label for entry in entries}
+            labels = {entry.label for entry in entries if entry.label}
             if all(label.isdigit() for label in labels):
-                numbered = [(number, str(number)) for number in range(max(map(int, labels)) + 1)]
+                numbered = [(number, str(number)) for number in range(max(map(int, labels), default=-1) + 1)]
             else:
                 numbered = list(enumerate(sorted(labels)))
         self.names = [name for _, name in numbered]
