@@ -206,7 +206,7 @@ def list_entries(root: str, selection: str) -> list[Entry]:
         entries = _read_flagged(root, pattern, flag)
     elif where.is_dir():
         videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos]
+        entries = [Entry(path, path.parent.name if path.parent != where else "", str(path.parent)) for path in videos]
     elif where.is_file():
         entries = _read_list(root, where)
     else:
