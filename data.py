@@ -466,6 +466,7 @@ class Augmentation:
                     clip = v2.RandAugment(1, magnitude, interpolation="bilinear", fill=[int(255 * mean) for mean in MEAN])(clip)
             clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
+                clip = clip.clone()  # a crop that changes nothing hands on the decoded frames themselves, which repeats share
                 top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
                 noise = torch.randn(len(clip), 3, height, width) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
                 clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
