@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         self.grid = cube_grid(clip_size, cube)
         self.patch_embed = CubeEmbedding(width=width, cube=cube)
         self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), width), persistent=False)  # (N, D)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width=width, heads=heads, eps=eps, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
 
