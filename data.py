@@ -207,7 +207,7 @@ def list_entries(root: str, selection: str) -> list[Entry]:
         entries = _read_flagged(root, pattern, flag)
     elif where.is_dir():
         videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos]
+        entries = [Entry(path, path.parent.name if path.parent != where else "", str(path.parent)) for path in videos]
     elif where.is_file():
         entries = _read_list(root, where)
     else:
@@ -251,7 +251,7 @@ def _read_flagged(root: str, pattern: str, flag: str) -> list[Entry]:
     entries = []
     for file in sorted(Path(root).glob(pattern)):
         label = file.name.removesuffix(pattern.rpartition("*")[2])
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             name, _, its_flag = line.strip().rpartition(" ")
             if line.strip() and not (name and its_flag.isdigit()):
                 raise UserError(f"{file}, line {number}: expected 'name flag', not '{line.strip()}'")
@@ -279,9 +279,9 @@ class Classes:
             numbered = self._read(self.where)
         else:
             self.where = "the training videos"
-            labels = {entry.label for entry in entries}
+            labels = {entry.label for entry in entries if entry.label}
             if all(label.isdigit() for label in labels):
-                numbered = [(number, str(number)) for number in range(max(map(int, labels)) + 1)]
+                numbered = [(number, str(number)) for number in range(max(map(int, labels), default=-1) + 1)]
             else:
                 numbered = list(enumerate(sorted(labels)))
         self.names = [name for _, name in numbered]
@@ -308,7 +308,7 @@ class Classes:
 
     def index(self, entry: Entry) -> int:
         """The class of an entry. Raises UserError with its file and line."""
-        index = self.by_label.get(entry.label if entry.label.isdigit() else self._plain(entry.label))
+        index = self.by_label.get(str(int(entry.label)) if entry.label.isdigit() else self._plain(entry.label))
         if index is None:
             what = f"label {entry.label} is out of range" if entry.label.isdigit() else f"unknown class '{entry.label}'" if entry.label else "no label"
             raise UserError(f"{entry.where}: {what} for {entry.path.name}; {self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ...")
@@ -473,6 +473,7 @@ class Augmentation:
                     clip = v2.RandAugment(1, magnitude, interpolation="bilinear", fill=[int(255 * mean) for mean in MEAN])(clip)
             clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
+                clip = clip.clone()  # a crop that changes nothing hands on the decoded frames themselves, which repeats share
                 top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
                 noise = torch.randn(len(clip), 3, height, width) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
                 clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()

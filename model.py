@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         self.grid = cube_grid(clip_size, cube)
         self.patch_embed = CubeEmbedding(width=width, cube=cube)
         self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), width), persistent=False)  # (N, D)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width=width, heads=heads, eps=eps, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
 
@@ -384,10 +384,10 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     if options:  # positions belong to the clips of the file's model
         grid = cube_grid(options["clip_size"], options["cube"])
         table = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
-        encoder.pos_embed.copy_(interpolate_positions(table, grid, encoder.grid))
+        encoder.pos_embed = interpolate_positions(table, grid, encoder.grid).to(encoder.pos_embed.device)
     elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
         print(f"{path}: weights of an image model, inflated to cubes", file=sys.stderr)
-        encoder.pos_embed.copy_(inflate(state, encoder.patch_embed.cube[0], encoder.grid))
+        encoder.pos_embed = inflate(state, encoder.patch_embed.cube[0], encoder.grid).to(encoder.pos_embed.device)
     own = model.state_dict()
     misfits = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     missing = sorted(own.keys() - state.keys() | {key for key in misfits if key.startswith(fresh)})

@@ -43,6 +43,7 @@ class LinearProbe(nn.Module):
         encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
         self.encoder = Encoder(**encoder, norm=True).requires_grad_(False)
         self.head = nn.Linear(width, classes)
+        self.train()
 
     def train(self, mode: bool = True) -> "LinearProbe":
         super().train(mode)
