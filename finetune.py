@@ -367,7 +367,7 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     for reason in broken:
         say(f"cannot be read: {reason}")
     for video, row in zip(arguments.predict, scores):
-        if not row.isnan().any():
+        if common.position()[0] == 0 and not row.isnan().any():
             print(video)
             for probability, index in zip(*(x.tolist() for x in row.topk(min(5, len(names))))):
                 print(f"  {100 * probability:5.1f} %  {names[index]}")

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from common import UserError, launch
+from common import UserError, launch, say
 from masking import Grid
 
 # The encoder is the usual ViT, the decoder half as wide (Sec. 4.2, "Decoder design"). The decoder's depth is no part
@@ -386,7 +385,7 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
         table = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
         encoder.pos_embed = interpolate_positions(table, grid, encoder.grid).to(encoder.pos_embed.device)
     elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
-        print(f"{path}: weights of an image model, inflated to cubes", file=sys.stderr)
+        say(f"{path}: weights of an image model, inflated to cubes")
         encoder.pos_embed = inflate(state, encoder.patch_embed.cube[0], encoder.grid).to(encoder.pos_embed.device)
     own = model.state_dict()
     misfits = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
@@ -403,7 +402,7 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in missing}})
     for what, keys in (("not in the file, start fresh", missing), ("left over, not used", left_over)):
         if keys:
-            print(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}", file=sys.stderr)
+            say(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}")
 
 
 def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> Tensor:
