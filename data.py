@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common import UserError, launch, load_config, parse
+from masking import split
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -315,19 +316,25 @@ class Classes:
 
 
 def labelled(root: str, train: str, val: str, classes: str, per_class: int = 0) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Videos with their class for training and for testing, and the classes' names. per_class: so many of each, 0 for all.
+    """Videos with their class for training and for testing, and the classes' names. per_class: train on so many of each, 0 for all.
 
+    Without `val` every fifth training video of each class is kept for testing.
     Raises UserError for a video without a label or with one that is out of range.
     """
-    train_entries, val_entries = list_entries(root, train), list_entries(root, val)
-    table = Classes(root, classes, train_entries)
-    count, chosen = Counter(), []
-    for entry in train_entries:
+    entries = list_entries(root, train)
+    table = Classes(root, classes, entries)
+    by_class: list[list[tuple[Path, int]]] = [[] for _ in table.names]
+    for entry in entries:
         index = table.index(entry)
-        count[index] += 1
-        if not per_class or count[index] <= per_class:
-            chosen.append((entry.path, index))
-    return chosen, [(entry.path, table.index(entry)) for entry in val_entries], table.names
+        by_class[index].append((entry.path, index))
+    if val:
+        held_out = [(entry.path, table.index(entry)) for entry in list_entries(root, val)]
+    else:
+        held_out = [video for of_class in by_class for video in of_class[4::5]]
+        by_class = [[video for place, video in enumerate(of_class) if place % 5 != 4] for of_class in by_class]
+        if not held_out:
+            raise UserError(f"no class in {root} has five videos, so none can be kept for testing: name test videos by data.val")
+    return [video for of_class in by_class for video in (of_class[:per_class] if per_class else of_class)], held_out, table.names
 
 
 # ---- from frames to a clip ----
@@ -365,7 +372,7 @@ def dense_training_clip(length: int, frames: int, stride: int, generator: torch.
     span = frames * stride
     if length > span:
         end = span + pick_below(length - span, generator)
-        return [min(int(end - span + i * span / (frames - 1)), end - 1) for i in range(frames)]
+        return [min(int(end - span + i * span / max(frames - 1, 1)), end - 1) for i in range(frames)]
     count = length // stride
     indices = [int(i * length / (count - 1)) if count > 1 else 0 for i in range(count)]
     return [min(index, length - 1) for index in indices + [length] * (frames - count)]
@@ -405,8 +412,8 @@ def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
     They go from one end to the other, one alone stands in the middle. Returns (crops, T, 3, size, size).
     """
     height, width = frames.shape[-2:]
-    scale = size / min(height, width)
-    frames = TF.resize(frames, [max(size, int(height * scale)), max(size, int(width * scale))], antialias=True)
+    short = min(height, width)
+    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=True)
     long = max(frames.shape[-2:])
     starts = [int(j * (long - size) / (crops - 1)) for j in range(crops)] if crops > 1 else [(long - size) // 2]
     return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
@@ -429,7 +436,7 @@ def multi_scale_crop(
     return y * step_y, x * step_x, crop_height, crop_width
 
 
-def resized_multi_scale_crop(frames: Tensor, size: int, scales: list[float], flip: bool, generator: torch.Generator) -> Tensor:
+def resized_multi_scale_crop(frames: Tensor, generator: torch.Generator, size: int, scales: list[float], flip: bool) -> Tensor:
     """The same MultiScaleCrop of all frames (T, 3, H_video, W_video), and flip in half of the cases: (T, 3, size, size)."""
     top, left, height, width = multi_scale_crop(*frames.shape[-2:], size, scales, generator)
     clip = TF.resized_crop(frames, top, left, height, width, [size, size], antialias=True)
@@ -521,7 +528,7 @@ class PretrainingClips(TrainingVideos):
 
     def __init__(
         self, videos: list[Path], *, frames: int, stride: int, size: int, scales: list[float], flip: bool,
-        draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int
+        draw_mask: Callable[[torch.Generator], Tensor], seed: int
     ) -> None:  # fmt: skip
         super().__init__(videos, seed)
         self.frames, self.stride, self.size, self.scales, self.flip, self.draw_mask = frames, stride, size, scales, flip, draw_mask
@@ -529,8 +536,8 @@ class PretrainingClips(TrainingVideos):
     def sample(self, video: Path, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         with Video(video) as opened:
             frames = opened.frames(dense_clip(len(opened), self.frames, self.stride, generator))  # (T, 3, H_video, W_video)
-        clip = resized_multi_scale_crop(frames, self.size, self.scales, self.flip, generator)  # (T, 3, H, W)
-        return clip, *self.draw_mask(generator)
+        clip = resized_multi_scale_crop(frames, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
+        return clip, *split(self.draw_mask(generator))
 
 
 class LabelledClips(TrainingVideos):
@@ -632,7 +639,7 @@ def check(root: str, train: str, val: str, classes: str, processes: int) -> bool
     """Print, for the training and the test videos, how many there are of each class, which labels are wrong and which
     files cannot be read: of every video the first, the middle and the last frame are decoded. Whether all is well."""
     table, well, seen = None, True, set()
-    for what, selection in (("training", train), ("testing", val)):
+    for what, selection in (("training", train), ("testing", val)) if val else (("training", train),):
         entries = list_entries(root, selection)
         table = table or Classes(root, classes, entries)
         count, wrong = Counter(), []

@@ -350,6 +350,8 @@ def test_weights(arguments: argparse.Namespace) -> None:
     _, world_size, device = common.start_processes()
     _, videos, names = find_videos(config, world_size)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
+    if read_checkpoint(arguments.weights)[1].get("classes", names) != names:
+        raise UserError(f"{arguments.weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
         raise UserError(f"{arguments.weights} has {model.options['classes']} classes, the dataset {len(names)}: set data.classes")
     test_and_write(model, videos, names, config, arguments.out or arguments.weights.parent)
