@@ -340,7 +340,7 @@ def test_a_distributed_test_is_exact_and_names_a_broken_video(lists, plain_run, 
     for name in ("scores.csv", "classes.csv"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
     for done in (alone, both):
-        assert done.stderr.count("counted as wrong:") == 1 and re.search(r"counted as wrong: \S+/broken.mp4: \S", done.stderr)
+        assert done.stderr.count("counted as wrong:") == 1 and re.search(r"^counted as wrong: /.*/broken.mp4: \S", done.stderr, re.M)
         assert done.stdout.count("of 7 videos, 1 of them unreadable, 1 x 3 views") == 1
     rows = table(tmp_path / "both/scores.csv")
     assert [row["prediction"] == "unreadable" for row in rows] == [False] * 3 + [True] + [False] * 3
@@ -463,12 +463,24 @@ def test_broken_training_videos_are_replaced_and_named(lists, pretrained, tmp_pa
     assert "broken.mp4" in (tmp_path / "broken_videos.txt").read_text()
 
 
-def test_colours_are_learned_from_scratch(coloured_videos, tmp_path, monkeypatch, capsys):
+def test_colours_are_learned_from_scratch_and_a_broken_video_lowers_the_score(coloured_videos, tmp_path, monkeypatch, capsys):
     """Twelve epochs of twelve videos of three colours, a thing that pixels tell: every test video is recognised."""
     stage(monkeypatch, f"data.root={coloured_videos}", "data.train=train", "data.val=val", "init=scratch", f"run.folder={tmp_path}", "data.frames=2", "data.size=32",
           "optim.batch_size=6", "optim.epochs=12", "optim.base_lr=0.05", "run.validate_every=0", "data.workers=0")  # fmt: skip
     assert "top-1 100.00 %, top-5 100.00 % of 6 videos" in capsys.readouterr().out
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+    # a broken one among them lowers the score, and it is named
+    videos = sorted((coloured_videos / "val").rglob("*.mp4"))
+    (tmp_path / "videos/green").mkdir(parents=True)
+    broken = tmp_path / "videos/green/broken.mp4"
+    broken.write_bytes(videos[2].read_bytes()[:500])
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in [*videos[:2], broken, *videos[3:]]))
+    stage(monkeypatch, "--test", "--weights", tmp_path / "checkpoint.pt", f"data.val={tmp_path / 'list.txt'}", "--out", tmp_path / "with broken")
+    printed = capsys.readouterr()
+    assert "top-1 83.33 %, top-5 83.33 % of 6 videos, 1 of them unreadable" in printed.out and f"counted as wrong: {broken}" in printed.err
+    assert [row["top1"] for row in table(tmp_path / "with broken/classes.csv")] == ["100.00", "50.00", "100.00"]  # blue, green, red
+    assert [row["prediction"] for row in table(tmp_path / "with broken/scores.csv")] == ["blue", "blue", "unreadable", "green", "red", "red"]
 
 
 # ---- mistakes ----
