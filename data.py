@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common import UserError, launch, load_config, parse
+from masking import split
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -169,7 +170,7 @@ def write_mp4(path: Path, frames: Iterable[Tensor], rate: int | Fraction, quanti
     With a constant quantizer, that is: x264's usual rate control is not reproducible to the bit.
     """
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"qp": str(quantizer), "preset": "fast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=rate, options={"qp": str(quantizer), "preset": "ultrafast", "threads": "1"})
         stream.pix_fmt = "yuv420p"
         for number, frame in enumerate(frames):
             if number == 0:
@@ -208,7 +209,7 @@ def list_entries(root: str, selection: str) -> list[Entry]:
         entries = _read_flagged(root, pattern, flag)
     elif where.is_dir():
         videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos]
+        entries = [Entry(path, path.parent.name if path.parent != where else "", str(path.parent)) for path in videos]
     elif where.is_file():
         entries = _read_list(root, where)
     else:
@@ -252,7 +253,7 @@ def _read_flagged(root: str, pattern: str, flag: str) -> list[Entry]:
     entries = []
     for file in sorted(Path(root).glob(pattern)):
         label = file.name.removesuffix(pattern.rpartition("*")[2])
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             name, _, its_flag = line.strip().rpartition(" ")
             if line.strip() and not (name and its_flag.isdigit()):
                 raise UserError(f"{file}, line {number}: expected 'name flag', not '{line.strip()}'")
@@ -280,9 +281,9 @@ class Classes:
             numbered = self._read(self.where)
         else:
             self.where = "the training videos"
-            labels = {entry.label for entry in entries}
+            labels = {entry.label for entry in entries if entry.label}
             if all(label.isdigit() for label in labels):
-                numbered = [(number, str(number)) for number in range(max(map(int, labels)) + 1)]
+                numbered = [(number, str(number)) for number in range(max(map(int, labels), default=-1) + 1)]
             else:
                 numbered = list(enumerate(sorted(labels)))
         self.names = [name for _, name in numbered]
@@ -309,7 +310,7 @@ class Classes:
 
     def index(self, entry: Entry) -> int:
         """The class of an entry. Raises UserError with its file and line."""
-        index = self.by_label.get(entry.label if entry.label.isdigit() else self._plain(entry.label))
+        index = self.by_label.get(str(int(entry.label)) if entry.label.isdigit() else self._plain(entry.label))
         if index is None:
             what = f"label {entry.label} is out of range" if entry.label.isdigit() else f"unknown class '{entry.label}'" if entry.label else "no label"
             raise UserError(f"{entry.where}: {what} for {entry.path.name}; {self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ...")
@@ -317,19 +318,25 @@ class Classes:
 
 
 def labelled(root: str, train: str, val: str, classes: str, per_class: int = 0) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Videos with their class for training and for testing, and the classes' names. per_class: so many of each, 0 for all.
+    """Videos with their class for training and for testing, and the classes' names. per_class: train on so many of each, 0 for all.
 
+    Without `val` every fifth training video of each class is kept for testing.
     Raises UserError for a video without a label or with one that is out of range.
     """
-    train_entries, val_entries = list_entries(root, train), list_entries(root, val)
-    table = Classes(root, classes, train_entries)
-    count, chosen = Counter(), []
-    for entry in train_entries:
+    entries = list_entries(root, train)
+    table = Classes(root, classes, entries)
+    by_class: list[list[tuple[Path, int]]] = [[] for _ in table.names]
+    for entry in entries:
         index = table.index(entry)
-        count[index] += 1
-        if not per_class or count[index] <= per_class:
-            chosen.append((entry.path, index))
-    return chosen, [(entry.path, table.index(entry)) for entry in val_entries], table.names
+        by_class[index].append((entry.path, index))
+    if val:
+        held_out = [(entry.path, table.index(entry)) for entry in list_entries(root, val)]
+    else:
+        held_out = [video for of_class in by_class for video in of_class[4::5]]
+        by_class = [[video for place, video in enumerate(of_class) if place % 5 != 4] for of_class in by_class]
+        if not held_out:
+            raise UserError(f"no class in {root} has five videos, so none can be kept for testing: name test videos by data.val")
+    return [video for of_class in by_class for video in (of_class[:per_class] if per_class else of_class)], held_out, table.names
 
 
 # ---- from frames to a clip ----
@@ -367,7 +374,7 @@ def dense_training_clip(length: int, frames: int, stride: int, generator: torch.
     span = frames * stride
     if length > span:
         end = span + pick_below(length - span, generator)
-        return [min(int(end - span + i * span / (frames - 1)), end - 1) for i in range(frames)]
+        return [min(int(end - span + i * span / max(frames - 1, 1)), end - 1) for i in range(frames)]
     count = length // stride
     indices = [int(i * length / (count - 1)) if count > 1 else 0 for i in range(count)]
     return [min(index, length - 1) for index in indices + [length] * (frames - count)]
@@ -407,8 +414,8 @@ def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
     They go from one end to the other, one alone stands in the middle. Returns (crops, T, 3, size, size).
     """
     height, width = frames.shape[-2:]
-    scale = size / min(height, width)
-    frames = TF.resize(frames, [max(size, int(height * scale)), max(size, int(width * scale))], antialias=True)
+    short = min(height, width)
+    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=True)
     long = max(frames.shape[-2:])
     starts = [int(j * (long - size) / (crops - 1)) for j in range(crops)] if crops > 1 else [(long - size) // 2]
     return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
@@ -431,7 +438,7 @@ def multi_scale_crop(
     return y * step_y, x * step_x, crop_height, crop_width
 
 
-def resized_multi_scale_crop(frames: Tensor, size: int, scales: list[float], flip: bool, generator: torch.Generator) -> Tensor:
+def resized_multi_scale_crop(frames: Tensor, generator: torch.Generator, size: int, scales: list[float], flip: bool) -> Tensor:
     """The same MultiScaleCrop of all frames (T, 3, H_video, W_video), and flip in half of the cases: (T, 3, size, size)."""
     top, left, height, width = multi_scale_crop(*frames.shape[-2:], size, scales, generator)
     clip = TF.resized_crop(frames, top, left, height, width, [size, size], antialias=True)
@@ -468,6 +475,7 @@ class Augmentation:
                     clip = v2.RandAugment(1, magnitude, interpolation="bilinear", fill=[int(255 * mean) for mean in MEAN])(clip)
             clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
+                clip = clip.clone()  # a crop that changes nothing hands on the decoded frames themselves, which repeats share
                 top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
                 noise = torch.randn(len(clip), 3, height, width) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
                 clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
@@ -522,7 +530,7 @@ class PretrainingClips(TrainingVideos):
 
     def __init__(
         self, videos: list[Path], *, frames: int, stride: int, size: int, scales: list[float], flip: bool,
-        draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int
+        draw_mask: Callable[[torch.Generator], Tensor], seed: int
     ) -> None:  # fmt: skip
         super().__init__(videos, seed)
         self.frames, self.stride, self.size, self.scales, self.flip, self.draw_mask = frames, stride, size, scales, flip, draw_mask
@@ -530,8 +538,8 @@ class PretrainingClips(TrainingVideos):
     def sample(self, video: Path, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         with Video(video) as opened:
             frames = opened.frames(dense_clip(len(opened), self.frames, self.stride, generator))  # (T, 3, H_video, W_video)
-        clip = resized_multi_scale_crop(frames, self.size, self.scales, self.flip, generator)  # (T, 3, H, W)
-        return clip, *self.draw_mask(generator)
+        clip = resized_multi_scale_crop(frames, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
+        return clip, *split(self.draw_mask(generator))
 
 
 class LabelledClips(TrainingVideos):
@@ -633,7 +641,7 @@ def check(root: str, train: str, val: str, classes: str, processes: int) -> bool
     """Print, for the training and the test videos, how many there are of each class, which labels are wrong and which
     files cannot be read: of every video the first, the middle and the last frame are decoded. Whether all is well."""
     table, well, seen = None, True, set()
-    for what, selection in (("training", train), ("testing", val)):
+    for what, selection in (("training", train), ("testing", val)) if val else (("training", train),):
         entries = list_entries(root, selection)
         table = table or Classes(root, classes, entries)
         count, wrong = Counter(), []

@@ -350,6 +350,8 @@ def test_weights(arguments: argparse.Namespace) -> None:
     _, world_size, device = common.start_processes()
     _, videos, names = find_videos(config, world_size)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
+    if read_checkpoint(arguments.weights)[1].get("classes", names) != names:
+        raise UserError(f"{arguments.weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
         raise UserError(f"{arguments.weights} has {model.options['classes']} classes, the dataset {len(names)}: set data.classes")
     test_and_write(model, videos, names, config, arguments.out or arguments.weights.parent)
@@ -365,7 +367,7 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     for reason in broken:
         say(f"cannot be read: {reason}")
     for video, row in zip(arguments.predict, scores):
-        if not row.isnan().any():
+        if common.position()[0] == 0 and not row.isnan().any():
             print(video)
             for probability, index in zip(*(x.tolist() for x in row.topk(min(5, len(names))))):
                 print(f"  {100 * probability:5.1f} %  {names[index]}")

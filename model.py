@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from common import UserError, launch
+from common import UserError, launch, say
 from masking import Grid
 
 # The encoder is the usual ViT, the decoder half as wide (Sec. 4.2, "Decoder design"). The decoder's depth is no part
@@ -119,7 +118,7 @@ class Encoder(nn.Module):
         self.grid = cube_grid(clip_size, cube)
         self.patch_embed = CubeEmbedding(width=width, cube=cube)
         self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), width), persistent=False)  # (N, D)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width=width, heads=heads, eps=eps, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
 
@@ -387,10 +386,10 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     if options:  # positions belong to the clips of the file's model
         grid = cube_grid(options["clip_size"], options["cube"])
         table = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
-        encoder.pos_embed.copy_(interpolate_positions(table, grid, encoder.grid))
+        encoder.pos_embed = interpolate_positions(table, grid, encoder.grid).to(encoder.pos_embed.device)
     elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
-        print(f"{path}: weights of an image model, inflated to cubes", file=sys.stderr)
-        encoder.pos_embed.copy_(inflate(state, encoder.patch_embed.cube[0], encoder.grid))
+        say(f"{path}: weights of an image model, inflated to cubes")
+        encoder.pos_embed = inflate(state, encoder.patch_embed.cube[0], encoder.grid).to(encoder.pos_embed.device)
     own = model.state_dict()
     misfits = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     missing = sorted(own.keys() - state.keys() | {key for key in misfits if key.startswith(fresh)})
@@ -406,7 +405,7 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in missing}})
     for what, keys in (("not in the file, start fresh", missing), ("left over, not used", left_over)):
         if keys:
-            print(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}", file=sys.stderr)
+            say(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}")
 
 
 def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> Tensor:

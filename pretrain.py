@@ -12,6 +12,7 @@ The same command again goes on from the last checkpoint. Any value of the YAML f
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,9 @@ def from_cubes(cubes: Tensor, cube: tuple[int, int, int], size: int) -> Tensor:
 
 def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the pixels of each cube and channel: (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
-    return cubes.mean(dim=-2, keepdim=True), cubes.std(dim=-2, keepdim=True) + 1e-6
+    mean = cubes.mean(dim=-2, keepdim=True)
+    variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (cubes.shape[-2] - 1)  # three times as fast as std() on a CPU
+    return mean, variance.sqrt() + 1e-6
 
 
 # ---- pictures (Figures 10 and 11) ----
@@ -232,11 +235,7 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
         cube=config.model.cube,
         frames_per_token=objective.cube[0],
     )
-    mask_function = common.pick(masking.MASKS, config.mask.type, "mask.type")
-
-    def draw_mask(generator: torch.Generator) -> Tensor:
-        return mask_function(model.grid, config.mask.ratio, generator)
-
+    draw_mask = partial(common.pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
     draw_mask(torch.Generator())
     return model, objective, draw_mask
 
@@ -265,7 +264,7 @@ def train(config: SimpleNamespace) -> None:
         size=config.data.size,
         scales=config.data.scales,
         flip=config.data.flip,
-        draw_mask=lambda generator: masking.split(draw_mask(generator)),
+        draw_mask=draw_mask,
         seed=config.run.seed,
     )
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read

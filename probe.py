@@ -9,6 +9,7 @@ The same command again goes on from the last checkpoint. Any value of the YAML f
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ class LinearProbe(nn.Module):
         encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
         self.encoder = Encoder(**encoder, norm=True).requires_grad_(False)
         self.head = nn.Linear(width, classes)
+        self.train()
 
     def train(self, mode: bool = True) -> "LinearProbe":
         super().train(mode)
@@ -89,7 +91,7 @@ def train(config: SimpleNamespace) -> None:
         frames=config.data.frames,
         stride=config.data.stride,
         sampling=config.data.sampling,
-        augment=lambda frames, generator: data.resized_multi_scale_crop(frames, config.data.size, config.data.scales, False, generator),
+        augment=partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False),
         repeats=1,
         seed=config.run.seed,
     )

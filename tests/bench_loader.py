@@ -1,4 +1,5 @@
-"""One pre-training sample (decode, crop, resize) against decord with per-frame PIL, as the authors' code loads it.
+"""One pre-training sample (decode, crop, resize) against decord with per-frame PIL, as the authors' code loads it,
+and the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
 
     pip install decord
     python tests/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
@@ -48,8 +49,50 @@ def ours(path: str, seed: int) -> torch.Tensor:
 
 
 def clips_of(path: str) -> data.PretrainingClips:
-    empty = torch.zeros(0)
-    return data.PretrainingClips([Path(path)], frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=lambda generator: (empty, empty), seed=0)
+    return data.PretrainingClips([Path(path)], frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=lambda generator: torch.zeros(0, dtype=torch.bool), seed=0)
+
+
+def all_views(path: str, repeat: int) -> torch.Tensor:
+    return data.TestViews([Path(path)], frames=16, stride=4, sampling="dense", size=224, clips=5, crops=3)[0][1]  # uint8 (15, T, 3, 224, 224)
+
+
+def separate_views(path: str, repeat: int) -> torch.Tensor:
+    """Each of the 15 views from the file again, as the authors' test set does: all frames of stride 4, resize, then cut out."""
+    import decord
+
+    views = []
+    for clip in range(5):
+        for crop in range(3):
+            reader = decord.VideoReader(path, num_threads=1)
+            strided = list(range(0, len(reader), 4))
+            strided += [strided[-1]] * (16 - len(strided))
+            frames = reader.get_batch(strided).asnumpy()
+            height, width = frames.shape[1:3]
+            short = min(height, width)
+            images = [Image.fromarray(frame).resize((width * 224 // short, height * 224 // short), Image.BILINEAR) for frame in frames]
+            start = clip * (len(strided) - 16) // 4
+            stacked = numpy.stack([numpy.asarray(image) for image in images[start : start + 16]])  # (T, H, W, 3)
+            axis = 2 if width >= height else 1
+            place = int(crop * (stacked.shape[axis] - 224) / 2)
+            view = torch.from_numpy(stacked.take(range(place, place + 224), axis=axis)).permute(3, 0, 1, 2).float().div(255)
+            mean, std = (torch.tensor(values)[:, None, None, None] for values in (data.MEAN, data.STD))
+            views.append(view.sub_(mean).div_(std))  # (3, T, 224, 224)
+    return torch.stack(views)
+
+
+def compare(path: str, loaders: list, repeats: int) -> tuple[str, list[float]]:
+    """Median of the ratio second / first over interleaved pairs, with quartiles; and the two medians in ms."""
+    seconds: list[list[float]] = [[], []]
+    for repeat in range(-1, repeats):
+        for which in (0, 1) if repeat % 2 else (1, 0):
+            start = time.perf_counter()
+            loaders[which](path, repeat + 1)
+            if repeat >= 0:
+                seconds[which].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(*seconds)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    text = f"{statistics.median(ratios):.2f} times {{}} (quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {repeats} pairs)"
+    return text, [1000 * statistics.median(times) for times in seconds]
 
 
 def decode_everything(path: str) -> torch.Tensor:
@@ -90,20 +133,13 @@ def main() -> None:
                     indices = data.dense_clip(len(video), 16, 4, data.sample_generator(0, seed, 0))
                     same += sum(torch.equal(a, b) for a, b in zip(video.frames(indices), everything[indices]))
                     count += 16
-            seconds: dict[str, list[float]] = {"ours": [], "official": []}
-            for repeat in range(-2, a.repeats):
-                for name, load in (("ours", ours), ("official", official))[:: 1 if repeat % 2 else -1]:
-                    start = time.perf_counter()
-                    load(path, repeat + 2)
-                    if repeat >= 0:
-                        seconds[name].append(time.perf_counter() - start)
-            ratios = [b / o for o, b in zip(seconds["ours"], seconds["official"])]
-            quartiles = statistics.quantiles(ratios, n=4)
+            text, (own, theirs) = compare(path, [ours, official], a.repeats)
             print(
-                f"{Path(path).name}: {statistics.median(ratios):.2f} times decord + PIL (quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {len(ratios)} pairs); "
-                f"{1000 * statistics.median(seconds['ours']):.1f} against {1000 * statistics.median(seconds['official']):.1f} ms a sample, {a.threads} thread(s); "
+                f"{Path(path).name}: {text.format('decord + PIL')}; {own:.1f} against {theirs:.1f} ms a sample, {a.threads} thread(s); "
                 f"{same} of {count} frames identical to decoding everything"
             )
+            text, (own, theirs) = compare(path, [all_views, separate_views], max(2, a.repeats // 8))
+            print(f"{Path(path).name}: 5 x 3 test views {text.format('15 views one by one')}; {own:.0f} against {theirs:.0f} ms a video")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""One pre-training step, this project's model against transformers' VideoMAE with sdpa: same numerics, same machine, one run.
+"""A step of this project's models against transformers' VideoMAE with sdpa: same numerics, same machine, one run.
 
-    python tests/bench_step.py                                   # CPU, ViT-B, batch 4, one thread, float32 and bf16
+    python tests/bench_step.py                                   # pre-training: CPU, ViT-B, batch 4, one thread, float32 and bf16
+    python tests/bench_step.py --of finetune --batch 2           # a fine-tuning step
+    python tests/bench_step.py --of forward --batch 2            # the classifier's forward pass, as in testing
     python tests/bench_step.py --device cuda --size S B L --batch 16 --numerics bf16 --compile --depths 1 2 4 8
 
 Interleaved; ratios are medians of paired runs, first on each line. Memory is measured in a process of its own for each model.
@@ -16,59 +18,71 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import masking  # noqa: E402
 import pretrain  # noqa: E402
 from common import load_config  # noqa: E402
-from model import SIZES, VideoMAE  # noqa: E402
+from model import SIZES, VideoClassifier, VideoMAE  # noqa: E402
 
 
-def ours(size: str, depth: int, device: str, compiled: bool):
-    model = VideoMAE(**SIZES[size], decoder_depth=depth).to(device)
+def ours(a: argparse.Namespace, size: str, depth: int):
+    if a.of == "pretrain":
+        model = VideoMAE(**SIZES[size], decoder_depth=depth).to(a.device)
+        groups, betas = pretrain.parameter_groups(model, 0.05), (0.9, 0.95)
+    else:
+        sizes = {name: SIZES[size][name] for name in ("width", "depth", "heads")}
+        model = VideoClassifier(**sizes, classes=400).to(a.device)
+        groups, betas = finetune.parameter_groups(model, 0.75, 0.05), (0.9, 0.999)
     objective = pretrain.Objective(load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-5, betas=(0.9, 0.95), fused=True)
-    predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if compiled else (model, objective.loss)
+    optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=betas, fused=True)
+    predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if a.compile else (model, objective.loss)
 
-    def step(frames, mask, visible, masked, bf16):
-        clip, target = objective.split(frames)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            prediction = predict(data.normalize(clip), visible, masked)
-        loss = loss_of(prediction, target, masked)
+    def step(frames, mask, visible, masked, targets, bf16):
+        with torch.autocast(a.device, torch.bfloat16, enabled=bf16):
+            clip = data.normalize(frames)
+            prediction = predict(clip, visible, masked) if a.of == "pretrain" else predict(clip)
+        if a.of == "forward":
+            return
+        loss = loss_of(prediction, frames, masked) if a.of == "pretrain" else F.cross_entropy(prediction.float(), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss
 
-    return model, step
+    return step
 
 
-def transformers_sdpa(size: str, depth: int, device: str, compiled: bool):
+def transformers_sdpa(a: argparse.Namespace, size: str, depth: int):
     import transformers
 
     o = SIZES[size]
     config = transformers.VideoMAEConfig(
         hidden_size=o["width"], num_hidden_layers=o["depth"], num_attention_heads=o["heads"], intermediate_size=4 * o["width"],
         decoder_hidden_size=o["decoder_width"], decoder_num_hidden_layers=depth, decoder_num_attention_heads=o["decoder_heads"],
-        decoder_intermediate_size=4 * o["decoder_width"], use_mean_pooling=False, layer_norm_eps=1e-6, attn_implementation="sdpa",
+        decoder_intermediate_size=4 * o["decoder_width"], use_mean_pooling=a.of != "pretrain", layer_norm_eps=1e-6, num_labels=400,
+        attn_implementation="sdpa",
     )  # fmt: skip
-    model = transformers.VideoMAEForPreTraining(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=device == "cuda")
-    predict = torch.compile(model) if compiled else model
+    model = (transformers.VideoMAEForPreTraining if a.of == "pretrain" else transformers.VideoMAEForVideoClassification)(config).to(a.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=a.device == "cuda")
+    predict = torch.compile(model) if a.compile else model
 
-    def step(frames, mask, visible, masked, bf16):
-        clip = data.normalize(frames).transpose(1, 2)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = predict(clip, bool_masked_pos=mask).loss
+    def step(frames, mask, visible, masked, targets, bf16):
+        with torch.autocast(a.device, torch.bfloat16, enabled=bf16):
+            clip = data.normalize(frames).transpose(1, 2)
+            output = predict(clip, bool_masked_pos=mask) if a.of == "pretrain" else predict(clip)
+        if a.of == "forward":
+            return
+        loss = output.loss if a.of == "pretrain" else F.cross_entropy(output.logits.float(), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss
 
-    return model, step
+    return step
 
 
 BUILDERS = {"ours": ours, "transformers": transformers_sdpa}
@@ -79,7 +93,8 @@ def batch_of(size: int, device: str) -> tuple[torch.Tensor, ...]:
     frames = torch.randint(0, 256, (size, 16, 3, 224, 224), dtype=torch.uint8, generator=generator)
     mask = torch.stack([masking.tube_mask((8, 14, 14), 0.9, generator) for _ in range(size)])
     visible, masked = map(torch.stack, zip(*map(masking.split, mask)))
-    return tuple(x.to(device) for x in (frames, mask, visible, masked))
+    targets = torch.rand(size, 400, generator=generator).softmax(dim=1)
+    return tuple(x.to(device) for x in (frames, mask, visible, masked, targets))
 
 
 def synchronize(device: str) -> None:
@@ -89,19 +104,20 @@ def synchronize(device: str) -> None:
 
 def peak_memory(name: str, a: argparse.Namespace, size: str, depth: int, bf16: bool) -> float:
     """GB that two steps take at their peak, in a fresh process: resident on a CPU, allocated by tensors on a GPU."""
-    arguments = [name, size, depth, a.batch, a.device, a.threads, int(bf16), int(a.compile)]
+    arguments = [name, size, depth, bf16, vars(a)]
     return float(subprocess.run([sys.executable, __file__, "--memory-of", json.dumps(arguments)], check=True, capture_output=True, text=True).stdout)
 
 
 def measure_memory(arguments: str) -> None:
-    name, size, depth, batch, device, threads, bf16, compiled = json.loads(arguments)
-    torch.set_num_threads(threads)
-    _, step = BUILDERS[name](size, depth, device, bool(compiled))
-    inputs = batch_of(batch, device)
-    for _ in range(2):
-        step(*inputs, bool(bf16))
+    name, size, depth, bf16, options = json.loads(arguments)
+    a = argparse.Namespace(**options)
+    torch.set_num_threads(a.threads)
+    step, inputs = BUILDERS[name](a, size, depth), batch_of(a.batch, a.device)
+    with torch.set_grad_enabled(a.of != "forward"):
+        for _ in range(2):
+            step(*inputs, bf16)
     # VmHWM and not getrusage, which would count what the parent process had before it started this one
-    used = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    used = torch.cuda.max_memory_allocated() if a.device == "cuda" else 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     print(used / 1e9)
 
 
@@ -120,6 +136,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", default="pretrain", choices=["pretrain", "finetune", "forward"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", nargs="+", default=["B"], choices=list(SIZES))
     parser.add_argument("--depths", nargs="+", type=int, default=[4], help="decoder blocks, Table 1a")
@@ -134,11 +151,12 @@ def main() -> None:
         return measure_memory(a.memory_of)
     torch.set_num_threads(a.threads)
     machine = torch.cuda.get_device_name() if a.device == "cuda" else f"{a.threads} CPU thread(s)"
-    print(f"torch {torch.__version__}, {machine}; batch {a.batch} of 16 x 224 x 224, 1408 of 1568 cubes masked; compile {a.compile}")
+    torch.set_grad_enabled(a.of != "forward")
+    print(f"{a.of}: torch {torch.__version__}, {machine}; batch {a.batch} of 16 x 224 x 224; compile {a.compile}")
     for size in a.size:
-        for depth in a.depths:
+        for depth in a.depths if a.of == "pretrain" else a.depths[:1]:
             inputs = batch_of(a.batch, a.device)
-            steps = {name: BUILDERS[name](size, depth, a.device, a.compile)[1] for name in BUILDERS}
+            steps = {name: BUILDERS[name](a, size, depth) for name in BUILDERS}
             for numerics in a.numerics:
                 bf16 = numerics == "bf16"
                 seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -155,14 +173,15 @@ def main() -> None:
                 median = {name: statistics.median(times) for name, times in seconds.items()}
                 with torch.device("meta"):
                     model = VideoMAE(**SIZES[size], decoder_depth=depth)
+                    positions = [torch.empty(1, n, dtype=torch.long) for n in (160, 1408)]
                     with FlopCounterMode(display=False) as counter:
-                        model(torch.empty(1, 3, 16, 224, 224), *(torch.empty(1, n, dtype=torch.long) for n in (160, 1408)))
+                        (model if a.of == "pretrain" else model.encoder)(torch.empty(1, 3, 16, 224, 224), *(positions if a.of == "pretrain" else []))
                 # forward + backward = 3 x forward; no recomputation counted
-                flops = 3 * counter.get_total_flops() * a.batch
+                flops = (1 if a.of == "forward" else 3) * counter.get_total_flops() * a.batch
                 peak = matmul_rate(a.device, torch.bfloat16 if bf16 else torch.float32)
                 memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
                 print(
-                    f"ViT-{size}, {depth} decoder blocks, {numerics}: {statistics.median(ratios):.2f} times transformers "
+                    f"ViT-{size}{f', {depth} decoder blocks' if a.of == 'pretrain' else ''}, {numerics}: {statistics.median(ratios):.2f} times transformers "
                     f"(quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {len(ratios)} pairs); {median['ours']:.3f} against {median['transformers']:.3f} s a step, "
                     f"{a.batch / median['ours']:.1f} clips/s; peak memory {memory['ours']:.2f} against {memory['transformers']:.2f} GB; "
                     f"{flops / 1e9:.0f} GFLOP a step at {flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's {peak / 1e12:.3f}"

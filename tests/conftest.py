@@ -111,3 +111,20 @@ def run(*arguments: str, processes: int = 0, cwd: Path = ROOT, ok: bool = True) 
     done = subprocess.run(command(*arguments, processes=processes), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+@pytest.fixture(scope="session")
+def coloured_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of three classes that their colour tells: twelve for training, six for testing."""
+    import data
+
+    folder, generator = tmp_path_factory.mktemp("coloured"), torch.Generator().manual_seed(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for number, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = torch.randint(0, 40, (3,), generator=generator)
+                colour[number] += 180
+                frames = colour.view(1, 3, 1, 1) + torch.randint(0, 20, (8, 3, 32, 32), generator=generator)
+                data.write_mp4(folder / split / name / f"{i}.mp4", frames.byte(), rate=8)
+    return folder

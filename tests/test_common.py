@@ -28,7 +28,7 @@ TOY = CONFIGS / "toy.yaml"
         ("model.cube=2", "model.cube expects list"),
         ("optim=3", "unknown key 'optim'"),
         ("mask.ratio=[", "is not valid YAML"),
-        ("mask.ratio", "neither a .yaml file nor group.key=value"),
+        ("mask.ratio", "neither a .yaml file nor key=value"),
         ("none.yaml", "no configuration can be read from none.yaml"),
     ],
 )

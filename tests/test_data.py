@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import torch
 from conftest import SIZE, audio_only, number_of, turn_by_90, two_streams, write_numbered
 
 import data
+import masking
 from common import UserError
 
 COUNT = 70
@@ -139,8 +141,7 @@ def test_broken_files_are_named_and_leave_nothing_open(tmp_path, name):
 
 def dataset(videos: list[Path], **options) -> data.PretrainingClips:
     defaults = dict(frames=8, stride=2, size=32, scales=[1.0, 0.875, 0.75, 0.66], flip=True, seed=0)
-    draw_mask = lambda generator: (torch.randperm(4, generator=generator), torch.randperm(8, generator=generator))  # noqa: E731
-    return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=draw_mask)
+    return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=partial(masking.random_mask, (4, 2, 2), 0.75))
 
 
 def test_training_survives_broken_videos_and_names_them(tmp_path, videos):
@@ -189,8 +190,8 @@ def test_videos_of_a_tree_and_of_a_list(tmp_path):
     tree = [tmp_path / "a/y.AVI", tmp_path / "b/arm wrestling/x 1.mp4"]
     assert data.list_videos(str(tmp_path), "") == tree
     assert data.list_videos(str(tmp_path), "b") == tree[1:]
-    (tmp_path / "train.txt").write_text("a/y.AVI 3\r\n\r\nb/arm wrestling/x 1.mp4 12\r\nb/arm wrestling/x 1.mp4\r\n")
-    assert data.list_videos(str(tmp_path), "train.txt") == [*tree, tree[1]]
+    (tmp_path / "train.txt").write_text("a/y.AVI 3\r\n\r\nb/arm wrestling/x 1.mp4 12\r\nb/other.mp4\r\n")
+    assert data.list_videos(str(tmp_path), "train.txt") == [*tree, tmp_path / "b/other.mp4"]
     (tmp_path / "kinetics.csv").write_text("b/arm wrestling/x 1.mp4,12\n/elsewhere/z.webm,0\n")
     assert data.list_videos(str(tmp_path), str(tmp_path / "kinetics.csv")) == [tree[1], Path("/elsewhere/z.webm")]
 

@@ -144,7 +144,7 @@ def reference_run(toy_videos, tmp_path_factory) -> Path:
     """21 steps by one plain process."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     done = run(PRETRAIN, *QUICK, f"data.root={toy_videos}", "optim.epochs=7", f"run.folder={folder}", "run.checkpoint_every=2")
-    assert "tube mask: 192 of 256 cubes masked, 64 visible" in done.stderr
+    assert "tube mask: 48 of 64 cubes masked, 16 visible" in done.stderr
     assert "batch 8 = 1 processes x 1 accumulated x 8 clips; learning rate 0.02 x 8 / 256 = 0.000625" in done.stderr
     assert "21 steps = 7 epochs x 3" in done.stderr
     return folder
@@ -244,9 +244,9 @@ def test_broken_videos_are_survived_counted_and_named(tmp_path):
     [
         (["optim.base_lrr=1"], "unknown key 'optim.base_lrr'; the nearest valid key is 'optim.base_lr'"),
         (["data.frames=sixteen"], "data.frames expects int"),
-        (["data.size=100"], "100 pixels of height is not a whole number of cubes of 8; choose a multiple of 8"),
+        (["data.size=100"], "100 pixels of height is not a whole number of cubes of 16; choose a multiple of 16"),
         (["data.frames=15"], "15 frames is not a whole number of cubes of 2"),
-        (["mask.ratio=1.0"], "a mask ratio of 1 hides 64 of 64 places"),
+        (["mask.ratio=1.0"], "a mask ratio of 1 hides 16 of 16 places"),
         (["mask.type=tubes"], "mask.type=tubes is not known; choose one of tube, random, frame"),
         (["model.size=XL"], "model.size=XL is not known; choose one of tiny, S, B, L, H"),
         (["model.cube=[2,8]"], "a cube has three sides"),
