@@ -172,7 +172,7 @@ def _outline(theta: Tensor, kind: int) -> Tensor:
 KINDS = {"PERSON_MOVEMENT": CLASSES, "OBJECT_MANIPULATION": ("turning left", "turning right"), "PERSON_INTERACTION": ("growing", "shrinking")}
 ACTIONS = tuple(name for kind in KINDS.values() for name in kind)
 AVA_HEIGHT, AVA_WIDTH, AVA_FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
-RADIUS = 8, 16  # pixels, of the smallest and the largest shape
+RADIUS = 10, 20  # pixels, of the smallest and the largest shape
 EXCLUDED, MISSED, FALSE = 0.05, 0.05, 0.2  # frames excluded, boxes that the detector misses, frames where it sees something that is not
 AVA_FOLDER = Path("toy_ava")
 AVA_VIDEOS = {"train": 800, "val": 160}
@@ -288,7 +288,7 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, 
         way = torch.tensor([sum(steps.get(motion, 0.0) for motion in doing) for doing in motions])
         return way.cumsum(0) - way[0]
 
-    speed, turning, growing = uniform(1.5, 3), uniform(1 / 60, 1 / 30), uniform(1 / 40, 1 / 24)  # pixels, turns, cycles a frame
+    speed, turning, growing = uniform(2.5, 4), uniform(1 / 60, 1 / 30), uniform(1 / 40, 1 / 24)  # pixels, turns, cycles a frame
     angles = {name: 2 * math.pi * place / len(CLASSES) for place, name in enumerate(CLASSES)}
     x = path({name: speed * math.cos(angle) for name, angle in angles.items()}) + uniform(0, AVA_WIDTH + 2 * RADIUS[1])
     y = path({name: speed * math.sin(angle) for name, angle in angles.items()}) + uniform(0, AVA_HEIGHT + 2 * RADIUS[1])
