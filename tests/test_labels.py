@@ -56,7 +56,7 @@ def test_kinetics_csv(tmp_path):
     )  # fmt: skip
     train, val, names = data.labelled(str(root), "train.csv", "val.csv", "")
     assert names == ["cutting, pineapple", "riding a bike"]
-    assert relative(root, train) == [("train/-abc_def_000012_000022.mp4", 1), ("somewhere/else/XYZ_000100_000110.mkv", 0)]
+    assert relative(root, train) == [("somewhere/else/XYZ_000100_000110.mkv", 0), ("train/-abc_def_000012_000022.mp4", 1)]
     assert [path.name for path, _ in val] == ["gone_000007_000017"]  # not downloaded: to be counted as wrong, not forgotten
 
 
@@ -109,7 +109,7 @@ def test_hmdb51_splits(tmp_path):
 def test_plain_list(tmp_path):
     root = tree(tmp_path, train_txt="\ufeffb/arm wrestling/x 1.mp4 2\r\n\r\ny.AVI\t0\r\n/elsewhere/z, 3.webm,1\r\n", val_txt="w.mp4 02\n")
     train, val, names = data.labelled(str(root), "train.txt", "val.txt", "")
-    assert train == [(root / "b/arm wrestling/x 1.mp4", 2), (root / "y.AVI", 0), (Path("/elsewhere/z, 3.webm"), 1)]
+    assert train == [(root / "y.AVI", 0), (Path("/elsewhere/z, 3.webm"), 1), (root / "b/arm wrestling/x 1.mp4", 2)]
     assert val == [(root / "w.mp4", 2)] and names == ["0", "1", "2"]
 
 
@@ -162,6 +162,16 @@ def test_malformed_lists_end_in_a_sentence_with_file_and_line(tmp_path, files, t
     with pytest.raises(UserError) as error:
         data.labelled(str(root), train, "val.txt", classes)
     assert sentence.replace("ROOT", str(root)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_test_videos_every_fifth_of_each_class_is_kept(tmp_path):
+    root = tree(tmp_path, *(f"{name}/{i:02}.mp4" for name, count in (("many", 11), ("few", 4)) for i in range(count)))
+    train, val, names = data.labelled(str(root), "", "", "")
+    assert names == ["few", "many"] and relative(root, val) == [("many/04.mp4", 1), ("many/09.mp4", 1)]
+    assert len(train) == 13 and not set(train) & set(val)
+    assert data.labelled(str(root), "", "", "", per_class=3)[1] == val and len(data.labelled(str(root), "", "", "", per_class=3)[0]) == 6
+    with pytest.raises(UserError, match="no class in .* has five videos, so none can be kept for testing: name test videos by data.val"):
+        data.labelled(str(tree(tmp_path / "other", "a/1.mp4")), "", "", "")
 
 
 def test_a_video_outside_of_the_class_folders_has_no_label(tmp_path):

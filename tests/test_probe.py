@@ -183,7 +183,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(coloured_videos, pretrained, ref
 
 def test_two_processes_are_as_good_as_one(coloured_videos, pretrained, reference_run, tmp_path):
     done = run(PROBE, *settings(coloured_videos, pretrained, tmp_path), "run.batch_per_device=2", processes=2)
-    assert "batch 6 = 2 processes x 3 accumulated x 1 videos" in done.stderr.replace("3 accumulated x 1", "3 accumulated x 1") and done.stdout.count("top-1") == 2
+    assert "batch 6 = 2 processes x 3 accumulated x 1 videos" in done.stderr and done.stdout.count("top-1") == 2
     assert losses(tmp_path) == pytest.approx(losses(reference_run), rel=1e-4, abs=1e-6)
     for name in ("pre-trained", "random"):
         for a, b in zip(scores(tmp_path, name), scores(reference_run, name), strict=True):
