@@ -42,7 +42,7 @@ def test_kinetics_folder_tree(tmp_path):
     ]  # fmt: skip
     assert relative(root, val) == [("val/abseiling/d.mp4", 0), ("val/riding_a_bike/e.mp4", 1)]
     (root / "names.txt").write_text("zumba\r\nriding a bike\r\nabseiling\r\n")  # the file's order, not the alphabet's
-    assert [label for _, label in data.labelled(str(root), "train", "val", "names.txt")[0]] == [2, 2, 1, 0]
+    assert [label for _, label in data.labelled(str(root), "train", "val", "names.txt")[0]] == [0, 1, 2, 2]
     assert Counter(label for _, label in data.labelled(str(root), "train", "val", "", per_class=1)[0]) == {0: 1, 1: 1, 2: 1}
     assert len(data.labelled(str(root), "train", "val", "", per_class=1)[1]) == 2  # all are tested
 
