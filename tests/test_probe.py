@@ -72,9 +72,11 @@ def test_colours_are_linearly_separable(reference_run):
     assert "12 videos for training, 6 for testing, 3 classes" in said and "60 steps = 30 epochs x 2" in said
     results = {line["encoder"]: line["test_top1"] for line in log(reference_run) if "encoder" in line}
     assert results == {"pre-trained": 100.0, "random": 100.0}
-    one, other = scores(reference_run, "pre-trained"), scores(reference_run, "random")
-    assert [row["class"] for row in one] == ["blue", "blue", "green", "green", "red", "red"] == [row["prediction"] for row in other]
-    assert one != other
+    for encoder in ("pre-trained", "random"):
+        rows = scores(reference_run, encoder)
+        assert [row["class"] for row in rows] == ["blue", "blue", "green", "green", "red", "red"] == [row["prediction"] for row in rows]
+    heads = torch.load(reference_run / "checkpoint.pt", weights_only=True)["heads"]
+    assert not torch.equal(heads["pre-trained.weight"], heads["random.weight"])
     assert losses(reference_run)[-1] < 0.5 < losses(reference_run)[0] == pytest.approx(math.log(3), abs=0.6)
 
 
