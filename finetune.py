@@ -197,7 +197,7 @@ def train(config: SimpleNamespace) -> None:
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
     bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes()
+    rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
     videos, val_videos, names = find_videos(config, world_size)
     model = build(config, len(names)).to(device)
@@ -347,7 +347,7 @@ def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[st
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the accuracy of any fine-tuned checkpoint, the scores of each video beside it or in `--out`."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, world_size, device = common.start_processes()
+    _, world_size, device = common.start_processes(config.data.workers)
     _, videos, names = find_videos(config, world_size)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
     if read_checkpoint(arguments.weights)[1].get("classes", names) != names:
@@ -361,7 +361,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
 def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: the five most probable classes of each video."""
     config = stored_config(arguments.weights, arguments.settings)
-    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(common.start_processes()[2])
+    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(common.start_processes(config.data.workers)[2])
     names = class_names(arguments.weights, config, model.options["classes"])
     scores, broken = test(model, arguments.predict, config, config.data.test_clips, config.data.test_crops, "predicting")
     for reason in broken:

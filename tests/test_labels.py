@@ -1,12 +1,13 @@
 """Labels as each dataset's own files give them; which frames and which pixels a labelled clip is made of."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import numbered_frame, write_numbered
+from conftest import ROOT, numbered_frame, run, write_numbered
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -463,3 +464,28 @@ def test_a_broken_training_video_is_replaced_with_the_others_own_label(tmp_path)
     for epoch in range(5):
         _, label, broken = labelled_clips([(tmp_path / "broken.mp4", 0), (whole, 1)])[epoch, 0]
         assert label == 1 and "broken.mp4" in broken[0]
+
+
+# ---- the command that looks a dataset over ----
+
+
+def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
+    for name in ("train/a/1.mp4", "train/a/2.mp4", "train/b/3.mp4", "val/a/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_numbered(tmp_path / name, 5)
+    dataset = [f"data.root={tmp_path}", "data.train=train", "data.val=val", "data.workers=1"]
+    done = run(ROOT / "data.py", "check", *dataset)
+    assert "3 videos for training in train, 2 classes, 0 wrong labels, 0 unreadable" in done.stdout
+    assert re.search(r"\b2  a\n +1  b\n", done.stdout)
+
+    (tmp_path / "val" / "a" / "5.mp4").write_bytes((tmp_path / "val/a/4.mp4").read_bytes()[:400])
+    (tmp_path / "val" / "c").mkdir()
+    write_numbered(tmp_path / "val/c/6.mp4", 5)
+    (tmp_path / "list.txt").write_text("train/a/1.mp4 0\nval/c/6.mp4 7\n")
+    done = run(ROOT / "data.py", "check", *dataset, ok=False)
+    assert done.returncode == 1
+    assert "3 videos for testing in val, 2 classes, 1 wrong labels, 1 unreadable" in done.stdout
+    assert "unknown class 'c' for 6.mp4" in done.stdout and str(tmp_path / "val/a/5.mp4") in done.stdout
+
+    done = run(ROOT / "data.py", "check", dataset[0], "data.train=train", "data.val=list.txt", "data.workers=1", ok=False)
+    assert "label 7 is out of range for 6.mp4" in done.stdout and "1 videos are for training as well" in done.stdout
