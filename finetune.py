@@ -153,11 +153,10 @@ def test(model: nn.Module, videos: list[Path], config: SimpleNamespace, clips: i
                 found.append((indices, probabilities))
             bar.update(len(indices) + len(unreadable))
     found = common.gather([(indices, probabilities.cpu()) for indices, probabilities in found])
-    reports = [f"video {index}: {reason}" for index, reason in sorted(common.gather(broken))]
     scores = torch.full((len(videos), model.options["classes"]), float("nan"))
     for indices, probabilities in found:
         scores[indices] = probabilities
-    return scores, [report.partition(": ")[2] for report in reports]
+    return scores, [reason for _, reason in sorted(common.gather(broken))]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:

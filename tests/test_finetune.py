@@ -518,7 +518,7 @@ def test_missing_weights_are_one_sentence_that_names_pretrain_py(tmp_path):
         (["--test", "--weights", "FINETUNED", "data.test_crops=0"], "data.test_crops has to be at least 1"),
         (["--test", "--weights", "FINETUNED", "data.sampling=tsn"], "data.sampling=tsn is not known"),
         (["--test", "--weights", "FINETUNED", "data.size=40"], "40 pixels of height is not a whole number of cubes"),
-        (["--test", "--weights", "FINETUNED", "data.root=OTHER", "data.train=.", "data.val=."], "was trained on other classes than these videos have: set data.classes"),
+        (["--test", "--weights", "FINETUNED", "data.root=OTHER", "data.train=.", "data.val=."], "unknown class 'one' for a.mp4"),
         (["--predict", "a.mp4", "--weights", "PRETRAINED"], "is not a fine-tuned checkpoint"),
         (["--compare", "a.csv", "b.csv"], "a.csv is not a scores.csv as --test writes it"),
     ],
