@@ -253,7 +253,11 @@ def _read_flagged(root: str, pattern: str, flag: str) -> list[Entry]:
     entries = []
     for file in sorted(Path(root).glob(pattern)):
         label = file.name.removesuffix(pattern.rpartition("*")[2])
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not a text file with lines 'name flag' ({error})") from None
+        for number, line in enumerate(lines, 1):
             name, _, its_flag = line.strip().rpartition(" ")
             if line.strip() and not (name and its_flag.isdigit()):
                 raise UserError(f"{file}, line {number}: expected 'name flag', not '{line.strip()}'")

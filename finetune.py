@@ -33,13 +33,27 @@ import common
 import data
 import toy
 from common import UserError, say
-from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint
+from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options
 
 CONFIGS = Path(__file__).parent / "configs" / "finetune"
 DEFAULT = CONFIGS / "toy.yaml"
 
 
 # ---- the model and its starting point (Tables 1d and 1e) ----
+
+
+def check(config: SimpleNamespace) -> None:
+    """Most mistakes in a configuration are found here, before any work."""
+    common.at_least_one(
+        config, "data.frames", "data.stride", "data.size", "data.repeats", "data.test_clips", "data.test_crops",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    for key, length in (("model.cube", 3), ("model.pretrained_clip", 3), ("data.randaugment", 3), ("data.crop_area", 2), ("data.crop_aspect", 2), ("optim.betas", 2)):
+        group, name = key.split(".")
+        if len(value := getattr(getattr(config, group), name)) != length:
+            raise UserError(f"{key} has {length} values, see {DEFAULT}, not {value}")
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
 
 
 def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
@@ -128,21 +142,21 @@ def test(model: nn.Module, videos: list[Path], config: SimpleNamespace, clips: i
     )
     model.eval()
     found, broken = [], []
-    with tqdm(total=len(videos), desc=title, unit="video", disable=rank > 0) as bar:
+    with tqdm(total=len(range(rank, len(videos), world_size)), desc=title, unit="video", disable=rank > 0) as bar:
         for indices, clip, unreadable in batches:
             broken += unreadable
             if clip is not None:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(data.normalize(clip.to(device, non_blocking=True).flatten(0, 1)))  # (B V, classes)
+                    parts = clip.to(device, non_blocking=True).flatten(0, 1).split(config.run.batch_per_device)
+                    logits = torch.cat([model(data.normalize(part)) for part in parts])  # (B V, classes)
                 probabilities = logits.float().softmax(dim=1).unflatten(0, (len(indices), -1)).mean(dim=1)  # (B, classes)
                 found.append((indices, probabilities))
-            bar.update(world_size * (len(indices) + len(unreadable)))
+            bar.update(len(indices) + len(unreadable))
     found = common.gather([(indices, probabilities.cpu()) for indices, probabilities in found])
-    reports = [f"video {index}: {reason}" for index, reason in sorted(common.gather(broken))]
     scores = torch.full((len(videos), model.options["classes"]), float("nan"))
     for indices, probabilities in found:
         scores[indices] = probabilities
-    return scores, [report.partition(": ")[2] for report in reports]
+    return scores, [reason for _, reason in sorted(common.gather(broken))]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -190,14 +204,9 @@ def test_and_write(model: nn.Module, videos: list[tuple[Path, int]], names: list
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
-    common.at_least_one(
-        config, "data.frames", "data.stride", "data.size", "data.repeats", "data.test_clips", "data.test_crops",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
-    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
+    check(config)
     bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes()
+    rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
     videos, val_videos, names = find_videos(config, world_size)
     model = build(config, len(names)).to(device)
@@ -221,6 +230,8 @@ def train(config: SimpleNamespace) -> None:
 
     batch_size = config.optim.batch_size
     per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, max(1, config.run.batch_per_device // config.data.repeats))
+    if per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
+        raise UserError("one video at a time has no other to be mixed with: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B; copies do not count
@@ -311,10 +322,16 @@ def train(config: SimpleNamespace) -> None:
         progress.log.write(step=steps, test_top1=top1)
 
 
-def find_videos(config: SimpleNamespace, world_size: int) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Labelled videos for training and for testing, and the names of the classes."""
+def find_videos(config: SimpleNamespace, world_size: int, known: list[str] | None = None) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
+    """Labelled videos for training and for testing, and the names of the classes.
+
+    If the classes are `known`, from a checkpoint, testing needs no training videos.
+    """
     root, train, val = toy.find(config.data, world_size)
     classes = config.data.classes if config.data.root else "classes.txt"
+    if known and val:
+        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
+        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
     return data.labelled(root, train, val, classes, config.data.per_class)
 
 
@@ -323,8 +340,12 @@ def find_videos(config: SimpleNamespace, world_size: int) -> tuple[list[tuple[Pa
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
     """The configuration for weights: a .yaml file if given, or what the checkpoint says, or Kinetics' for weights from elsewhere."""
+    if "classes" not in read_options(weights):
+        raise UserError(f"{weights} is not a fine-tuned checkpoint, with its classes: make one with finetune.py")
     stored = read_checkpoint(weights)[1].get("config")
-    return common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    config = common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    check(config)
+    return config
 
 
 def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[str]:
@@ -347,10 +368,11 @@ def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[st
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the accuracy of any fine-tuned checkpoint, the scores of each video beside it or in `--out`."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, world_size, device = common.start_processes()
-    _, videos, names = find_videos(config, world_size)
+    _, world_size, device = common.start_processes(config.data.workers)
+    known = read_checkpoint(arguments.weights)[1].get("classes")
+    _, videos, names = find_videos(config, world_size, known)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
-    if read_checkpoint(arguments.weights)[1].get("classes", names) != names:
+    if known and known != names:
         raise UserError(f"{arguments.weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
         raise UserError(f"{arguments.weights} has {model.options['classes']} classes, the dataset {len(names)}: set data.classes")
@@ -361,7 +383,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
 def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: the five most probable classes of each video."""
     config = stored_config(arguments.weights, arguments.settings)
-    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(common.start_processes()[2])
+    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(common.start_processes(config.data.workers)[2])
     names = class_names(arguments.weights, config, model.options["classes"])
     scores, broken = test(model, arguments.predict, config, config.data.test_clips, config.data.test_crops, "predicting")
     for reason in broken:

@@ -344,6 +344,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         except Exception as error:  # torch.load raises many types for what is one mistake: not a file of weights
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
     state = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content)
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not state:

@@ -252,7 +252,7 @@ def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes."""
     bf16, compiled = common.numerics(config.run)
     model, objective, draw_mask = build(config)
-    rank, world_size, device = common.start_processes()
+    rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
     root, train, val = toy.find(config.data, world_size)
     videos = data.list_videos(root, train)

@@ -83,7 +83,7 @@ def train(config: SimpleNamespace) -> None:
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
     bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes()
+    rank, world_size, device = common.start_processes(config.data.workers)
     videos, val_videos, names = finetune.find_videos(config, world_size)
     probes = nn.ModuleDict(build(config, len(names))).to(device)
     clips = data.LabelledClips(

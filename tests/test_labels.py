@@ -1,12 +1,13 @@
 """Labels as each dataset's own files give them; which frames and which pixels a labelled clip is made of."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import numbered_frame, write_numbered
+from conftest import ROOT, numbered_frame, run, write_numbered
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -42,7 +43,7 @@ def test_kinetics_folder_tree(tmp_path):
     ]  # fmt: skip
     assert relative(root, val) == [("val/abseiling/d.mp4", 0), ("val/riding_a_bike/e.mp4", 1)]
     (root / "names.txt").write_text("zumba\r\nriding a bike\r\nabseiling\r\n")  # the file's order, not the alphabet's
-    assert [label for _, label in data.labelled(str(root), "train", "val", "names.txt")[0]] == [2, 2, 1, 0]
+    assert [label for _, label in data.labelled(str(root), "train", "val", "names.txt")[0]] == [0, 1, 2, 2]
     assert Counter(label for _, label in data.labelled(str(root), "train", "val", "", per_class=1)[0]) == {0: 1, 1: 1, 2: 1}
     assert len(data.labelled(str(root), "train", "val", "", per_class=1)[1]) == 2  # all are tested
 
@@ -56,7 +57,7 @@ def test_kinetics_csv(tmp_path):
     )  # fmt: skip
     train, val, names = data.labelled(str(root), "train.csv", "val.csv", "")
     assert names == ["cutting, pineapple", "riding a bike"]
-    assert relative(root, train) == [("train/-abc_def_000012_000022.mp4", 1), ("somewhere/else/XYZ_000100_000110.mkv", 0)]
+    assert relative(root, train) == [("somewhere/else/XYZ_000100_000110.mkv", 0), ("train/-abc_def_000012_000022.mp4", 1)]
     assert [path.name for path, _ in val] == ["gone_000007_000017"]  # not downloaded: to be counted as wrong, not forgotten
 
 
@@ -109,7 +110,7 @@ def test_hmdb51_splits(tmp_path):
 def test_plain_list(tmp_path):
     root = tree(tmp_path, train_txt="\ufeffb/arm wrestling/x 1.mp4 2\r\n\r\ny.AVI\t0\r\n/elsewhere/z, 3.webm,1\r\n", val_txt="w.mp4 02\n")
     train, val, names = data.labelled(str(root), "train.txt", "val.txt", "")
-    assert train == [(root / "b/arm wrestling/x 1.mp4", 2), (root / "y.AVI", 0), (Path("/elsewhere/z, 3.webm"), 1)]
+    assert train == [(root / "y.AVI", 0), (Path("/elsewhere/z, 3.webm"), 1), (root / "b/arm wrestling/x 1.mp4", 2)]
     assert val == [(root / "w.mp4", 2)] and names == ["0", "1", "2"]
 
 
@@ -162,6 +163,16 @@ def test_malformed_lists_end_in_a_sentence_with_file_and_line(tmp_path, files, t
     with pytest.raises(UserError) as error:
         data.labelled(str(root), train, "val.txt", classes)
     assert sentence.replace("ROOT", str(root)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_test_videos_every_fifth_of_each_class_is_kept(tmp_path):
+    root = tree(tmp_path, *(f"{name}/{i:02}.mp4" for name, count in (("many", 11), ("few", 4)) for i in range(count)))
+    train, val, names = data.labelled(str(root), "", "", "")
+    assert names == ["few", "many"] and relative(root, val) == [("many/04.mp4", 1), ("many/09.mp4", 1)]
+    assert len(train) == 13 and not set(train) & set(val)
+    assert data.labelled(str(root), "", "", "", per_class=3)[1] == val and len(data.labelled(str(root), "", "", "", per_class=3)[0]) == 6
+    with pytest.raises(UserError, match="no class in .* has five videos, so none can be kept for testing: name test videos by data.val"):
+        data.labelled(str(tree(tmp_path / "other", "a/1.mp4")), "", "", "")
 
 
 def test_a_video_outside_of_the_class_folders_has_no_label(tmp_path):
@@ -453,3 +464,28 @@ def test_a_broken_training_video_is_replaced_with_the_others_own_label(tmp_path)
     for epoch in range(5):
         _, label, broken = labelled_clips([(tmp_path / "broken.mp4", 0), (whole, 1)])[epoch, 0]
         assert label == 1 and "broken.mp4" in broken[0]
+
+
+# ---- the command that looks a dataset over ----
+
+
+def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
+    for name in ("train/a/1.mp4", "train/a/2.mp4", "train/b/3.mp4", "val/a/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_numbered(tmp_path / name, 5)
+    dataset = [f"data.root={tmp_path}", "data.train=train", "data.val=val", "data.workers=1"]
+    done = run(ROOT / "data.py", "check", *dataset)
+    assert "3 videos for training in train, 2 classes, 0 wrong labels, 0 unreadable" in done.stdout
+    assert re.search(r"\b2  a\n +1  b\n", done.stdout)
+
+    (tmp_path / "val" / "a" / "5.mp4").write_bytes((tmp_path / "val/a/4.mp4").read_bytes()[:400])
+    (tmp_path / "val" / "c").mkdir()
+    write_numbered(tmp_path / "val/c/6.mp4", 5)
+    (tmp_path / "list.txt").write_text("train/a/1.mp4 0\nval/c/6.mp4 7\n")
+    done = run(ROOT / "data.py", "check", *dataset, ok=False)
+    assert done.returncode == 1
+    assert "3 videos for testing in val, 2 classes, 1 wrong labels, 1 unreadable" in done.stdout
+    assert "unknown class 'c' for 6.mp4" in done.stdout and str(tmp_path / "val/a/5.mp4") in done.stdout
+
+    done = run(ROOT / "data.py", "check", dataset[0], "data.train=train", "data.val=list.txt", "data.workers=1", ok=False)
+    assert "label 7 is out of range for 6.mp4" in done.stdout and "1 videos are for training as well" in done.stdout

@@ -38,7 +38,7 @@ def settings(videos: Path, pretrained: Path, folder: Path) -> list[str]:
     """Twelve videos of three colours, six at a time, for thirty epochs: sixty steps."""
     return [
         f"data.root={videos}", "data.train=train", "data.val=val", f"init={pretrained}", f"run.folder={folder}", "data.frames=4", "data.size=32", "data.stride=1",
-        "data.scales=[1, 0.875, 0.75, 0.66]", "optim.batch_size=6", "optim.epochs=30", "optim.base_lr=20", "run.log_every=1", "run.checkpoint_every=15",
+        "data.scales=[1, 0.875, 0.75, 0.66]", "optim.batch_size=6", "optim.epochs=30", "optim.base_lr=2", "run.log_every=1", "run.checkpoint_every=15",
     ]  # fmt: skip
 
 
@@ -72,15 +72,17 @@ def test_colours_are_linearly_separable(reference_run):
     assert "12 videos for training, 6 for testing, 3 classes" in said and "60 steps = 30 epochs x 2" in said
     results = {line["encoder"]: line["test_top1"] for line in log(reference_run) if "encoder" in line}
     assert results == {"pre-trained": 100.0, "random": 100.0}
-    one, other = scores(reference_run, "pre-trained"), scores(reference_run, "random")
-    assert [row["class"] for row in one] == ["blue", "blue", "green", "green", "red", "red"] == [row["prediction"] for row in other]
-    assert one != other
+    for encoder in ("pre-trained", "random"):
+        rows = scores(reference_run, encoder)
+        assert [row["class"] for row in rows] == ["blue", "blue", "green", "green", "red", "red"] == [row["prediction"] for row in rows]
+    heads = torch.load(reference_run / "checkpoint.pt", weights_only=True)["heads"]
+    assert not torch.equal(heads["pre-trained.weight"], heads["random.weight"])
     assert losses(reference_run)[-1] < 0.5 < losses(reference_run)[0] == pytest.approx(math.log(3), abs=0.6)
 
 
 def test_the_schedule_is_table_11s(reference_run):
     c = configured()
-    warm, peak = 2 * c.optim.warmup_epochs, 20 * 6 / 256
+    warm, peak = 2 * c.optim.warmup_epochs, 2 * 6 / 256
     assert [line["lr"] for line in log(reference_run) if "loss" in line] == pytest.approx([common.warmup_cosine(step, 60, warm, peak, 0.0) for step in range(60)])
     ssv2 = configured(probe.CONFIGS / "ssv2_base.yaml")
     assert ssv2.optim.base_lr * ssv2.optim.batch_size / 256 == pytest.approx(0.4)
@@ -154,7 +156,7 @@ def test_the_loss_is_that_of_softmax_regression_on_the_features(coloured_videos,
         probabilities = (features @ weight.T + bias).softmax(dim=1)
         expected.append(float(-probabilities[torch.arange(12), labels].log().mean()))
         error = (probabilities - torch.eye(3)[labels]) / 12
-        lr = common.warmup_cosine(step, 3, c.optim.warmup_epochs, 20 * 12 / 256, 0.0)
+        lr = common.warmup_cosine(step, 3, c.optim.warmup_epochs, 2 * 12 / 256, 0.0)
         for number, gradient in enumerate((error.T @ features, error.sum(dim=0))):
             velocity[number] = 0.9 * velocity[number] + gradient
         weight, bias = weight - lr * velocity[0], bias - lr * velocity[1]
@@ -183,7 +185,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(coloured_videos, pretrained, ref
 
 def test_two_processes_are_as_good_as_one(coloured_videos, pretrained, reference_run, tmp_path):
     done = run(PROBE, *settings(coloured_videos, pretrained, tmp_path), "run.batch_per_device=2", processes=2)
-    assert "batch 6 = 2 processes x 3 accumulated x 1 videos" in done.stderr.replace("3 accumulated x 1", "3 accumulated x 1") and done.stdout.count("top-1") == 2
+    assert "batch 6 = 2 processes x 3 accumulated x 1 videos" in done.stderr and done.stdout.count("top-1") == 2
     assert losses(tmp_path) == pytest.approx(losses(reference_run), rel=1e-4, abs=1e-6)
     for name in ("pre-trained", "random"):
         for a, b in zip(scores(tmp_path, name), scores(reference_run, name), strict=True):

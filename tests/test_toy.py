@@ -58,7 +58,7 @@ def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion):
         x, y, turn, size = toy.trajectory(motion, torch.Generator().manual_seed(seed))
         assert not turn.diff().any() and not size.diff().any()
         speed = torch.hypot(x.diff(), y.diff())
-        assert 1.49 < float(speed.min()) and float(speed.max()) < 3.01 and float(speed.max() - speed.min()) < 1e-3
+        assert 2.49 < float(speed.min()) and float(speed.max()) < 4.01 and float(speed.max() - speed.min()) < 1e-3
         way = torch.tensor([right, down]) / (abs(right) + abs(down)) ** 0.5
         assert torch.allclose(torch.stack([x.diff(), y.diff()], 1) / speed[:, None], way.expand(23, 2), atol=1e-3)
 
