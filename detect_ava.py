@@ -47,7 +47,7 @@ import toy
 from common import UserError, say
 from data import BrokenVideo
 from finetune import parameter_groups
-from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, truncated_normal
+from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, truncated_normal
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -724,6 +724,23 @@ def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
+def check(config: SimpleNamespace) -> None:
+    """Most mistakes in a configuration are found here, before any work."""
+    common.at_least_one(
+        config, "data.actions", "data.frames", "data.stride", "data.size",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    for key, length in (("model.cube", 3), ("model.pretrained_clip", 3), ("data.mean", 3), ("data.std", 3), ("optim.betas", 2)):
+        group, name = key.split(".")
+        if len(value := getattr(getattr(config, group), name)) != length:
+            raise UserError(f"{key} has {length} values, see {DEFAULT}, not {value}")
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    if config.data.rate <= 0:
+        raise UserError(f"data.rate={config.data.rate} has to be above 0")
+    if config.data.size > config.data.short_side:
+        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
+
+
 def build(config: SimpleNamespace) -> ActionDetector:
     """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads."""
     torch.manual_seed(config.run.seed)
@@ -902,7 +919,7 @@ def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Pat
     batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
     model.eval()
     found, broken = [], []
-    with tqdm(total=len(persons), desc=title, unit="frame", disable=rank > 0) as bar:
+    with tqdm(total=sum(map(len, share)), desc=title, unit="frame", disable=rank > 0) as bar:
         for indices, clip, rois, reasons in batches:
             broken += reasons
             if clip is not None:
@@ -910,7 +927,7 @@ def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Pat
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
                 found.append((indices, logits.float().sigmoid()))
-            bar.update(min(world_size * (len(indices) + len(reasons)), bar.total - bar.n))
+            bar.update(len(indices) + len(reasons))
     predictions = []
     for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
         of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
@@ -1005,15 +1022,9 @@ def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str]
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
-    common.at_least_one(
-        config, "data.actions", "data.frames", "data.stride", "data.size",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
-    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    if config.data.size > config.data.short_side:
-        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
+    check(config)
     bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes()
+    rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
     root = find_root(config, world_size)
     frames, movies = find_training(config, root)
@@ -1117,14 +1128,20 @@ def train(config: SimpleNamespace) -> None:
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
     """The configuration for weights: a .yaml file if given, or what the checkpoint says, or the ViT-B recipe's for weights from elsewhere."""
+    if "classes" not in read_options(weights):
+        raise UserError(f"{weights} is not a checkpoint of action detection: make one with detect_ava.py")
     stored = read_checkpoint(weights)[1].get("config")
-    return common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    if stored and "actions" not in stored["data"]:
+        raise UserError(f"{weights} was trained by another stage: make a checkpoint of action detection with detect_ava.py")
+    config = common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    check(config)
+    return config
 
 
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the mAP of any checkpoint of action detection, its detections and pictures beside it or in `--out`."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, world_size, device = common.start_processes()
+    _, world_size, device = common.start_processes(config.data.workers)
     test_set = find_test(config, find_root(config, world_size))
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     if model.options["classes"] != config.data.actions:
@@ -1136,7 +1153,7 @@ def predict_video(arguments: argparse.Namespace) -> None:
     """`--predict`: a video as mp4 with the persons' boxes, one set of them a second, and what they do."""
     video, out = arguments.predict, arguments.out or Path("runs/detections") / f"{arguments.predict.stem}.mp4"
     config = stored_config(arguments.weights, arguments.settings)
-    device = common.start_processes()[2]
+    device = common.start_processes(config.data.workers)[2]
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     names = read_checkpoint(arguments.weights)[1].get("actions", {})
     persons = find_persons(arguments.boxes, config, Path(config.data.root), {video.stem: video})
