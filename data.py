@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import UserError, launch, load_config, parse
+from common import UserError, launch, load_config, parse, position
 from masking import split
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
@@ -636,6 +636,15 @@ class GlobalBatches(Sampler):
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.batch_size // (self.world_size * self.per_device)
+
+
+def training_batches(videos: TrainingVideos, workers: int, *, batch_size: int, per_device: int, start: int, steps: int) -> Iterator[tuple]:
+    """This process's batches of all steps from `start` on, in pieces of `per_device` samples: see GlobalBatches."""
+    rank, world_size = position()
+    share = GlobalBatches(
+        length=len(videos), batch_size=batch_size, per_device=per_device, rank=rank, world_size=world_size, seed=videos.seed, start=start, steps=steps
+    )
+    return iter(loader(videos, workers, batch_sampler=share, collate_fn=collate))
 
 
 # ---- a dataset looked over before days of training ----

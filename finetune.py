@@ -259,17 +259,7 @@ def train(config: SimpleNamespace) -> None:
     predict = torch.compile(model) if compiled else model
     if world_size > 1:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
-    share = data.GlobalBatches(
-        length=len(videos),
-        batch_size=batch_size,
-        per_device=per_device,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        start=start,
-        steps=steps,
-    )
-    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=data.collate))
+    batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     mix = mixing(config.optim.mixup, config.optim.cutmix)
     progress = common.Progress(folder, start, steps, batch_size * config.data.repeats, config.run.log_every, device)
 

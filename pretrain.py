@@ -298,17 +298,7 @@ def train(config: SimpleNamespace) -> None:
     predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if compiled else (model, objective.loss)
     if world_size > 1:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
-    share = data.GlobalBatches(
-        length=len(videos),
-        batch_size=batch_size,
-        per_device=per_device,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        start=start,
-        steps=steps,
-    )
-    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=data.collate))
+    batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
 
     for step in progress:

@@ -122,17 +122,7 @@ def train(config: SimpleNamespace) -> None:
         f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
     )
 
-    share = data.GlobalBatches(
-        length=len(videos),
-        batch_size=batch_size,
-        per_device=per_device,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        start=start,
-        steps=steps,
-    )
-    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=data.collate))
+    batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     features = {name: torch.compile(probe.features) if compiled else probe.features for name, probe in probes.items()}
     predict = {name: DistributedDataParallel(head) if world_size > 1 else head for name, head in heads.items()}
     progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)

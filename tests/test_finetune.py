@@ -16,7 +16,6 @@ from test_pretrain import in_group
 from torchvision import tv_tensors
 
 import common
-import data
 import finetune
 import model as m
 from common import UserError, load_config

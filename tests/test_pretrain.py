@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -214,11 +215,12 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(toy_videos, reference_ru
 
 def test_control_c_ends_in_a_sentence(toy_videos, tmp_path):
     arguments = command(PRETRAIN, *QUICK, f"data.root={toy_videos}", "optim.epochs=500", f"run.folder={tmp_path / 'run'}")
-    process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore ctrl-C, and so would the run
+    process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     while not (tmp_path / "run/log.jsonl").exists() or not (tmp_path / "run/log.jsonl").read_text():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and "interrupted: the same command goes on" in said and "Traceback" not in said
     assert not in_group(process.pid)
 
