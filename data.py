@@ -638,13 +638,15 @@ class GlobalBatches(Sampler):
         return (self.steps - self.start) * self.batch_size // (self.world_size * self.per_device)
 
 
-def training_batches(videos: TrainingVideos, workers: int, *, batch_size: int, per_device: int, start: int, steps: int) -> Iterator[tuple]:
+def training_batches(
+    videos: TrainingVideos, workers: int, *, batch_size: int, per_device: int, start: int, steps: int, collate_fn: Callable = collate
+) -> Iterator[tuple]:
     """This process's batches of all steps from `start` on, in pieces of `per_device` samples: see GlobalBatches."""
     rank, world_size = position()
     share = GlobalBatches(
         length=len(videos), batch_size=batch_size, per_device=per_device, rank=rank, world_size=world_size, seed=videos.seed, start=start, steps=steps
     )
-    return iter(loader(videos, workers, batch_sampler=share, collate_fn=collate))
+    return iter(loader(videos, workers, batch_sampler=share, collate_fn=collate_fn))
 
 
 # ---- a dataset looked over before days of training ----

@@ -1063,17 +1063,8 @@ def train(config: SimpleNamespace) -> None:
     predict = torch.compile(model) if compiled else model
     if world_size > 1:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
-    share = data.GlobalBatches(
-        length=len(frames),
-        batch_size=batch_size,
-        per_device=per_device,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        start=start,
-        steps=steps,
-    )
-    batches = iter(data.loader(clips, config.data.workers, batch_sampler=share, collate_fn=collate))
+    size = dict(batch_size=batch_size, per_device=per_device)
+    batches = data.training_batches(clips, config.data.workers, **size, start=start, steps=steps, collate_fn=collate)
     progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
 
     model.train()
