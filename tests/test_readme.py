@@ -6,18 +6,19 @@ import pytest
 from conftest import ROOT
 
 import common
+import detect_ava
 import finetune
 import pretrain
 import probe
 
 README = (ROOT / "README.md").read_text()
-STAGES = (pretrain, finetune, probe)
+STAGES = (pretrain, finetune, probe, detect_ava)
 KEYS = {key for stage in STAGES for key in common._flatten(common.as_dict(common.load_config(stage.DEFAULT, [])))}
 
 
 @pytest.mark.parametrize("folder", [stage.CONFIGS.name for stage in STAGES])
 def test_every_recipe_is_mentioned(folder):
-    """By its path, or by its name in a table that its folder heads: `ssv2_base.yaml` is in all three."""
+    """By its path, or by its name in a table that its folder heads: `ssv2_base.yaml` is in several."""
     section = README[README.index(f"configs/{folder}/") :]
     missing = [path.name for path in (ROOT / "configs" / folder).glob("*.yaml") if path.name not in section]
     assert not missing
@@ -46,6 +47,9 @@ def test_commands_name_existing_scripts_recipes_and_their_keys():
                 assert key in valid, (key, words)
 
 
-def test_files_that_testing_writes_are_as_named():
-    for name in set(re.findall(r"\b(scores\.csv|classes\.csv|comparison\.png)\b", README)):
-        assert f'"{name}"' in (ROOT / "finetune.py").read_text()
+@pytest.mark.parametrize("stage, pattern", [("finetune.py", r"\b(scores\.csv|classes\.csv|comparison\.png)\b"), ("detect_ava.py", r"\b(detections\.csv|mAP\.json)\b")])
+def test_files_that_testing_writes_are_as_named(stage, pattern):
+    names = set(re.findall(pattern, README))
+    assert len(names) > 1
+    for name in names:
+        assert f'"{name}"' in (ROOT / stage).read_text()
