@@ -237,14 +237,14 @@ def _render_ava_video(folder: Path, split: str, seed: int, number: int) -> tuple
 
 
 def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], list[tuple | None]]]]:
-    """Two to five shapes: uint8 (AVA_FRAMES, 3, H, W), and of each shape its motions and its box in every frame.
+    """Two to four shapes: uint8 (AVA_FRAMES, 3, H, W), and of each shape its motions and its box in every frame.
 
     A box is (x1, y1, x2, y2) in pixels, or None where the shape's centre is outside or others hide more than half of it.
     """
     columns, rows, background = _background(AVA_HEIGHT, AVA_WIDTH, generator)
     clip = background.expand(AVA_FRAMES, -1, -1, -1)  # (AVA_FRAMES, H, W, 3)
     tracks, masks = [], []
-    for _ in range(2 + pick_below(4, generator)):
+    for _ in range(2 + pick_below(3, generator)):
         motions, *state = track(generator)
         x, y, turn, size = (of_frame[:, None, None] for of_frame in state)
         inside, shape = _shape(columns - x, rows - y, turn, size, background, generator)
@@ -269,7 +269,7 @@ def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, Tensor, Tensor]:
-    """What a shape does in each frame, one or two motions, others in the second half than in the first; and its
+    """What a shape does in each frame, a direction and for every second shape turning or growing too, others in the second half than in the first; and its
     position x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
 
     Here too a single frame tells nothing about the motions: positions are uniform on a torus, that of the frame and a
@@ -279,10 +279,14 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    kinds, halves = list(KINDS.values()), []
+    movement, *others = KINDS.values()
+    halves = []
     for _ in range(2):
-        chosen = torch.randperm(len(kinds), generator=generator)[: 1 + pick_below(2, generator)].tolist()
-        halves.append([kinds[kind][pick_below(len(kinds[kind]), generator)] for kind in sorted(chosen)])
+        doing = [movement[pick_below(len(movement), generator)]]
+        if pick_below(2, generator):
+            other = others[pick_below(len(others), generator)]
+            doing.append(other[pick_below(len(other), generator)])
+        halves.append(doing)
     motions = [halves[2 * frame // AVA_FRAMES] for frame in range(AVA_FRAMES)]
 
     def path(steps: dict[str, float]) -> Tensor:

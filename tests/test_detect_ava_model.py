@@ -20,6 +20,7 @@ from common import UserError, as_dict, load_config
 from finetune import parameter_groups
 
 DETECT = ROOT / "detect_ava.py"
+NO_PERSONS = torch.zeros(0, 12)  # labels
 TINY = dict(width=32, depth=2, heads=2, clip_size=(4, 32, 32), cube=(2, 16, 16))
 
 
@@ -153,7 +154,7 @@ def test_training_starts_from_weights_of_every_stage(tmp_path, capfd, naming):
     else:
         content = m.to_hugging_face(state)
     torch.save(content, tmp_path / "weights.pt")
-    detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"))
+    detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"), NO_PERSONS)
     assert torch.equal(detector.encoder.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
     if "pre-training" in naming:
         assert torch.equal(detector.encoder.norm.weight, source.encoder.norm.weight)  # kept
@@ -168,7 +169,15 @@ def test_a_classifier_is_no_detector(tmp_path):
     with pytest.raises(UserError, match="encoder.norm.* is missing"):
         detect_ava.build_detector(tmp_path / "classifier.pt", (4, 32, 32))
     with pytest.raises(UserError, match="no weights at init="):
-        detect_ava.build(configured("init=nowhere.pt"))
+        detect_ava.build(configured("init=nowhere.pt"), NO_PERSONS)
+
+
+def test_the_head_starts_at_the_frequencies_of_the_actions():
+    labels = torch.zeros(199, 12)
+    labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
+    detector = detect_ava.build(configured("init=scratch"), labels)
+    frequencies = detector.head.bias.sigmoid()
+    assert frequencies[3] == pytest.approx(49.5 / 200) and frequencies[4] == pytest.approx(0.9975) and frequencies[0] == pytest.approx(0.0025)
 
 
 # ---- clips ----
@@ -225,7 +234,7 @@ def test_statistics_are_a_key():
 def test_detections_do_not_depend_on_batches(ava):
     config = configured(f"data.root={ava}", "data.workers=0", "run.batch_per_device=1")
     test_set = detect_ava.find_test(config, ava)
-    detector = randomised(detect_ava.build(configured("init=scratch")))
+    detector = randomised(detect_ava.build(configured("init=scratch"), NO_PERSONS))
     alone, broken = detect_ava.detect(detector, test_set.persons, test_set.movies, config, "test")
     config.run.batch_per_device = 3
     together, _ = detect_ava.detect(detector, test_set.persons, test_set.movies, config, "test")
@@ -262,7 +271,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(ava, 
     assert not any(frame.video == "train_00001" for frame in frames) and len(frames) > 10
 
     test_set = detect_ava.find_test(config, folder)
-    detector = detect_ava.build(configured("init=scratch"))
+    detector = detect_ava.build(configured("init=scratch"), NO_PERSONS)
     predictions, _, broken = detect_ava.test(detector, test_set, config, "test")
     assert len(broken) == 2 and "movie val_00000 is missing" in broken and any("val_00001.mp4" in reason for reason in broken)
     assert {frame.video for frame in predictions} == {"val_00002"}
