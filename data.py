@@ -725,10 +725,10 @@ def _unreadable(path: Path) -> str:
 
 # A key frame every 32 frames, and of four frames three that no other refers to: few are decoded for a clip of stride 4.
 X264 = {
-    "crf": "20", "preset": "medium", "tune": "fastdecode", "g": "32", "bf": "3", "b_strategy": "0", "sc_threshold": "0",
+    "crf": "19.5", "preset": "medium", "tune": "fastdecode", "g": "32", "bf": "7", "b_strategy": "0", "sc_threshold": "0",
     "x264-params": "b-pyramid=none:open-gop=0",
 }  # fmt: skip
-LISTS = frozenset(".csv .json .pbtxt .tsv .txt".split())  # lists and labels beside the videos
+LISTS = frozenset((".csv", ".json", ".pbtxt", ".tsv", ".txt"))  # lists and labels beside the videos
 
 
 def prepare(root: str, selections: list[str], out: Path, short: int, processes: int) -> None:
