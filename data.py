@@ -723,7 +723,7 @@ def _unreadable(path: Path) -> str:
 
 # ---- a dataset encoded once, so that random clips are cheap to decode ----
 
-# A key frame every 32 frames, and of four frames three that no other refers to: few are decoded for a clip of stride 4.
+# A key frame every 32 frames, and of eight frames seven that no other refers to: few are decoded for a clip of stride 4.
 X264 = {
     "crf": "19.5", "preset": "medium", "tune": "fastdecode", "g": "32", "bf": "7", "b_strategy": "0", "sc_threshold": "0",
     "x264-params": "b-pyramid=none:open-gop=0",
