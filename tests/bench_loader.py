@@ -1,10 +1,12 @@
-"""One pre-training sample (decode, crop, resize) against decord with per-frame PIL, as the authors' code loads it,
-and the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
+"""One pre-training sample (decode, crop, resize) against decord with per-frame PIL, as the authors' code loads it:
+from the same file; from the file that `data.py prepare` makes of it; and the latter through a DataLoader's worker. And
+the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
 
     pip install decord
     python tests/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
 
-Interleaved; the ratio is the median over pairs. The frames of this project's way are compared with decoding everything.
+Interleaved; the ratio is the median over pairs. The frames of this project's way are compared with decoding everything,
+and a clip of the prepared file with the same clip of the original.
 """
 
 import argparse
@@ -12,12 +14,15 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -80,18 +85,47 @@ def separate_views(path: str, repeat: int) -> torch.Tensor:
     return torch.stack(views)
 
 
-def compare(path: str, loaders: list, repeats: int) -> tuple[str, list[float]]:
-    """Median of the ratio second / first over interleaved pairs, with quartiles; and the two medians in ms."""
+class OfficialClips(Dataset):
+    """The authors' samples for a DataLoader, whose keys are those of data.PretrainingClips."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        return official(self.path, key[0])
+
+
+def through_a_worker(dataset: Dataset, repeat: int) -> float:
+    """Seconds in which one worker process hands over 6 batches of 4 clips, counted from a first one: without its start."""
+    keys = [[(28 * repeat + 4 * batch + place, 0) for place in range(4)] for batch in range(7)]
+    batches = iter(data.loader(dataset, 1, batch_sampler=keys))
+    next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return time.perf_counter() - start
+
+
+def timed(load: Callable, *arguments: object) -> float:
+    start = time.perf_counter()
+    load(*arguments)
+    return time.perf_counter() - start
+
+
+def compare(ways: list[Callable[[int], float]], repeats: int) -> tuple[str, list[float]]:
+    """Median of the ratio second / first over interleaved pairs, with quartiles; and the two medians in ms.
+
+    Each way takes the number of the pair and returns the seconds that it took.
+    """
     seconds: list[list[float]] = [[], []]
     for repeat in range(-1, repeats):
         for which in (0, 1) if repeat % 2 else (1, 0):
-            start = time.perf_counter()
-            loaders[which](path, repeat + 1)
+            taken = ways[which](repeat + 1)
             if repeat >= 0:
-                seconds[which].append(time.perf_counter() - start)
+                seconds[which].append(taken)
     ratios = [b / a for a, b in zip(*seconds)]
     quartiles = statistics.quantiles(ratios, n=4)
-    text = f"{statistics.median(ratios):.2f} times {{}} (quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {repeats} pairs)"
+    text = f"{statistics.median(ratios):.2f} times as fast as {{}} (quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {repeats} pairs)"
     return text, [1000 * statistics.median(times) for times in seconds]
 
 
@@ -99,6 +133,19 @@ def decode_everything(path: str) -> torch.Tensor:
     with av.open(path) as container:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.best("video"))]
     return torch.stack(frames).permute(0, 3, 1, 2)
+
+
+def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
+    """In dB, of a clip 16 x 224 x 224 of the prepared file against the same of the original, resized alike."""
+    clips = []
+    for path in (prepared, original):
+        generator = data.sample_generator(0, seed, 0)
+        with data.Video(path) as video:
+            frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
+        if path == prepared:
+            size = list(frames.shape[-2:])
+        clips.append(data.resized_multi_scale_crop(data.TF.resize(frames, size, antialias=True), generator, 224, SCALES, False))
+    return data.psnr(*clips)
 
 
 def made_on_the_spot(path: Path) -> Path:
@@ -122,24 +169,39 @@ def main() -> None:
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--short", type=int, default=256, help="as for `data.py prepare`")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
         for path in a.videos or [str(made_on_the_spot(Path(folder) / "made_on_the_spot.mp4"))]:
-            everything = decode_everything(path)
+            name, everything = Path(path).name, decode_everything(path)
             with data.Video(path) as video:
                 count, same = 0, 0
                 for seed in range(20):
                     indices = data.dense_clip(len(video), 16, 4, data.sample_generator(0, seed, 0))
                     same += sum(torch.equal(a, b) for a, b in zip(video.frames(indices), everything[indices]))
                     count += 16
-            text, (own, theirs) = compare(path, [ours, official], a.repeats)
+            prepared = str(Path(folder) / f"{name}.prepared.mp4")
+            if reason := data._prepare_one(Path(path), Path(prepared), a.short):
+                sys.exit(f"{reason}: nothing to measure")
+            size = Path(prepared).stat().st_size / Path(path).stat().st_size
+            quality = statistics.mean(psnr_of_clip(path, prepared, seed) for seed in range(20))
+            from_original = partial(timed, official, path)
+            text, (own, theirs) = compare([partial(timed, ours, path), from_original], a.repeats)
             print(
-                f"{Path(path).name}: {text.format('decord + PIL')}; {own:.1f} against {theirs:.1f} ms a sample, {a.threads} thread(s); "
+                f"{name}: {text.format('decord + PIL')}; {own:.1f} against {theirs:.1f} ms a sample, {a.threads} thread(s); "
                 f"{same} of {count} frames identical to decoding everything"
             )
-            text, (own, theirs) = compare(path, [all_views, separate_views], max(2, a.repeats // 8))
-            print(f"{Path(path).name}: 5 x 3 test views {text.format('15 views one by one')}; {own:.0f} against {theirs:.0f} ms a video")
+            text, (own, theirs) = compare([partial(timed, ours, prepared), from_original], a.repeats)
+            print(
+                f"{name}, prepared: {text.format('decord + PIL on the original')}; {own:.1f} against {theirs:.1f} ms a sample; "
+                f"{size:.2f} times the size, {quality:.1f} dB PSNR of the final clip"
+            )
+            workers = [partial(through_a_worker, clips_of(prepared)), partial(through_a_worker, OfficialClips(path))]
+            text, (own, theirs) = compare(workers, max(2, a.repeats // 4))
+            print(f"{name}, prepared, through a DataLoader worker: {text.format('decord + PIL on the original through one')}; {own / 24:.1f} against {theirs / 24:.1f} ms a clip")
+            text, (own, theirs) = compare([partial(timed, all_views, path), partial(timed, separate_views, path)], max(2, a.repeats // 8))
+            print(f"{name}: 5 x 3 test views {text.format('15 views one by one')}; {own:.0f} against {theirs:.0f} ms a video")
 
 
 if __name__ == "__main__":

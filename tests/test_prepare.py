@@ -1,0 +1,284 @@
+"""A prepared dataset holds the same frames at the same times under the same names, and a kill or a broken file does no harm."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    command,
+    number_of,
+    run,
+    turn_by_90,
+    two_streams,
+    write_numbered,
+)
+from torchvision.transforms.v2 import functional as TF
+
+import data
+from common import UserError
+
+COUNT = 40
+
+
+def write_smooth(path: Path, width: int, height: int, count: int = COUNT, codec: str = "libx264", pixel_format: str = "yuv420p", **options: str) -> Path:
+    """Moving gradients, no two frames alike."""
+    rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(30000, 1001), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        for t in range(count):
+            image = 120 + 100 * torch.stack([(columns / 30 + t / 2).sin(), (rows / 40 - t / 3).cos(), ((rows + columns) / 50 + t).sin()], 2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image.byte().numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def prepare(root: Path, *words: str, out: str = "prepared", **options) -> tuple[Path, str]:
+    """The folder prepared beside `root`, and what was printed."""
+    done = run(ROOT / "data.py", "prepare", f"data.root={root}", "--to", root.parent / out, "--processes", "1", *words, **options)
+    return root.parent / out, done.stdout if done.returncode == 0 else done.stderr
+
+
+def times_of(path: Path) -> list[Fraction]:
+    """When each frame is shown, in seconds after the first."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        times = sorted(packet.pts * packet.time_base for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    return [shown - times[0] for shown in times]
+
+
+def rate_of(path: Path) -> Fraction:
+    with av.open(str(path)) as container:
+        return container.streams.best("video").average_rate
+
+
+def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path):
+    root = tmp_path / "videos"
+    (root / "a b" / "ü").mkdir(parents=True)
+    uneven = [int(40 * i + 15 * (i % 3) + 300 * (i > 30)) for i in range(COUNT)]
+    numbered = [
+        write_numbered(root / "b_frames.mp4", COUNT, options={"bf": "3", "g": "25"}),
+        write_numbered(root / "open_gop.mkv", COUNT, options={"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"}),
+        write_numbered(root / "variable.mp4", COUNT, times=uneven),
+        write_numbered(root / "late.mkv", COUNT, times=[5000 + 40 * i for i in range(COUNT)]),
+        write_numbered(root / "a b" / "ü" / "ucf (1).avi", COUNT, "mpeg4", {"bf": "2", "g": "12"}),
+        write_numbered(root / "ssv2.webm", COUNT, "libvpx-vp9", {"deadline": "realtime"}),
+        write_numbered(root / "program.MPG", COUNT, "mpeg2video", {"bf": "2", "g": "12"}),
+        two_streams(root / "two.mp4", COUNT),
+    ]
+    turned = turn_by_90(write_numbered(root / "phone.mov", COUNT))
+    others = [
+        write_smooth(root / "large.mp4", 640, 480),
+        write_smooth(root / "tall.mp4", 302, 538),
+        write_smooth(root / "odd.mp4", 341, 255, pixel_format="yuv444p"),
+        write_smooth(root / "full_range.avi", 320, 240, codec="mjpeg", pixel_format="yuvj420p"),
+        write_smooth(root / "ten_bits.mp4", 320, 180, codec="libx265", pixel_format="yuv420p10le", **{"x265-params": "log-level=none"}),
+    ]
+    out, said = prepare(root, "--processes", "2")
+    assert "14 of 14 videos are in" in said and "PSNR" in said and "MB became" in said
+    sizes = {"large": (256, 340), "tall": (456, 256), "odd": (254, 340), "phone": (96, 64), "ten_bits": (180, 320)}
+    for original in (*numbered, turned, *others):
+        prepared = (out / original.relative_to(root)).with_suffix(".mp4")
+        frames = data.read_frames(prepared, list(range(COUNT)))
+        with data.Video(prepared) as video:
+            assert len(video) == COUNT and video.timed
+        expected = data.read_frames(original, list(range(COUNT)))
+        if original.stem in sizes:
+            assert tuple(frames.shape[2:]) == sizes[original.stem]
+        expected = TF.resize(expected, list(frames.shape[2:]), antialias=True)
+        for index in range(COUNT):
+            assert data.psnr(frames[index], expected[index]) > 30, (original.name, index)
+            assert index == 0 or data.psnr(frames[index], expected[index]) > data.psnr(frames[index], expected[index - 1]) + 1
+        if original in numbered:
+            assert [number_of(frame) for frame in frames] == list(range(COUNT))
+        if original.suffix not in (".avi", ".MPG"):  # these state no times
+            assert times_of(prepared) == times_of(original)
+        if original.name != "variable.mp4":
+            assert rate_of(prepared) == pytest.approx(rate_of(original), rel=1e-3)
+    prepared = [line for line in (out / "prepared.txt").read_text().splitlines()]
+    assert len(prepared) == 14 and "a b/ü/ucf (1).mp4" in prepared
+    assert [entry.path for entry in data.list_entries(str(out), "prepared.txt")] == sorted(out / name for name in prepared)
+
+
+def test_few_frames_are_decoded_for_a_clip(tmp_path):
+    """A key frame every 32, and most frames in between unreferenced, whatever the original's were."""
+    (tmp_path / "videos").mkdir()
+    write_smooth(tmp_path / "videos" / "one.mp4", 64, 64, 100, g="1000")
+    out, _ = prepare(tmp_path / "videos")
+    with data.Video(out / "one.mp4") as video:
+        times = sorted(packet.pts for packet in video.packets)
+        assert [times.index(packet.pts) for packet in video.packets if packet.is_keyframe] == [0, 32, 64, 96]
+        video.stream.codec_context.skip_frame = "NONREF"
+        shown = sum(len(video.stream.codec_context.decode(packet)) for packet in (*video.packets, None))
+    assert shown <= 20
+
+
+# ---- the datasets' own lists ----
+
+
+def video(path: Path, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_numbered(path, 5, **options)
+
+
+def labels(root: Path, *selections: str) -> list[list[tuple[str, int]]]:
+    train, val, _ = data.labelled(str(root), *selections)
+    assert all(path.exists() for path, _ in train + val)
+    return [[(path.relative_to(root).with_suffix("").as_posix(), label) for path, label in videos] for videos in (train, val)]
+
+
+AVI = {"codec": "mpeg4"}
+SSV2 = [[{"id": "7", "template": "Holding [something]"}], [{"id": "8", "template": "Closing [something]"}]]
+DATASETS = {
+    "kinetics_tree": (["train/a b/1.mp4", "train/c/2.mkv", "val/a_b/3.mp4"], {}, ("train", "val", "")),
+    "kinetics_csv": (
+        ["x/-abc_000012_000022.mp4", "x/XYZ_000100_000110.mkv"],
+        {"train.csv": 'label,youtube_id,time_start,time_end\r\n"cutting, pineapple",-abc,12,22\r\n', "val.csv": 'label,youtube_id,time_start,time_end\n"cutting, pineapple",XYZ,100,110\n'},
+        ("train.csv", "val.csv", ""),
+    ),
+    "something_something": (
+        ["20bn/7.webm", "20bn/8.webm"],
+        {"labels/train.json": json.dumps(SSV2[0]), "labels/validation.json": json.dumps(SSV2[1]), "labels/labels.json": '{"Holding something": "0", "Closing something": "1"}'},
+        ("labels/train.json", "labels/validation.json", "labels/labels.json"),
+    ),
+    "ucf101": (
+        ["YoYo/v_YoYo_g08_c01.avi", "Bowling/v_Bowling_g01_c01.avi"],
+        {"trainlist01.txt": "YoYo/v_YoYo_g08_c01.avi 2\r\n", "testlist01.txt": "Bowling/v_Bowling_g01_c01.avi\r\n", "classInd.txt": "1 Bowling\r\n2 YoYo\r\n"},
+        ("trainlist01.txt", "testlist01.txt", "classInd.txt"),
+    ),
+    "hmdb51": (
+        ["brush_hair/a b (1).avi", "wave/e.avi"],
+        {"splits/brush_hair_test_split1.txt": "a b (1).avi 1 \r\n", "splits/wave_test_split1.txt": "\ufeffe.avi 1 \n"},
+        ("splits/*_test_split1.txt=1", "splits/*_test_split1.txt=1", ""),
+    ),
+    "plain_list": (["b/arm wrestling/x 1.AVI", "y.mp4"], {"train.csv": "b/arm wrestling/x 1.AVI,1\nROOT/y.mp4,0\n", "val.txt": "ROOT/y.mp4 0"}, ("train.csv", "val.txt", "")),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_same_configuration_serves_the_prepared_folder(tmp_path, name):
+    root = tmp_path / "original"
+    videos, files, selections = DATASETS[name]
+    for path in videos:
+        video(root / path, **(AVI if path.lower().endswith("avi") else {"codec": "libvpx"} if path.endswith("webm") else {}))
+    for path, text in files.items():
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_bytes(text.replace("ROOT", str(root)).encode())
+    (root / "readme.md").write_text("not a list")
+    out, said = prepare(root, f"data.train={selections[0]}", f"data.val={selections[1]}", f"data.classes={selections[2]}")
+    assert f"{len(videos)} of {len(videos)} videos are in {out}" in said
+    assert labels(out, *selections) == labels(root, *selections)
+    assert sorted(path.suffix for path in out.rglob("*") if path.suffix.lower() in data.SUFFIXES) == [".mp4"] * len(videos)
+    assert not (out / "readme.md").exists()
+
+
+def test_a_list_alone_from_elsewhere_is_prepared_and_mended(tmp_path):
+    root = tmp_path / "original"
+    for name in ("a.avi", "b.avi"):
+        video(root / name, **AVI)
+    (tmp_path / "mine.txt").write_text(f"{root}/b.avi 3\n")
+    out, _ = prepare(root, f"data.train={tmp_path}/mine.txt")
+    assert (out / "b.mp4").exists() and not (out / "a.mp4").exists()
+    assert data.list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
+
+
+# ---- what goes wrong ----
+
+
+def test_broken_videos_are_named_and_stop_nothing(tmp_path):
+    root = tmp_path / "videos"
+    video(root / "whole.mp4")
+    content = write_numbered(root / "cut.mp4", 40).read_bytes()
+    (root / "cut.mp4").write_bytes(content[: len(content) // 2])
+    damaged = bytearray(write_numbered(root / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
+    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
+    (root / "damaged.mkv").write_bytes(damaged)
+    (root / "text.avi").write_text("no video")
+    (root / "list.txt").write_text("whole.mp4 0\ncut.mp4 0\ndamaged.mkv 0\ntext.avi 0\nmissing.avi 0\n")
+    out, said = prepare(root, "data.train=list.txt")
+    # damaged.mkv comes out or not: FFmpeg finds what it can in random bytes
+    assert re.search(r"[12] of 5 videos are in", said)
+    for name in ("cut.mp4", "text.avi", "missing.avi"):
+        assert f"cannot be read: {root / name}: " in said and str(root / name) in (out / "unreadable.txt").read_text()
+    assert "whole.mp4\n" in (out / "prepared.txt").read_text() and "cut" not in (out / "prepared.txt").read_text()
+    files = {path.name for path in out.iterdir()} - {"damaged.mp4"}
+    assert files == {"list.txt", "prepared.json", "prepared.txt", "unreadable.txt", "whole.mp4"}
+    (root / "whole.mp4").unlink()
+    (root / "damaged.mkv").unlink()
+    assert "none of the 2 videos" in prepare(root, out="other", ok=False)[1]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    root, out = tmp_path / "videos", tmp_path / "prepared"
+    root.mkdir()
+    first = write_smooth(root / "00.mp4", 320, 240, 60)
+    for number in range(1, 16):
+        (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
+    words = [ROOT / "data.py", "prepare", f"data.root={root}", "--to", out, "--processes", "1"]
+    process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while len(list(out.glob("*.mp4"))) < 3 or not list(out.glob("*.part")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    assert 3 <= len(there) < 16
+    for name in there:  # whole, each of them
+        assert len(data.read_frames(out / name, [0, 30, 59])) == 3
+    (out / "07.mp4.1.part").write_text("left by the kill")
+    _, said = prepare(root)
+    assert "16 of 16 videos" in said and not list(out.glob("*.part"))
+    assert there == {name: (out / name).stat().st_mtime_ns for name in there}  # not done again
+    _, again = prepare(root)
+    assert again == said
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "which dataset? Name a configuration file or give data.root"),
+        (["data.root=ROOT"], "where to? Give a new folder by --to FOLDER"),
+        (["data.root=ROOT", "--to", "ROOT"], "are the same folder or one is inside the other: name a folder beside it"),
+        (["data.root=ROOT", "--to", "ROOT/prepared"], "are the same folder or one is inside the other"),
+        (["data.root=ROOT/a", "--to", "ROOT"], "are the same folder or one is inside the other"),
+        (["data.root=ROOT", "--to", "LINK/prepared"], "are the same folder or one is inside the other"),
+        (["data.root=ROOT", "data.train=a", "--to", "OTHER"], "OTHER is not empty, and what it holds was not prepared in the same way from the same folder: name another --to or delete it"),
+        (["data.root=ROOT", "data.train=a", "--to", "OTHER/file.txt"], "cannot be filled"),
+        (["data.root=ROOT", "--to", "NEW", "--short", "0"], "--short has to be at least 16"),
+        (["data.root=ROOT/nowhere", "--to", "NEW"], "there is no folder or list file"),
+        (["data.root=ROOT", "data.train=outside.txt", "--to", "NEW"], "is not below data.root"),
+        (["data.root=ROOT", "data.train=twins", "--to", "NEW"], "would both become"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, words, sentence):
+    root, other = tmp_path / "videos", tmp_path / "other"
+    other.mkdir()
+    (other / "file.txt").write_text("mine")
+    for name in ("a/b.mp4", "twins/c.mp4", "twins/c.avi"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "outside.txt").write_text("../other/z.mp4 0\n")
+    (tmp_path / "link").symlink_to(root)
+    names = {"ROOT": root, "OTHER": other, "LINK": tmp_path / "link", "NEW": tmp_path / "new"}
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
+    monkeypatch.setattr("sys.argv", ["data.py", "prepare", *words])
+    with pytest.raises(UserError) as error:
+        data.main()
+    assert sentence.replace("OTHER", str(other)) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists() and sorted(path.name for path in other.iterdir()) == ["file.txt"]
+
+
+def test_other_settings_are_refused(tmp_path):
+    video(tmp_path / "videos" / "a.mp4")
+    prepare(tmp_path / "videos")
+    assert "was not prepared in the same way" in prepare(tmp_path / "videos", "--short", "320", ok=False)[1]
