@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from torch.profiler import profile, schedule
 from tqdm import tqdm
 
 
@@ -62,6 +64,8 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     name = str(files[0]) if files else "the checkpoint" if stored else str(default)
     schema = _flatten(_read_yaml(default))
     given = _flatten(stored if stored and not files else _read_yaml(files[0] if files else default))
+    if stored:  # it may be older than a key of `run`, where nothing changes the results of a model
+        given = {key: value for key, value in schema.items() if key.startswith("run.")} | given
     values = {key: (value, name) for key, value in given.items()}
     for setting in settings:
         if Path(setting) in files:
@@ -281,12 +285,17 @@ class Progress:
     """The steps of a loop, with a bar and log.jsonl: mean loss, clips/s, share of time spent waiting for data, memory.
 
     A line is written when the next one is due: by then its loss has come from the device, and the loop has not waited.
+    With `run.profile`, what the first process does in its fourth to sixth step is written to trace.json.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, clips: int, every: int, device: torch.device) -> None:
-        self.folder, self.clips, self.every, self.device = folder, clips, every, device
+    def __init__(self, run: SimpleNamespace, start: int, steps: int, clips: int, device: torch.device) -> None:
+        self.folder, self.clips, self.every, self.device = Path(run.folder), clips, run.log_every, device
         self.chief = position()[0] == 0
-        self.log = Log(folder / "log.jsonl", start) if self.chief else None
+        self.profiler = None
+        if run.profile and self.chief:  # by the fourth step everything is compiled and has its memory
+            steps_to_trace = schedule(wait=2, warmup=1, active=3, repeat=1)
+            self.profiler = profile(schedule=steps_to_trace, on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")))
+        self.log = Log(self.folder / "log.jsonl", start) if self.chief else None
         self.bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not self.chief)
         self.broken: list[str] = []  # what was said about unreadable videos
         self.pending: tuple[Reading, dict] | None = None
@@ -297,7 +306,8 @@ class Progress:
         self.loss_sum = torch.zeros((), device=self.device)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.bar)
+        with self.profiler or nullcontext():
+            yield from self.bar
 
     def next(self, batches: Iterator) -> Any:
         """The next batch, the time that it takes counted as waiting."""
@@ -319,6 +329,8 @@ class Progress:
 
     def done(self, step: int, **values: Any) -> None:
         """To be called after each step with its number, counted from 1, and what else to log."""
+        if self.profiler:
+            self.profiler.step()
         if step % self.every and step != self.bar.total:
             return
         _, processes = position()

@@ -47,7 +47,7 @@ import toy
 from common import UserError, say
 from data import BrokenVideo
 from finetune import parameter_groups
-from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, truncated_normal
+from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks, truncated_normal
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -1036,6 +1036,8 @@ def train(config: SimpleNamespace) -> None:
     frames, movies = find_training(config, root)
     test_set = find_test(config, root)
     model = build(config, torch.cat([frame.labels for frame in frames])).to(device)
+    if config.run.recompute:
+        recompute_blocks(model)
     clips = KeyFrameClips(frames, movies, config.data, config.run.seed)
     clips[0, 0]  # stops here if no movie can be read
 
@@ -1071,7 +1073,7 @@ def train(config: SimpleNamespace) -> None:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     size = dict(batch_size=batch_size, per_device=per_device)
     batches = data.training_batches(clips, config.data.workers, **size, start=start, steps=steps, collate_fn=collate)
-    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
+    progress = common.Progress(config.run, start, steps, batch_size, device)
 
     model.train()
     for step in progress:

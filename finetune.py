@@ -33,7 +33,7 @@ import common
 import data
 import toy
 from common import UserError, say
-from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options
+from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks
 
 CONFIGS = Path(__file__).parent / "configs" / "finetune"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -210,6 +210,8 @@ def train(config: SimpleNamespace) -> None:
     chief = rank == 0
     videos, val_videos, names = find_videos(config, world_size)
     model = build(config, len(names)).to(device)
+    if config.run.recompute:
+        recompute_blocks(model)
     clips = data.LabelledClips(
         videos,
         frames=config.data.frames,
@@ -261,7 +263,7 @@ def train(config: SimpleNamespace) -> None:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     mix = mixing(config.optim.mixup, config.optim.cutmix)
-    progress = common.Progress(folder, start, steps, batch_size * config.data.repeats, config.run.log_every, device)
+    progress = common.Progress(config.run, start, steps, batch_size * config.data.repeats, device)
 
     model.train()
     for step in progress:
@@ -271,8 +273,8 @@ def train(config: SimpleNamespace) -> None:
         for piece in range(accumulation):
             frames, labels, broken = progress.next(batches)  # (B, repeats, T, 3, H, W), (B,)
             progress.report(broken)
+            frames, labels = (x.to(device, non_blocking=True) for x in (frames, labels))
             targets = soft_targets(labels, len(names), config.optim.label_smoothing).repeat(config.data.repeats, 1)  # (repeats B, classes)
-            frames, targets = (x.to(device, non_blocking=True) for x in (frames, targets))
             # One augmentation of all videos after the other: mixed with its neighbour, no clip meets its own copy.
             clip = data.normalize(rearrange(frames, "B repeats T c H W -> (repeats B) T c H W"))  # (repeats B, 3, T, H, W)
             # Mixup, drop path and dropout: a function of the step, so that a resumed run repeats them.

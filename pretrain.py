@@ -30,7 +30,7 @@ import data
 import masking
 import toy
 from common import UserError, say
-from model import SIZES, VideoMAE, build_from_checkpoint, cube_grid, read_checkpoint, take
+from model import SIZES, VideoMAE, build_from_checkpoint, cube_grid, read_checkpoint, recompute_blocks, take
 
 CONFIGS = Path(__file__).parent / "configs" / "pretrain"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -276,6 +276,8 @@ def train(config: SimpleNamespace) -> None:
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
 
     model.to(device)
+    if config.run.recompute:
+        recompute_blocks(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optim.weight_decay), betas=config.optim.betas, fused=True)
     folder, start = Path(config.run.folder), 0
     checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
@@ -299,7 +301,7 @@ def train(config: SimpleNamespace) -> None:
     if world_size > 1:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
-    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
+    progress = common.Progress(config.run, start, steps, batch_size, device)
 
     for step in progress:
         for group in optimizer.param_groups:

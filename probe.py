@@ -125,7 +125,7 @@ def train(config: SimpleNamespace) -> None:
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     features = {name: torch.compile(probe.features) if compiled else probe.features for name, probe in probes.items()}
     predict = {name: DistributedDataParallel(head) if world_size > 1 else head for name, head in heads.items()}
-    progress = common.Progress(folder, start, steps, batch_size, config.run.log_every, device)
+    progress = common.Progress(config.run, start, steps, batch_size, device)
 
     for step in progress:
         for group in optimizer.param_groups:

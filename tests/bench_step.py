@@ -3,6 +3,7 @@
     python tests/bench_step.py                                   # pre-training: CPU, ViT-B, batch 4, one thread, float32 and bf16
     python tests/bench_step.py --of finetune --batch 2           # a fine-tuning step
     python tests/bench_step.py --of forward --batch 2            # the classifier's forward pass, as in testing
+    python tests/bench_step.py --of finetune --batch 2 --recompute # ours with run.recompute: less memory, more time
     python tests/bench_step.py --device cuda --size S B L --batch 16 --numerics bf16 --compile --depths 1 2 4 8
 
 Interleaved; ratios are medians of paired runs, first on each line. Memory is measured in a process of its own for each model.
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +28,8 @@ import finetune  # noqa: E402
 import masking  # noqa: E402
 import pretrain  # noqa: E402
 from common import load_config  # noqa: E402
-from model import SIZES, VideoClassifier, VideoMAE  # noqa: E402
+from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks  # noqa: E402
+from scale import empty_batch, forward_flops  # noqa: E402
 
 
 def ours(a: argparse.Namespace, size: str, depth: int):
@@ -39,6 +40,8 @@ def ours(a: argparse.Namespace, size: str, depth: int):
         sizes = {name: SIZES[size][name] for name in ("width", "depth", "heads")}
         model = VideoClassifier(**sizes, classes=400).to(a.device)
         groups, betas = finetune.parameter_groups(model, 0.75, 0.05), (0.9, 0.999)
+    if a.recompute:
+        recompute_blocks(model)
     objective = pretrain.Objective(load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
     optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=betas, fused=True)
     predict, loss_of = (torch.compile(model), torch.compile(objective.loss)) if a.compile else (model, objective.loss)
@@ -143,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--numerics", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -173,11 +177,9 @@ def main() -> None:
                 median = {name: statistics.median(times) for name, times in seconds.items()}
                 with torch.device("meta"):
                     model = VideoMAE(**SIZES[size], decoder_depth=depth)
-                    positions = [torch.empty(1, n, dtype=torch.long) for n in (160, 1408)]
-                    with FlopCounterMode(display=False) as counter:
-                        (model if a.of == "pretrain" else model.encoder)(torch.empty(1, 3, 16, 224, 224), *(positions if a.of == "pretrain" else []))
-                # forward + backward = 3 x forward; no recomputation counted
-                flops = (1 if a.of == "forward" else 3) * counter.get_total_flops() * a.batch
+                    part, positions = (model, (160, 1408)) if a.of == "pretrain" else (model.encoder, ())
+                    flops = forward_flops(part, *empty_batch(1, (16, 224, 224), positions))
+                flops *= a.batch * (1 if a.of == "forward" else 3)  # forward + backward = 3 x forward; no recomputation counted
                 peak = matmul_rate(a.device, torch.bfloat16 if bf16 else torch.float32)
                 memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
                 print(
