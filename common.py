@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -234,6 +235,23 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
         if then.get(key) != now[key] and key not in ("data.root", "data.workers") and (not key.startswith("run.") or key == "run.seed"):
             raise UserError(f"{path.parent} holds a run with {key}={then.get(key)}, not {now[key]}: give another run.folder or delete this one")
     return checkpoint
+
+
+def open_folder(config: SimpleNamespace) -> tuple[Path, dict | None]:
+    """The run's folder, for this run alone, and the checkpoint that it holds, if any. UserError if another run is at work in it."""
+    folder = Path(config.run.folder)
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", config)
+    if position()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # a lock that ends with this process, however that ends
+            fcntl.lockf(_locks.setdefault(folder.resolve(), open(folder / ".lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder") from None
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    return folder, checkpoint
+
+
+_locks: dict[Path, Any] = {}  # open files
 
 
 def gather(items: list) -> list:

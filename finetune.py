@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import yaml
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -240,15 +239,11 @@ def train(config: SimpleNamespace) -> None:
 
     groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
-    folder, start = Path(config.run.folder), 0
-    checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
+    folder, checkpoint = common.open_folder(config)
+    start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        start = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if chief:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes; "

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,15 +104,11 @@ def train(config: SimpleNamespace) -> None:
 
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)
-    folder, start = Path(config.run.folder), 0
-    checkpoint = common.load_checkpoint(folder / "checkpoint.pt", config)
+    folder, checkpoint = common.open_folder(config)
+    start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        start = checkpoint["step"]
         heads.load_state_dict(checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(common.as_dict(config), sort_keys=False))
     say(
         f"{folder}: linear probes of ViT-{config.model.size}, {' and '.join(probes)}, on {world_size} x {device.type}\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes\n"

@@ -213,12 +213,14 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(toy_videos, reference_ru
     assert "starting at step 21" in again.stderr and losses(folder) == losses(reference_run)
 
 
-def test_control_c_ends_in_a_sentence(toy_videos, tmp_path):
+def test_a_folder_belongs_to_one_run_which_control_c_ends_in_a_sentence(toy_videos, tmp_path):
     arguments = command(PRETRAIN, *QUICK, f"data.root={toy_videos}", "optim.epochs=500", f"run.folder={tmp_path / 'run'}")
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore ctrl-C, and so would the run
     process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     while not (tmp_path / "run/log.jsonl").exists() or not (tmp_path / "run/log.jsonl").read_text():
         time.sleep(0.05)
+    second = run(*arguments[1:], ok=False)
+    assert second.returncode == 1 and f"another run is at work in {tmp_path / 'run'}: wait for it" in second.stderr and "Traceback" not in second.stderr
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and "interrupted: the same command goes on" in said and "Traceback" not in said
