@@ -1,7 +1,7 @@
 """The toy study: its configuration is valid, subsets are balanced and nested, runs are made once, tables are as computed by hand."""
 
 import csv
-import os
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +16,6 @@ import common
 import data
 import pretrain
 
-SCRIPT = ROOT / "tests" / "toy_study.py"
 PUBLISHED = ROOT / "assets" / "toy_study" / "results.csv"
 STUDY = yaml.safe_load(toy_study.STUDY.read_text())
 
@@ -26,13 +25,13 @@ STUDY = yaml.safe_load(toy_study.STUDY.read_text())
 
 def test_every_run_of_the_study_is_valid_and_differs_from_all_others():
     """`plan` loads each run's configuration, `pretrain.build` makes its model, objective and mask."""
-    runs = toy_study.plan(STUDY, STUDY["seeds"], [], [])
+    runs = toy_study.plan(STUDY, [0, 1], [], [])
     assert len(runs) == len({run.key for run in runs}) == len({run.folder for run in runs})
     chosen = set()
     for run in runs:
         config = common.load_config(toy_study.STAGES[run.stage].DEFAULT, list(run.settings))
         assert config.run.seed == run.seed and config.run.folder == str(run.folder)
-        if run.stage == "pretrain":
+        if run.stage == "pretrain" and run.seed == 0:
             pretrain.build(config)
         chosen.add((run.stage, *(word for word in run.settings if not word.startswith("run.folder="))))
     assert len(chosen) == len(runs)
@@ -85,16 +84,7 @@ def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
     assert {path for path, _ in videos} == paths[16]
 
 
-# ---- a tiny study ----
-
-
-TINY = {
-    "seeds": [0, 1],
-    "settings": {"pretrain": "run.pictures=0"},
-    "experiments": {"base": {}, "few": {"videos": 8}, "scratch": {"init": "scratch"}, "probe": {"init": "base", "probe": ""}},
-    "tables": [{"title": "Tiny", "paper": "none", "why": "", "rows": [{"case": name, "experiment": name} for name in ("base", "few", "scratch")]}],
-}
-QUICK = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=8", "data.workers=0", "--jobs", "2"]
+# ---- running ----
 
 
 def results(file: Path) -> list[dict]:
@@ -102,38 +92,67 @@ def results(file: Path) -> list[dict]:
         return list(csv.DictReader(opened))
 
 
-def run_study(study: Path, *arguments: str, ok: bool = True) -> str:
-    done = subprocess.run([sys.executable, SCRIPT, study, *QUICK, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def test_a_study_goes_on_where_it_stopped_and_a_failure_stops_only_what_needs_it(monkeypatch, tmp_path):
+    """With `execute` replaced: which runs are started, in which order, and what stands in the table afterwards."""
+    file, started, broken = tmp_path / "results.csv", [], {("ratio_90", "0", "pretrain")}
+
+    def execute(run: toy_study.Run, threads: int) -> list[dict]:
+        assert run.source is None or run.source.key in {(row["experiment"], row["seed"], row["stage"]) for row in results(file)}
+        started.append(run.key)
+        if run.key in broken:
+            raise subprocess.CalledProcessError(1, run.command)
+        run.folder.mkdir(parents=True)
+        (run.folder / "checkpoint.pt").touch()
+        return [dict(experiment=run.experiment, seed=run.seed, stage=run.stage)]
+
+    monkeypatch.setattr(toy_study, "execute", execute)
+    runs = toy_study.plan({**STUDY, "folder": str(tmp_path)}, [0, 1], ["base", "scratch", "ratio_90", "probe"], [])
+    with pytest.raises(common.UserError, match="1 runs failed and 1 could not start"):
+        toy_study.run_all(runs, file, jobs=2)
+    assert set(started) == {run.key for run in runs} - {("ratio_90", "0", "finetune")} and len(results(file)) == len(runs) - 2
+    broken.clear(), started.clear()
+    toy_study.run_all(runs, file, jobs=2)
+    assert started == [("ratio_90", "0", "pretrain"), ("ratio_90", "0", "finetune")]
+    keys = [(row["experiment"], row["seed"], row["stage"]) for row in results(file)]
+    assert sorted(keys) == sorted(run.key for run in runs)  # each once
+    toy_study.run_all(runs, file, jobs=2)
+    assert len(started) == 2 and len(results(file)) == len(runs)
 
 
-def test_a_study_goes_on_where_it_stopped(toy_videos, tmp_path):
-    study, folder = tmp_path / "tiny.yaml", tmp_path / "runs"
-    study.write_text(yaml.safe_dump({**TINY, "root": str(toy_videos), "folder": str(folder)}))
-    file = folder / "results.csv"
-    run_study(study, "--seeds", "0", "--only", "base")
-    first = results(file)
-    assert [(row["experiment"], row["stage"]) for row in first] == [("base", "pretrain"), ("base", "finetune")]
-    assert float(first[0]["loss"]) > 0 and not first[0]["top1"] and 0 <= float(first[1]["top1"]) <= 100 and not first[1]["loss"]
+def test_a_tiny_study_from_the_command_to_the_picture(toy_videos, tmp_path):
+    """Pre-training on eight of 24 videos, then fine-tuning on all of them, for one epoch."""
+    folder, study = tmp_path / "runs", tmp_path / "tiny.yaml"
+    table = {"title": "Tiny", "paper": "none", "why": "", "rows": [{"case": "8 videos", "experiment": "few"}]}
+    experiments = {"few": {"videos": 8, "pretrain": "mask.ratio=0.5"}, "other": {}}
+    described = dict(root=str(toy_videos), folder=str(folder), seeds=[3, 4], settings={"pretrain": "run.pictures=0"}, experiments=experiments, tables=[table])
+    study.write_text(yaml.safe_dump(described))
+    settings = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=8", "data.workers=0"]
+    command = [sys.executable, ROOT / "tests" / "toy_study.py", study, *settings, "--only", "few", "--seeds", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pretraining, finetuning = results(folder / "results.csv")
+    assert (pretraining["experiment"], pretraining["seed"], pretraining["stage"], pretraining["top1"]) == ("few", "3", "pretrain", "")
+    assert (finetuning["experiment"], finetuning["seed"], finetuning["stage"], finetuning["loss"]) == ("few", "3", "finetune", "")
+    assert 0.5 < float(pretraining["loss"]) < 5 and 0 <= float(finetuning["top1"]) <= 100
+    assert pretraining["command"].startswith("python pretrain.py ") and f"data.train={folder}/videos_8.txt" in pretraining["command"]
+    assert all(row["torch"] and float(row["seconds"]) > 0 for row in (pretraining, finetuning))
+    printed = (folder / "few_seed3/pretrain/output.txt").read_text()
+    assert "8 videos; clips of 8 frames" in printed and "32 of 64 cubes masked" in printed
+    assert f"| 8 videos | pre-trained on 8 videos, `pretrain.py mask.ratio=0.5` | {float(pretraining['loss']):.3f} |" in done.stdout
+    assert Image.open(folder / "study.png").size == (2 * toy_study.PANEL[0], toy_study.PANEL[1])
 
-    # one run that has failed does not stop the others, nor those that it has nothing to do with
-    (folder / "few_seed0").write_text("in the way of a folder")
-    text = run_study(study, "--seeds", "0", ok=False)
-    assert "1 runs failed and 1 could not start" in text
-    assert {row["experiment"] for row in results(file)} == {"base", "scratch", "probe"}
 
-    (folder / "few_seed0").unlink()
-    finished = os.stat(folder / "base_seed0/finetune/checkpoint.pt").st_mtime_ns
-    run_study(study, "--seeds", "0")
-    rows = results(file)
-    assert rows[:2] == first and os.stat(folder / "base_seed0/finetune/checkpoint.pt").st_mtime_ns == finished  # not run again
-    keys = [(row["experiment"], row["seed"], row["stage"]) for row in rows]
-    assert len(keys) == len(set(keys)) == 7  # two each of base, few and probe, one of scratch
-    few = next(row for row in rows if row["experiment"] == "few" and row["stage"] == "pretrain")
-    assert few["command"].startswith("python pretrain.py ") and f"data.train={folder}/videos_8.txt" in few["command"] and few["torch"] and few["seconds"]
-    assert "8 videos; clips of 8 frames" in (folder / "few_seed0/pretrain/output.txt").read_text()
-    assert Image.open(folder / "study.png").size[0] > 100
+def test_results_from_the_logs_of_the_stages(tmp_path):
+    """Pre-training: the mean of the last eight lines. A probe: two figures; of a test made again, the last."""
+
+    def result(stage: str, lines: list[dict]) -> list[dict]:
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return toy_study.read_log(toy_study.Run("base", 0, stage, tmp_path, ()))
+
+    assert result("pretrain", [dict(step=step, loss=loss) for step, loss in enumerate([9.0] * 3 + [1.0, 2.0] * 4)]) == [dict(stage="pretrain", loss="1.5000")]
+    assert result("finetune", [dict(step=1, loss=2.0), dict(step=2, top1=9.0), dict(step=3, test_top1=50.0)]) == [dict(stage="finetune", top1="50.00")]
+    tests = [dict(step=3, encoder=name, test_top1=top1) for name, top1 in (("pre-trained", 1.0), ("pre-trained", 14.25), ("random", 13.0))]
+    assert result("probe", tests) == [dict(stage="probe", top1="14.25"), dict(stage="probe of random weights", top1="13.00")]
 
 
 def test_weights_that_are_gone_are_made_again_without_a_second_row(tmp_path):
@@ -164,7 +183,7 @@ def test_report_of_results_computed_by_hand(tmp_path):
     assert "| 4,000, from scratch | init=scratch | – | **12.5** (12.5 to 12.5, 1) | 68.8 (K400, 240k) |\n" in text.replace("`", "")
     assert "| 256, VideoMAE | finetune.py data.per_class=32 optim.epochs=125 optim.warmup_epochs=16 | 0.620 | **40.0** (40.0 to 40.0, 1) | 62.6 |\n" in text.replace("`", "")
     assert "| linear probe | – | 0.620 | **14.0** (14.0 to 14.0, 1) | 38.9 |\n" in text
-    assert "| linear probe of random weights | – | – | **13.0** (13.0 to 13.0, 1) | – |\n" in text
+    assert "| probe of random weights | – | – | **13.0** (13.0 to 13.0, 1) | – |\n" in text
     assert "ratio_90" not in text and "tube 90" not in text  # no result yet
     assert "9 results of commit abc with torch 2.15; the runs' own times sum up to 4.5 hours." in text
     # Table 1a's panel is the third; its first bar is that of the base, its first line from 90 to 96

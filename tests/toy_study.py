@@ -198,6 +198,16 @@ def top1_of(rows: list[dict], row: dict) -> list[float]:
     return values(rows, row["experiment"], row.get("stage", "finetune"), "top1")
 
 
+def overrides(experiment: dict) -> str:
+    """In Markdown, what is given to the scripts, the toy's own recipes being the rest."""
+    words = [f"`{stage}.py {experiment[stage]}`" for stage in STAGES if experiment.get(stage)]
+    if "videos" in experiment:
+        words.insert(0, f"pre-trained on {experiment['videos']:,} videos")
+    if experiment.get("init") == "scratch":
+        words.insert(0, "`init=scratch`")
+    return ", ".join(words) or "–"
+
+
 def report(study: dict, rows: list[dict]) -> str:
     """The tables in Markdown: mean and range over the seeds beside the paper's figures. Experiments without result are left out."""
     parts = []
@@ -208,11 +218,8 @@ def report(study: dict, rows: list[dict]) -> str:
                 experiment = study["experiments"][row["experiment"]]
                 begun_from = "" if "random" in row.get("stage", "") else experiment.get("init", row["experiment"])
                 loss = values(rows, begun_from, "pretrain", "loss")
-                words = [f"{stage}.py {experiment[stage]}" for stage in STAGES if experiment.get(stage)]
-                words += [f"{experiment['videos']:,} videos"] * ("videos" in experiment) + ["init=scratch"] * (experiment.get("init") == "scratch")
-                overrides = "; ".join(f"`{word}`" if "=" in word else word for word in words) or "–"
                 result = f"**{statistics.mean(found):.1f}** ({min(found):.1f} to {max(found):.1f}, {len(found)})"
-                lines.append(f"| {row['case']} | {overrides} | {f'{statistics.mean(loss):.3f}' if loss else '–'} | {result} | {row.get('paper', '–')} |\n")
+                lines.append(f"| {row['case']} | {overrides(experiment)} | {f'{statistics.mean(loss):.3f}' if loss else '–'} | {result} | {row.get('paper', '–')} |\n")
         if lines:
             head = f"| {table['title']} | overrides | pre-training loss | top-1 (range, seeds) | paper: {table['paper']} |\n|---|---|---|---|---|\n"
             parts.append(head + "".join(lines) + (f"\n{table['why']}\n" if table["why"] else ""))
@@ -262,7 +269,9 @@ def draw_curves(canvas: ImageDraw.ImageDraw, table: dict, found: list[tuple[dict
     for number, at in enumerate(places):
         canvas.text((45 + number * step, PANEL[1] - BOTTOM + 6), f"{at:,}", "black", font, anchor="ma")
     canvas.text((PANEL[0] / 2 - 20, PANEL[1] - 16), table["axis"], "black", font, anchor="ma")
-    for colour, name in zip(COLOURS, dict.fromkeys(name for row in table["rows"] for name in row["lines"])):
+    names = dict.fromkeys(name for row in table["rows"] for name in row["lines"])
+    for number, (colour, name) in enumerate(zip(COLOURS, names)):
+        canvas.text((PANEL[0] - 76, TOP + 16 * number), name, colour, font)
         points = []
         for row, top1 in sorted(found, key=lambda pair: pair[0]["at"]):
             if name in row["lines"]:
@@ -271,9 +280,7 @@ def draw_curves(canvas: ImageDraw.ImageDraw, table: dict, found: list[tuple[dict
                 canvas.line((x, low, x, high), "black")
                 canvas.ellipse((x - 3, mean - 3, x + 3, mean + 3), colour)
                 points.append((x, mean))
-        if points:
-            canvas.line(points, colour, 2)
-            canvas.text((points[-1][0] + 8, points[-1][1]), name, colour, font, anchor="lm")
+        canvas.line(points, colour, 2)
 
 
 def main() -> None:
