@@ -1,5 +1,6 @@
 """What the README names is there."""
 
+import importlib
 import re
 
 import pytest
@@ -33,6 +34,39 @@ def test_every_key_and_file_in_it_exists():
     missing = [name for name in files if name not in written and not any((folder / name).exists() for folder in folders)]
     assert not missing
     assert (ROOT / "assets/toy.png").exists()
+
+
+MAP = re.findall(r"^\| ((?:Sec\.|Eq\.|Tables?|Figures?) [^|]+) \| ([^\n]+) \|$", README[README.index("## From the paper to the code") :].split("\n## ")[0], re.MULTILINE)
+
+
+def test_map_covers_the_paper():
+    """Every section, equation, table and figure, by number."""
+    found = {"Sec.": set(), "Eq.": set(), "Table": set(), "Figure": set()}
+    for of_paper, _ in MAP:
+        kind, numbers = of_paper.split(":")[0].split(" ", 1)
+        found[kind.removesuffix("s")] |= set(numbers.replace(" and ", ", ").split(", "))
+    sections = {"1", "2", "3.1", "3.2", "3.3", "4.1", "4.2", "4.3", "4.4", "5", "A", "B", "C.1", "C.2", "D", "E", "F"}
+    tables = {"1a", "1b", "1c", "1d", "1e", "1f", *map(str, range(2, 14))}
+    assert found == {"Sec.": sections, "Eq.": {"1"}, "Table": tables, "Figure": set(map(str, range(1, 12)))}
+
+
+@pytest.mark.parametrize("of_paper, here", MAP)
+def test_every_name_in_the_map_exists(of_paper, here):
+    """`file.py` is followed by names in it; a configuration file stands with its path; keys are of some stage."""
+    module, known = None, False
+    for name in re.findall(r"`([^`]+)`", here):
+        if name.endswith(".py"):
+            module = importlib.import_module(name.removesuffix(".py"))
+        elif name.endswith((".yaml", "/")):
+            assert (ROOT / name).exists() or any((stage.CONFIGS / name).exists() for stage in STAGES), name
+        elif name.startswith("--") or name.endswith("="):
+            assert name in (ROOT / module.__file__).read_text() or name == "init="
+        elif name.split("=")[0] not in KEYS:
+            value = module
+            for part in name.split("."):
+                value = getattr(value, part)
+        known = True
+    assert known or "not here" in here or "below" in here or "as Table 2" in here, of_paper
 
 
 def test_commands_name_existing_scripts_recipes_and_their_keys():
