@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +127,8 @@ class Video:
         try:
             for packet in (*self.packets, None):
                 for frame in codec.decode(packet):
+                    if frame.is_corrupt:
+                        raise BrokenVideo(f"{self.path}: frame {count} of {len(self)} is damaged")
                     count += 1
                     yield self._to_rgb(frame).permute(2, 0, 1)
         except (av.FFmpegError, ValueError) as error:
@@ -756,14 +759,16 @@ def prepare(root: str, selections: list[str], out: Path, short: int, processes: 
     except OSError as error:
         raise UserError(f"{out} cannot be filled ({error}): mend this and give the same command again") from None
     todo = [target for target in targets if not target.exists()]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) as pool:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) if processes > 1 else None
+    with pool or nullcontext():
+        in_turn = pool.map if pool else map
         try:
-            reasons = pool.map(_prepare_one, [targets[target] for target in todo], todo, [short] * len(todo))
+            reasons = in_turn(_prepare_one, [targets[target] for target in todo], todo, [short] * len(todo))
             bar = tqdm(reasons, "preparing videos", len(targets), initial=len(targets) - len(todo), unit="video")
             broken = [reason for reason in bar if reason]
             done = [target for target in targets if target.exists()]
             sample = done[:: math.ceil(len(done) / 64) or 1]
-            ratios = list(pool.map(_psnr_of_prepared, [targets[target] for target in sample], sample))
+            ratios = list(in_turn(_psnr_of_prepared, [targets[target] for target in sample], sample))
         except BrokenProcessPool:
             raise UserError("a process was ended from outside, for want of memory perhaps: give the same command again, with fewer --processes") from None
     (out / "prepared.txt").write_text("".join(f"{target.relative_to(out).as_posix()}\n" for target in done))
