@@ -176,7 +176,7 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
     labels = torch.zeros(199, 12)
     labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
     detector = detect_ava.build(configured("init=scratch"), labels)
-    frequencies = detector.head.bias.sigmoid()
+    frequencies = detector.head.bias.detach().sigmoid()
     assert frequencies[3] == pytest.approx(49.5 / 200) and frequencies[4] == pytest.approx(0.9975) and frequencies[0] == pytest.approx(0.0025)
 
 
