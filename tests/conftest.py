@@ -1,9 +1,12 @@
 """Real video files, made on the spot, and real processes for the tests."""
 
+import importlib
+import io
 import os
 import struct
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +18,13 @@ from av.stream import Disposition
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
 import toy  # noqa: E402
+
+# One thread everywhere: the losses of runs are compared to the bit.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+os.environ |= ENVIRONMENT
+torch.set_num_threads(1)
 
 SIZE = (96, 64)  # width, height: 6 x 4 black or white squares of 16 pixels, the bits of the frame's number
 
@@ -105,10 +114,21 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
     return [*launcher, *map(str, arguments)]
 
 
-def run(*arguments: str, processes: int = 0, cwd: Path = ROOT, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run a stage to its end and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command(*arguments, processes=processes), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+def run(script: str | Path, *arguments: str, processes: int = 0, cwd: Path = ROOT, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run a stage to its end and return what it printed: by torchrun, or in this process, since a new one takes seconds to start."""
+    if processes:
+        done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    else:
+        stage, out, err, status = importlib.import_module(Path(script).stem), io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(cwd)
+            patch.setattr("sys.argv", [str(script), *map(str, arguments)])
+            try:
+                common.launch(stage.main)
+            except SystemExit as end:  # with its exit status, or with a sentence
+                status = end.code if isinstance(end.code, int) else 1
+                err.write("" if isinstance(end.code, int) else f"{end.code}\n")
+        done = subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -4,12 +4,13 @@ import colorsys
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ENVIRONMENT, ROOT, command, run
 from torch import nn
 
 import data
@@ -348,7 +349,7 @@ sys.argv = ["detect_ava.py", *{[*settings, f"run.folder={tmp_path / 'cut'}"]!r}]
 detect_ava.main()
 """
     (tmp_path / "die.py").write_text(code)
-    assert run(tmp_path / "die.py", ok=False).returncode == 9
+    assert subprocess.run(command(tmp_path / "die.py"), cwd=ROOT, env=ENVIRONMENT).returncode == 9
     done = run(DETECT, *settings, f"run.folder={tmp_path / 'cut'}")
     assert "starting at step 3" in done.stderr
     ours, theirs = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("cut", "whole"))
