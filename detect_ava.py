@@ -987,7 +987,8 @@ def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str],
         draw.rectangle((left, top, right, bottom), outline=colour, width=2)
         for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
             if score > least:
-                where, text = (left + 3, top + 2 + place * line), f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
+                text = f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
+                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + place * line
                 draw.rectangle(draw.textbbox(where, text, font), fill="black")
                 draw.text(where, text, colour, font)
     return picture
