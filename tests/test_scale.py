@@ -106,10 +106,12 @@ def test_a_checkpoint_older_than_a_key_of_run_can_still_be_used():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only where there is a GPU can the loop wait for it")
-@pytest.mark.parametrize("compiled", ["never", "always"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage, compiled", [*((stage, "never") for stage in STAGES), ("pretrain", "always"), ("finetune", "always")])
 def test_no_step_waits_for_the_gpu(stage, compiled, short_runs, tmp_path, monkeypatch):
-    """PyTorch raises at any call that waits, from the third step on; the last step, which saves a checkpoint, may."""
+    """PyTorch raises at any call that waits, from the third step on; the last step, which saves a checkpoint, may wait.
+
+    Not the compiled detector, which is compiled again for another number of persons.
+    """
     steps_of = common.Progress.__iter__
 
     def strict(self: common.Progress) -> Iterator[int]:
