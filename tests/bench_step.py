@@ -164,6 +164,7 @@ def main() -> None:
             for numerics in a.numerics:
                 bf16 = numerics == "bf16"
                 seconds: dict[str, list[float]] = {name: [] for name in steps}
+                rates = []
                 for repeat in range(a.repeats + 1):
                     for name in list(steps)[:: 1 if repeat % 2 else -1]:
                         synchronize(a.device)
@@ -172,6 +173,7 @@ def main() -> None:
                         synchronize(a.device)
                         if repeat:  # the first is for warming up
                             seconds[name].append(time.perf_counter() - start)
+                    rates.append(matmul_rate(a.device, torch.bfloat16 if bf16 else torch.float32))
                 ratios = [t / o for t, o in zip(seconds["transformers"], seconds["ours"])]
                 quartiles = statistics.quantiles(ratios, n=4)
                 median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -180,14 +182,16 @@ def main() -> None:
                     part, positions = (model, (160, 1408)) if a.of == "pretrain" else (model.encoder, ())
                     flops = forward_flops(part, *empty_batch(1, (16, 224, 224), positions))
                 flops *= a.batch * (1 if a.of == "forward" else 3)  # forward + backward = 3 x forward; no recomputation counted
-                peak = matmul_rate(a.device, torch.bfloat16 if bf16 else torch.float32)
-                memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
+                peak = statistics.median(rates)
                 print(
                     f"ViT-{size}{f', {depth} decoder blocks' if a.of == 'pretrain' else ''}, {numerics}: {statistics.median(ratios):.2f} times transformers "
                     f"(quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f}, {len(ratios)} pairs); {median['ours']:.3f} against {median['transformers']:.3f} s a step, "
-                    f"{a.batch / median['ours']:.1f} clips/s; peak memory {memory['ours']:.2f} against {memory['transformers']:.2f} GB; "
-                    f"{flops / 1e9:.0f} GFLOP a step at {flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's {peak / 1e12:.3f}"
+                    f"{a.batch / median['ours']:.1f} clips/s; "
+                    f"{flops / 1e9:.0f} GFLOP a step at {flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's {peak / 1e12:.3f}",
+                    flush=True,
                 )
+                memory = {name: peak_memory(name, a, size, depth, bf16) for name in steps}
+                print(f"    peak memory {memory['ours']:.2f} against {memory['transformers']:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":
