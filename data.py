@@ -510,7 +510,7 @@ class Augmentation:
                 if torch.rand(()) < 0.5:
                     level = (self.magnitude + self.deviation * torch.randn(())).clamp(0, 10)
                     magnitude = round(float(level) * 3)  # torchvision counts to 30
-                    clip = v2.RandAugment(1, magnitude, interpolation="bilinear", fill=[int(255 * mean) for mean in MEAN])(clip)
+                    clip = v2.RandAugment(1, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=[int(255 * mean) for mean in MEAN])(clip)
             clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
                 clip = clip.clone()  # a crop that changes nothing hands on the decoded frames themselves, which repeats share
