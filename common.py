@@ -131,6 +131,8 @@ def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
 
 def _as_type_of(example: Any, value: Any, where: str, key: str) -> Any:
     if isinstance(example, list) and isinstance(value, list):
+        if not value or 1 < len(example) != len(value):  # where the default names one value, there may be more
+            raise UserError(f"{where}: {key} expects a list such as {example}, not {value}")
         return [_as_type_of(example[0], item, where, key) for item in value]
     if isinstance(example, float) and type(value) in (int, str):  # YAML reads 1e-3, without a dot, as text
         try:

@@ -45,8 +45,8 @@ import data
 import toy
 from common import UserError, say
 from data import BrokenVideo
-from finetune import parameter_groups
-from model import SIZES, Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks, truncated_normal
+from finetune import encoder_options, parameter_groups
+from model import Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks, truncated_normal
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -729,10 +729,6 @@ def check(config: SimpleNamespace) -> None:
         config, "data.actions", "data.frames", "data.stride", "data.size",
         "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
     )  # fmt: skip
-    for key, length in (("model.cube", 3), ("model.pretrained_clip", 3), ("data.mean", 3), ("data.std", 3), ("optim.betas", 2)):
-        group, name = key.split(".")
-        if len(value := getattr(getattr(config, group), name)) != length:
-            raise UserError(f"{key} has {length} values, see {DEFAULT}, not {value}")
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     if config.data.rate <= 0:
         raise UserError(f"data.rate={config.data.rate} has to be above 0")
@@ -747,21 +743,7 @@ def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
     bias would creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code says so.
     """
     torch.manual_seed(config.run.seed)
-    clip_size = config.model.pretrained_clip
-    if config.init == "scratch":
-        clip_size = [config.data.frames, config.data.size, config.data.size]
-    elif not Path(config.init).is_file():
-        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, name another file, or start with init=scratch")
-    else:
-        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", clip_size)
-    sizes = common.pick(SIZES, config.model.size, "model.size")
-    model = ActionDetector(
-        **{name: sizes[name] for name in ("width", "depth", "heads")},
-        classes=config.data.actions,
-        clip_size=clip_size,
-        cube=config.model.cube,
-        drop_path=config.model.drop_path,
-    )
+    model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
     say(f"initialised from {config.init}")
     if config.init != "scratch":
         load_weights(model, config.init, fresh=("encoder.norm.", "head."))

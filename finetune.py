@@ -17,6 +17,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,33 +48,26 @@ def check(config: SimpleNamespace) -> None:
         config, "data.frames", "data.stride", "data.size", "data.repeats", "data.test_clips", "data.test_crops",
         "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
     )  # fmt: skip
-    for key, length in (("model.cube", 3), ("model.pretrained_clip", 3), ("data.randaugment", 3), ("data.crop_area", 2), ("data.crop_aspect", 2), ("optim.betas", 2)):
-        group, name = key.split(".")
-        if len(value := getattr(getattr(config, group), name)) != length:
-            raise UserError(f"{key} has {length} values, see {DEFAULT}, not {value}")
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
+
+
+def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
+    """The encoder's size, and the clips that its position table is made for: those that the weights `init` were trained on."""
+    sizes = common.pick(SIZES, config.model.size, "model.size")
+    if config.init == "scratch":
+        clip_size = [config.data.frames, config.data.size, config.data.size]
+    elif Path(config.init).is_file():
+        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", config.model.pretrained_clip)
+    else:
+        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, name another file, or start with init=scratch")
+    return {name: sizes[name] for name in ("width", "depth", "heads")} | dict(clip_size=clip_size, cube=config.model.cube)
 
 
 def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
     """The classifier, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads."""
     torch.manual_seed(config.run.seed)
-    clip_size = config.model.pretrained_clip
-    if config.init == "scratch":
-        clip_size = [config.data.frames, config.data.size, config.data.size]
-    elif not Path(config.init).is_file():
-        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, name another file, or start with init=scratch")
-    else:
-        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", clip_size)
-    sizes = common.pick(SIZES, config.model.size, "model.size")
-    model = VideoClassifier(
-        **{name: sizes[name] for name in ("width", "depth", "heads")},
-        classes=classes,
-        clip_size=clip_size,
-        cube=config.model.cube,
-        drop_path=config.model.drop_path,
-        dropout=config.model.dropout,
-    )
+    model = VideoClassifier(**encoder_options(config), classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
     say(f"initialised from {config.init}")
     if config.init != "scratch":
         load_weights(model, config.init, fresh=("fc_norm.", "head."))

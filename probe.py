@@ -22,7 +22,7 @@ import common
 import data
 import finetune
 from common import UserError, say
-from model import SIZES, Encoder, cube_grid, load_weights, read_checkpoint
+from model import Encoder, cube_grid, load_weights
 
 CONFIGS = Path(__file__).parent / "configs" / "probe"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -62,13 +62,10 @@ def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
     """The probes to train beside each other: of the pre-trained encoder and, if wanted, of a random one."""
     if not Path(config.init).is_file():
         raise UserError(f"no weights at init={config.init}: make them with pretrain.py, or name another file")
-    sizes = common.pick(SIZES, config.model.size, "model.size")
-    options = {name: sizes[name] for name in ("width", "depth", "heads")}
-    clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", config.model.pretrained_clip)
-    probes = {}
+    options, probes = finetune.encoder_options(config), {}
     for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
         torch.manual_seed(config.run.seed)
-        probes[name] = LinearProbe(**options, classes=classes, clip_size=clip_size, cube=config.model.cube)
+        probes[name] = LinearProbe(**options, classes=classes)
     load_weights(probes["pre-trained"], config.init, fresh=("head.",))
     return probes
 

@@ -396,7 +396,7 @@ def test_weights_are_tested_and_predict_a_video(ava, reference_run, tmp_path):
     "settings, sentence",
     [
         (["data.size=80"], "data.size=80 cannot be cropped from frames whose short side is data.short_side=72"),
-        (["data.mean=[0.5]"], "data.mean has 3 values"),
+        (["data.mean=[0.5]"], "data.mean expects a list such as"),
         (["data.rate=0"], "data.rate=0.0 has to be above 0"),
         (["data.size=50"], "50 pixels of height is not a whole number of cubes"),
         (["data.actions=11"], "unknown action 12, known are 1 to 11"),

@@ -253,7 +253,7 @@ def test_broken_videos_are_survived_counted_and_named(tmp_path):
         (["mask.ratio=1.0"], "a mask ratio of 1 hides 16 of 16 places"),
         (["mask.type=tubes"], "mask.type=tubes is not known; choose one of tube, random, frame"),
         (["model.size=XL"], "model.size=XL is not known; choose one of tiny, S, B, L, H"),
-        (["model.cube=[2,8]"], "a cube has three sides"),
+        (["model.cube=[2,8]"], "model.cube expects a list such as [2, 16, 16], not [2, 8]"),
         (["run.log_every=0"], "run.log_every has to be at least 1"),
         (["run.precision=fp16"], "run.precision=fp16 is not known"),
         (["data.root=/nowhere"], "there is no folder or list file"),
