@@ -158,10 +158,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, pixels)
 
-    def forward(self, x: Tensor, masked: int) -> Tensor:
+    def forward(self, x: Tensor, masked_count: int) -> Tensor:
         for block in self.blocks:
             x = block(x)  # (B, N, D_dec)
-        return self.head(self.norm(x[:, -masked:]))  # (B, N_mask, pixels)
+        return self.head(self.norm(x[:, -masked_count:]))  # the masked tokens come last: (B, N_mask, pixels)
 
 
 class VideoMAE(nn.Module):
@@ -192,11 +192,10 @@ class VideoMAE(nn.Module):
             decoder_heads=decoder_heads, clip_size=list(clip_size), cube=list(cube), frames_per_token=frames_per_token, eps=eps,
         )  # fmt: skip
         self.grid = cube_grid(clip_size, cube)  # T/2, H/16, W/16
-        time, height, width_ = self.grid
         self.encoder = Encoder(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps, norm=True)
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.register_buffer("pos_embed", sincos_positions(time * height * width_, decoder_width), persistent=False)  # (N, D_dec)
+        self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), decoder_width), persistent=False)  # (N, D_dec)
         pixels = frames_per_token * cube[1] * cube[2] * 3
         self.decoder = Decoder(width=decoder_width, depth=decoder_depth, heads=decoder_heads, pixels=pixels, eps=eps)
 
@@ -214,7 +213,7 @@ class VideoMAE(nn.Module):
         latent = self.encoder(clip, visible)  # (B, N_vis, D): only these few enter the encoder
         x_visible = self.encoder_to_decoder(latent) + self.pos_embed[visible]  # (B, N_vis, D_dec)
         x_masked = self.mask_token + self.pos_embed[masked]  # (B, N_mask, D_dec)
-        x = torch.cat([x_visible, x_masked.to(x_visible.dtype)], dim=1)  # (B, N, D_dec)
+        x = torch.cat([x_visible, x_masked], dim=1)  # (B, N, D_dec)
         return self.decoder(x, masked.shape[1])  # (B, N_mask, pixels)
 
 
