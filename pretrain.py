@@ -115,112 +115,6 @@ def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt() + 1e-6  # n - 1 and 1e-6 as in the authors' code
 
 
-# ---- pictures (Figures 10 and 11) ----
-
-
-@torch.no_grad()
-def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Named videos, uint8 (T, 3, H, W), that show what the model makes of loaded frames (T', 3, H, W) under a mask (N,).
-
-    A model with normalised targets says nothing about a cube's mean and deviation. The honest reconstruction guesses
-    them from the visible cubes nearby; the other one borrows them from the hidden cube itself.
-    """
-    device = model.mask_token.device
-    visible, masked = (positions[None].to(device) for positions in masking.split(mask))
-    clip, target = objective.split(frames[None].to(device))
-    prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
-
-    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
-    place, has_target = objective.places(masked[0])
-    place, prediction = place[has_target], prediction[has_target]
-
-    def video(hidden_cubes: Tensor) -> Tensor:
-        shown = cubes.clone()
-        shown[place] = hidden_cubes
-        return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
-
-    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
-    if not objective.normalize:
-        return views | {"reconstruction": video(prediction)}
-    mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
-    nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
-    nearness[:, place] = 0  # nothing is taken from hidden cubes
-    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
-    if len(place) == len(cubes):  # no cube of the target is visible to guess from: mid-grey, and a contrast as usual
-        guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
-    else:
-        guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
-    return views | {
-        "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
-        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
-    }
-
-
-def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> Tensor:
-    """How near each of `count` cubes is to every other: (N, N), one over the fourth power of their distance in cubes."""
-    axes = [torch.arange(length, device=device).float() for length in (count // (plane[0] * plane[1]), *plane)]
-    position = torch.cartesian_prod(*axes)  # (N, 3)
-    return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
-
-
-def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
-    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames, _, height, width = next(iter(rows.values())).shape
-    zoom = max(1, round(128 / height))
-    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
-    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
-    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
-    panels = []
-    for row, (label, video) in enumerate(rows.items()):
-        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
-        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
-        for column, frame in enumerate(chosen):
-            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
-        heading = Image.new("RGB", (wide, line), "white")
-        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
-        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
-    movie = torch.cat(panels, dim=3)
-    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
-    sheet.save(path.with_name(f"{path.name}.png"))
-    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
-    say(f"{path}.png and .mp4")
-
-
-def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
-    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
-    objective = Objective(config)
-    with data.Video(video) as opened:
-        frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
-    frames = data.center_crop(frames, config.data.size)
-    rows = {}
-    for name, mask in masks.items():
-        views = reconstruct(model, objective, frames, mask)
-        rows |= {label if label == "original" else f"{name}: {label}": view for label, view in views.items()}
-    save_pictures(rows, path)
-
-
-def draw_videos(arguments: argparse.Namespace) -> None:
-    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
-    if not arguments.weights:
-        raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
-    stored = read_checkpoint(arguments.weights)[1].get("config")
-    if not stored:  # weights from elsewhere do not say how they were trained; assume Table 9
-        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
-    config = common.load_config(DEFAULT, arguments.settings, stored)
-    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
-    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
-    for number, video in enumerate(arguments.reconstruct):
-        masks = {
-            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
-            for ratio in arguments.ratios or [config.mask.ratio]
-        }
-        try:
-            draw(video, config, model, masks, arguments.out / video.stem)
-        except data.BrokenVideo as error:
-            raise UserError(f"no clip can be read from {error}") from None
-
-
 # ---- training ----
 
 
@@ -337,6 +231,112 @@ def train(config: SimpleNamespace) -> None:
             except data.BrokenVideo as error:
                 say(f"no picture of {error}")
         say(f"{folder}: {steps:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+
+
+# ---- pictures (Figures 10 and 11) ----
+
+
+@torch.no_grad()
+def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Named videos, uint8 (T, 3, H, W), that show what the model makes of loaded frames (T', 3, H, W) under a mask (N,).
+
+    A model with normalised targets says nothing about a cube's mean and deviation. The honest reconstruction guesses
+    them from the visible cubes nearby; the other one borrows them from the hidden cube itself.
+    """
+    device = model.mask_token.device
+    visible, masked = (positions[None].to(device) for positions in masking.split(mask))
+    clip, target = objective.split(frames[None].to(device))
+    prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
+
+    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
+    place, has_target = objective.places(masked[0])
+    place, prediction = place[has_target], prediction[has_target]
+
+    def video(hidden_cubes: Tensor) -> Tensor:
+        shown = cubes.clone()
+        shown[place] = hidden_cubes
+        return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
+
+    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
+    if not objective.normalize:
+        return views | {"reconstruction": video(prediction)}
+    mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
+    nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
+    nearness[:, place] = 0  # nothing is taken from hidden cubes
+    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
+    if len(place) == len(cubes):  # no cube of the target is visible to guess from: mid-grey, and a contrast as usual
+        guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
+    else:
+        guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
+    return views | {
+        "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
+        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
+    }
+
+
+def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> Tensor:
+    """How near each of `count` cubes is to every other: (N, N), one over the fourth power of their distance in cubes."""
+    axes = [torch.arange(length, device=device).float() for length in (count // (plane[0] * plane[1]), *plane)]
+    position = torch.cartesian_prod(*axes)  # (N, 3)
+    return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
+
+
+def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
+    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames, _, height, width = next(iter(rows.values())).shape
+    zoom = max(1, round(128 / height))
+    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
+    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
+    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
+    panels = []
+    for row, (label, video) in enumerate(rows.items()):
+        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
+        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
+        for column, frame in enumerate(chosen):
+            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
+        heading = Image.new("RGB", (wide, line), "white")
+        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
+        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
+    movie = torch.cat(panels, dim=3)
+    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
+    sheet.save(path.with_name(f"{path.name}.png"))
+    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
+    say(f"{path}.png and .mp4")
+
+
+def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
+    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
+    objective = Objective(config)
+    with data.Video(video) as opened:
+        frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
+    frames = data.center_crop(frames, config.data.size)
+    rows = {}
+    for name, mask in masks.items():
+        views = reconstruct(model, objective, frames, mask)
+        rows |= {label if label == "original" else f"{name}: {label}": view for label, view in views.items()}
+    save_pictures(rows, path)
+
+
+def draw_videos(arguments: argparse.Namespace) -> None:
+    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
+    if not arguments.weights:
+        raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
+    stored = read_checkpoint(arguments.weights)[1].get("config")
+    if not stored:  # weights from elsewhere do not say how they were trained; assume Table 9
+        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, arguments.settings, stored)
+    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
+    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
+    for number, video in enumerate(arguments.reconstruct):
+        masks = {
+            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
+            for ratio in arguments.ratios or [config.mask.ratio]
+        }
+        try:
+            draw(video, config, model, masks, arguments.out / video.stem)
+        except data.BrokenVideo as error:
+            raise UserError(f"no clip can be read from {error}") from None
 
 
 def main() -> None:
