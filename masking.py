@@ -3,8 +3,12 @@
 A mask is a boolean tensor (N,) over the cubes of one clip, in the order time, height, width.
 True = masked, hidden from the encoder and predicted by the decoder. False = visible.
 
-The paper writes Bernoulli(rho_mask); as in the authors' code the *number* of masked cubes is exact instead,
-so that every clip of a batch keeps the same number of visible cubes and the batch stays a rectangle.
+Videos change slowly (Sec. 3.2). A cube that is hidden at one time and visible at another can simply be copied, and
+at the usual ratios, 50 % to 75 %, enough is visible to fill in the rest. So tubes hide a place at all times, and 90 %
+of the places are hidden.
+
+The paper draws from Bernoulli(rho_mask). Here, as in the authors' code, the *number* of masked cubes is exact, so that
+every clip of a batch keeps the same number of visible cubes and the batch stays a rectangle.
 """
 
 import torch
@@ -16,7 +20,7 @@ Grid = tuple[int, int, int]  # cubes in time, height, width: (8, 14, 14) for 16 
 
 
 def tube_mask(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Tube masking, the paper's own: one spatial mask shared by all times, I[p_{x,y,.} in Omega] (Sec. 3.3)."""
+    """Tube masking, the paper's proposal (Sec. 3.3, Figure 2d): one spatial mask, I[p_{x,y,.} in Omega], shared by all times."""
     time, height, width = grid
     spatial = _hide(height * width, ratio, generator)  # (H/16 * W/16,)
     return spatial.repeat(time)  # (N,)
@@ -39,7 +43,7 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
 def _hide(count: int, ratio: float, generator: torch.Generator | None) -> Tensor:
-    """A mask (count,) that hides exactly int(ratio * count) places, each place equally often; UserError if all or none."""
+    """A mask (count,) that hides exactly int(ratio * count) places, each equally likely; UserError if all or none."""
     hidden = int(ratio * count)
     if not 0 < hidden < count:
         raise UserError(f"a mask ratio of {ratio:g} hides {hidden} of {count} places; some have to be hidden and some visible")

@@ -1,4 +1,4 @@
-"""VideoMAE's networks (Sec. 3.3, Figure 1, Table 8) and their weights in and out.
+"""VideoMAE's networks (Sec. 3.3, Figure 1, Table 8); loading and exporting their weights.
 
     clip (B, 3, T, H, W) -> cube embedding -> visible tokens (B, N_vis, D) -> encoder -> decoder -> pixels of masked cubes
 
@@ -25,7 +25,7 @@ from torchvision.ops import StochasticDepth
 from common import UserError, launch, say
 from masking import Grid
 
-# The encoder is the usual ViT, the decoder half as wide (Sec. 4.2, "Decoder design"). The decoder's depth is no part
+# The encoder is the usual ViT, the decoder half as wide (Sec. 4.2, "Decoder design"). The decoder's depth is not part
 # of the size: Table 1a varies it and chooses 4; the authors' scripts and checkpoints have 12 for L and H.
 SIZES = {
     "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_heads=2),  # for the toy videos
@@ -52,7 +52,7 @@ class CubeEmbedding(nn.Module):
         p0, p1, p2 = self.cube
         cubes = rearrange(clip, "B c (t p0) (h p1) (w p2) -> B (t h w) (c p0 p1 p2)", p0=p0, p1=p1, p2=p2)  # (B, N, 1536)
         if visible is not None:
-            cubes = take(cubes, visible)  # (B, N_vis, 1536)
+            cubes = take(cubes, visible)  # (B, N_vis, 1536): 10 % of them (Sec. 3.3)
         return F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias)  # (B, N or N_vis, D)
 
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])  # (3 D,)
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "B N (three heads d) -> three B heads N d", three=3, heads=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
@@ -89,7 +89,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of the vanilla ViT. drop_path: how often, in training, a clip skips either branch."""
+    """Pre-norm transformer block of the vanilla ViT. drop_path: how likely a clip is to skip a branch in training."""
 
     recompute = False  # see `recompute_blocks`
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.attn = Attention(width=width, heads=heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width=width)
-        self.drop_path = StochasticDepth(drop_path, "row")  # of each clip by itself
+        self.drop_path = StochasticDepth(drop_path, "row")  # "row": decided for each clip separately
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and self.training:
@@ -112,9 +112,9 @@ class Block(nn.Module):
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """In training, let each block keep its input alone and compute the rest again for the backward pass.
+    """In training, let each block keep only its input and compute the rest again for the backward pass.
 
-    Activation checkpointing: the same losses and gradients, drop path included, from a fraction of the memory and a third more work.
+    Activation checkpointing: the same losses and gradients, drop path included, with a fraction of the memory and a third more work.
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -122,7 +122,7 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only, 10 % of all.
+    """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only, 10 % of all (Sec. 3.3).
 
     clip_size: what the position table is made for. Clips of another size get an interpolated one, so that weights
     pre-trained on 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path rises linearly with depth.
@@ -141,12 +141,12 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps) if norm else nn.Identity()
 
     def forward(self, clip: Tensor, visible: Tensor | None = None) -> Tensor:
-        x = self.patch_embed(clip, visible)  # (B, N_vis, D)
+        x = self.patch_embed(clip, visible)  # (B, N or N_vis, D)
         positions = interpolate_positions(self.pos_embed, self.grid, cube_grid(clip.shape[2:], self.patch_embed.cube))  # (N, D)
         x = x + (positions if visible is None else positions[visible])
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)  # (B, N_vis, D)
+        return self.norm(x)  # (B, N or N_vis, D)
 
 
 class Decoder(nn.Module):
@@ -158,17 +158,17 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, pixels)
 
-    def forward(self, x: Tensor, masked: int) -> Tensor:
+    def forward(self, x: Tensor, masked_count: int) -> Tensor:
         for block in self.blocks:
             x = block(x)  # (B, N, D_dec)
-        return self.head(self.norm(x[:, -masked:]))  # (B, N_mask, pixels)
+        return self.head(self.norm(x[:, -masked_count:]))  # the masked tokens come last: (B, N_mask, pixels)
 
 
 class VideoMAE(nn.Module):
     """The pre-training model of Figure 1. `VideoMAE(**SIZES["B"], decoder_depth=4)` is Table 8.
 
     clip_size: frames, height, width of the encoder's input. frames_per_token: frames that each token predicts,
-    the cube's own 2, or others for the targets of Table 1c. Raises UserError if the clip is not a whole number of cubes.
+    the cube's own 2, or another number for the targets of Table 1c. Raises UserError if the clip is not a whole number of cubes.
     """
 
     def __init__(
@@ -192,17 +192,16 @@ class VideoMAE(nn.Module):
             decoder_heads=decoder_heads, clip_size=list(clip_size), cube=list(cube), frames_per_token=frames_per_token, eps=eps,
         )  # fmt: skip
         self.grid = cube_grid(clip_size, cube)  # T/2, H/16, W/16
-        time, height, width_ = self.grid
         self.encoder = Encoder(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps, norm=True)
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.register_buffer("pos_embed", sincos_positions(time * height * width_, decoder_width), persistent=False)  # (N, D_dec)
+        self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), decoder_width), persistent=False)  # (N, D_dec)
         pixels = frames_per_token * cube[1] * cube[2] * 3
         self.decoder = Decoder(width=decoder_width, depth=decoder_depth, heads=decoder_heads, pixels=pixels, eps=eps)
 
-        for part in (*self.encoder.blocks, self.decoder):  # the two projections keep PyTorch's default, as in the official code
+        for part in (*self.encoder.blocks, self.decoder):  # patch_embed and encoder_to_decoder keep PyTorch's default, as in the official code
             part.apply(_xavier)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)  # cut at one deviation, as in the official code
 
     def forward(self, clip: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict the masked cubes.
@@ -211,21 +210,22 @@ class VideoMAE(nn.Module):
         visible (B, N_vis) and masked (B, N_mask): token positions from `masking.split`.
         Returns (B, N_mask, pixels), a cube's pixels in the order p0, p1, p2, channel.
         """
-        latent = self.encoder(clip, visible)  # (B, N_vis, D): only these few enter the encoder
+        latent = self.encoder(clip, visible)  # (B, N_vis, D): the encoder sees no masked cube
         x_visible = self.encoder_to_decoder(latent) + self.pos_embed[visible]  # (B, N_vis, D_dec)
         x_masked = self.mask_token + self.pos_embed[masked]  # (B, N_mask, D_dec)
-        x = torch.cat([x_visible, x_masked.to(x_visible.dtype)], dim=1)  # (B, N, D_dec)
+        x = torch.cat([x_visible, x_masked], dim=1)  # (B, N, D_dec)
         return self.decoder(x, masked.shape[1])  # (B, N_mask, pixels)
 
 
 class VideoClassifier(nn.Module):
     """The fine-tuning model (Sec. 4): encoder, mean over tokens, LayerNorm, linear. The decoder is discarded.
 
-    The pre-trained encoder's last norm is discarded too, `fc_norm` after the mean starts fresh.
+    The pre-trained encoder's last norm is discarded too; `fc_norm`, after the mean, starts fresh.
     clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be classified.
     drop_path, dropout (before the last layer): Table 10.
     """
 
+    # parts of a checkpoint that this model has no use for, see `load_weights`
     discards = ("encoder.norm.", "encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.")
 
     def __init__(
@@ -294,6 +294,7 @@ def take(tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def _xavier(module: nn.Module) -> None:
+    """Initialise a linear layer as the authors do in pre-training; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)  # q, k and v as the one matrix they are stored in
         if module.bias is not None:
@@ -396,14 +397,14 @@ def _rename(key: str) -> str:
 def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()) -> None:
     """Load a checkpoint file, in any naming that `read_checkpoint` knows, into a `VideoMAE` or `VideoClassifier`.
 
-    Every parameter has to be found, with its shape, but for those whose name starts with one of `fresh`: they keep
-    their initialisation. Every tensor of the file has to be used, but for the parts that the model `discards`.
+    Every parameter has to be found, with its shape, except those whose name starts with one of `fresh`: they keep
+    their initialisation. Every tensor of the file has to be used, except the parts that the model `discards`.
     Prints what was kept fresh and what was left over; raises UserError naming what else is missing or does not fit.
     Weights of 2-D image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
     encoder, options = model.encoder, content.get("model_options")
-    if options:  # positions belong to the clips of the file's model
+    if options:  # the table that the file's model was trained with, stretched if its clips had another size
         grid = cube_grid(options["clip_size"], options["cube"])
         table = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
         encoder.pos_embed = interpolate_positions(table, grid, encoder.grid).to(encoder.pos_embed.device)
@@ -432,13 +433,14 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> Tensor:
     """Turn the weights of an image ViT into a video model's, in place, as I3D does; returns positions (N, D).
 
     The patch kernel is repeated over the cube's frames and divided by their number: a still video gives what the image
-    gave. Positions in space are the image's; the class token and its position are dropped. Image tables know no time:
-    sine and cosine of it are added, as large as the table and of mean 0, or no token would know when it is.
+    gave (Sec. 4.2, "Pre-training dataset"). Positions in space are the image's; the class token and its position are
+    dropped. An image's table does not tell times apart, so a sine-cosine table over time is added to it, scaled to the
+    same deviation and with mean 0. The paper says nothing about positions here.
     """
     kernel = state["encoder.patch_embed.proj.weight"]  # (D, 3, 16, 16)
     state["encoder.patch_embed.proj.weight"] = kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # (D, 3, 2, 16, 16)
     for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
-        q, _, v = state.pop(key).chunk(3)  # a bias of the keys changes nothing, see Attention
+        q, _, v = state.pop(key).chunk(3)  # a bias for the keys changes nothing, see Attention
         state[key.replace("qkv.bias", "q_bias")], state[key.replace("qkv.bias", "v_bias")] = q, v
     image = state.pop("encoder.pos_embed", state.pop("pos_embed", None))
     if image is None:
@@ -455,8 +457,8 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> Tensor:
 def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
     """The keyword arguments of the `VideoMAE` or `VideoClassifier` that a checkpoint holds.
 
-    This project's checkpoints say them. In others the sizes are read off the tensors' shapes; heads, which leave no
-    trace there, come from `SIZES` by width, and `clip_size`, which leaves none either, is the caller's.
+    This project's checkpoints contain them. In others the sizes are read off the tensors' shapes. The number of heads
+    and `clip_size` cannot be: the former comes from `SIZES` by width, the latter is the caller's.
     """
     state, content = read_checkpoint(path)
     if "model_options" in content:

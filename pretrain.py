@@ -40,12 +40,13 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # 
 
 
 class Objective:
-    """Which frames are the target (Table 1c), in which form, and how the error is measured (Eq. 1, Table 1f)."""
+    """Which frames are the target (Table 1c), normalised or not (Sec. 3.1), and how the error is measured (Eq. 1, Table 1f)."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         frames, stride, cube = config.data.frames, config.data.stride, config.model.cube
         slices, height, width = cube_grid((frames, config.data.size, config.data.size), cube)
-        # Table 1c: number and stride of the frames to load, how many of them each token predicts, which tokens have a target
+        # Table 1c: number and stride of the frames to load, how many of them each token predicts, which tokens have a target.
+        # Its row T x tau/2 -> T x tau/2 needs no target of its own: it is "input" with half of data.stride.
         everywhere, middle = range(slices * height * width), slices // 2 * height * width
         targets = {
             "input": (frames, stride, cube[0], everywhere),  # T x tau -> T x tau, the default
@@ -57,12 +58,12 @@ class Objective:
         if self.name == "double" and stride % 2:
             raise UserError(f"target.frames=double halves the stride, so data.stride={stride} has to be even")
         self.cube = (frames_per_token, *cube[1:])
-        self.share = len(self.tokens) / len(everywhere)
+        self.share = len(self.tokens) / len(everywhere)  # of all tokens, those that have a target
         self.normalize = config.target.normalize
         self.error = common.pick(LOSSES, config.target.loss, "target.loss")
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Loaded frames (B, T', 3, H, W) to the encoder's input (B, T, 3, H, W) and the frames to reconstruct."""
+        """Loaded frames (B, T', 3, H, W) to the encoder's input (B, T, 3, H, W) and the target (B, T_target, 3, H, W)."""
         if self.name == "double":
             return frames[:, ::2], frames
         if self.name == "center":
@@ -71,15 +72,15 @@ class Objective:
         return frames, frames
 
     def places(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Where among the target's cubes that of each masked token is, and whether it has one: twice (B, N_mask)."""
+        """For each masked token the index of its cube among the target's, and whether it has one there: both (B, N_mask)."""
         place = masked - self.tokens.start
         has_target = (place >= 0) & (place < len(self.tokens))
-        return place.clamp(0, len(self.tokens) - 1), has_target
+        return place.clamp(0, len(self.tokens) - 1), has_target  # without a target: any index, its error does not count
 
     def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
         """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over the masked cubes p in Omega and the pixels of each.
 
-        prediction (B, N_mask, pixels), target uint8 (B, T, 3, H, W), masked (B, N_mask).
+        prediction (B, N_mask, pixels), target uint8 (B, T_target, 3, H, W), masked (B, N_mask).
         """
         prediction = prediction.float()
         place, has_target = self.places(masked)
@@ -89,9 +90,10 @@ class Objective:
             mean, deviation = cube_statistics(cubes)
             cubes = cubes.sub_(mean).div_(deviation)
         cubes = cubes.flatten(2)  # (B, N_mask, pixels)
-        if self.share < 1:  # tokens without target add no error; their expected number is taken out of the mean
+        if self.share < 1:
+            # Tokens without a target add no error. Dividing by `share` takes them out of the mean: exactly for tubes, else on average.
             prediction, cubes = prediction * has_target[:, :, None], cubes * has_target[:, :, None]
-        return self.error(prediction, cubes) / self.share
+        return self.error(prediction, cubes) / self.share  # F.mse_loss is Eq. 1, the others are Table 1f
 
 
 def to_cubes(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:
@@ -107,116 +109,10 @@ def from_cubes(cubes: Tensor, cube: tuple[int, int, int], size: int) -> Tensor:
 
 
 def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the pixels of each cube and channel: (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
+    """Mean and standard deviation of the pixels of each cube and channel: (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
     mean = cubes.mean(dim=-2, keepdim=True)
     variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (cubes.shape[-2] - 1)  # three times as fast as std() on a CPU
-    return mean, variance.sqrt() + 1e-6
-
-
-# ---- pictures (Figures 10 and 11) ----
-
-
-@torch.no_grad()
-def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Named videos, uint8 (T, 3, H, W), that show what the model makes of loaded frames (T', 3, H, W) under a mask (N,).
-
-    A model with normalised targets says nothing about a cube's mean and deviation. The honest reconstruction guesses
-    them from the visible cubes near by; the other one borrows them from the hidden cube itself.
-    """
-    device = model.mask_token.device
-    visible, masked = (positions[None].to(device) for positions in masking.split(mask))
-    clip, target = objective.split(frames[None].to(device))
-    prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
-
-    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
-    place, has_target = objective.places(masked[0])
-    place, prediction = place[has_target], prediction[has_target]
-
-    def video(hidden_cubes: Tensor) -> Tensor:
-        shown = cubes.clone()
-        shown[place] = hidden_cubes
-        return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
-
-    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
-    if not objective.normalize:
-        return views | {"reconstruction": video(prediction)}
-    mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
-    nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
-    nearness[:, place] = 0  # nothing is taken from hidden cubes
-    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
-    if len(place) == len(cubes):  # a target with no visible cube: the whole slice of time is hidden
-        guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
-    else:
-        guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
-    return views | {
-        "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
-        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
-    }
-
-
-def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> Tensor:
-    """How near each of `count` cubes is to each other: (N, N), one over the fourth power of their distance in cubes."""
-    axes = [torch.arange(length, device=device).float() for length in (count // (plane[0] * plane[1]), *plane)]
-    position = torch.cartesian_prod(*axes)  # (N, 3)
-    return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
-
-
-def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
-    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames, _, height, width = next(iter(rows.values())).shape
-    zoom = max(1, round(128 / height))
-    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
-    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
-    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
-    panels = []
-    for row, (label, video) in enumerate(rows.items()):
-        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
-        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
-        for column, frame in enumerate(chosen):
-            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
-        heading = Image.new("RGB", (wide, line), "white")
-        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
-        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
-    movie = torch.cat(panels, dim=3)
-    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
-    sheet.save(path.with_name(f"{path.name}.png"))
-    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
-    say(f"{path}.png and .mp4")
-
-
-def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
-    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
-    objective = Objective(config)
-    with data.Video(video) as opened:
-        frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
-    frames = data.center_crop(frames, config.data.size)
-    rows = {}
-    for name, mask in masks.items():
-        views = reconstruct(model, objective, frames, mask)
-        rows |= {label if label == "original" else f"{name}: {label}": view for label, view in views.items()}
-    save_pictures(rows, path)
-
-
-def draw_videos(arguments: argparse.Namespace) -> None:
-    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
-    if not arguments.weights:
-        raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
-    stored = read_checkpoint(arguments.weights)[1].get("config")
-    if not stored:  # weights from elsewhere do not say how they were trained: as in Table 9, let us assume
-        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
-    config = common.load_config(DEFAULT, arguments.settings, stored)
-    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
-    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
-    for number, video in enumerate(arguments.reconstruct):
-        masks = {
-            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
-            for ratio in arguments.ratios or [config.mask.ratio]
-        }
-        try:
-            draw(video, config, model, masks, arguments.out / video.stem)
-        except data.BrokenVideo as error:
-            raise UserError(f"no clip can be read from {error}") from None
+    return mean, variance.sqrt() + 1e-6  # n - 1 and 1e-6 as in the authors' code
 
 
 # ---- training ----
@@ -235,7 +131,7 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
         frames_per_token=objective.cube[0],
     )
     draw_mask = partial(common.pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
-    draw_mask(torch.Generator())
+    draw_mask(torch.Generator())  # stops here if the ratio hides every cube or none
     return model, objective, draw_mask
 
 
@@ -248,7 +144,7 @@ def parameter_groups(model: VideoMAE, weight_decay: float) -> list[dict]:
 
 
 def train(config: SimpleNamespace) -> None:
-    """Run, or go on with, the experiment that `config` describes."""
+    """Run, or go on with, the experiment that `config` describes: AdamW, warm-up, then half a cosine (Table 9)."""
     bf16, compiled = common.numerics(config.run)
     model, objective, draw_mask = build(config)
     rank, world_size, device = common.start_processes(config.data.workers)
@@ -305,7 +201,7 @@ def train(config: SimpleNamespace) -> None:
             *tensors, broken = progress.next(batches)
             progress.report(broken)
             frames, visible, masked = (x.to(device, non_blocking=True) for x in tensors)
-            clip, target = objective.split(frames)  # (B, T, 3, H, W) twice
+            clip, target = objective.split(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
             # Processes exchange gradients once a step, with the last piece.
             with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -335,6 +231,112 @@ def train(config: SimpleNamespace) -> None:
             except data.BrokenVideo as error:
                 say(f"no picture of {error}")
         say(f"{folder}: {steps:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+
+
+# ---- pictures (Figures 10 and 11) ----
+
+
+@torch.no_grad()
+def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Named videos, uint8 (T, 3, H, W), that show what the model makes of loaded frames (T', 3, H, W) under a mask (N,).
+
+    A model with normalised targets says nothing about a cube's mean and deviation. The honest reconstruction guesses
+    them from the visible cubes nearby; the other one borrows them from the hidden cube itself.
+    """
+    device = model.mask_token.device
+    visible, masked = (positions[None].to(device) for positions in masking.split(mask))
+    clip, target = objective.split(frames[None].to(device))
+    prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
+
+    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
+    place, has_target = objective.places(masked[0])
+    place, prediction = place[has_target], prediction[has_target]
+
+    def video(hidden_cubes: Tensor) -> Tensor:
+        shown = cubes.clone()
+        shown[place] = hidden_cubes
+        return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
+
+    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
+    if not objective.normalize:
+        return views | {"reconstruction": video(prediction)}
+    mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
+    nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
+    nearness[:, place] = 0  # nothing is taken from hidden cubes
+    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
+    if len(place) == len(cubes):  # no cube of the target is visible to guess from: mid-grey, and a contrast as usual
+        guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
+    else:
+        guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
+    return views | {
+        "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
+        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
+    }
+
+
+def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> Tensor:
+    """How near each of `count` cubes is to every other: (N, N), one over the fourth power of their distance in cubes."""
+    axes = [torch.arange(length, device=device).float() for length in (count // (plane[0] * plane[1]), *plane)]
+    position = torch.cartesian_prod(*axes)  # (N, 3)
+    return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
+
+
+def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
+    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames, _, height, width = next(iter(rows.values())).shape
+    zoom = max(1, round(128 / height))
+    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
+    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
+    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
+    panels = []
+    for row, (label, video) in enumerate(rows.items()):
+        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
+        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
+        for column, frame in enumerate(chosen):
+            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
+        heading = Image.new("RGB", (wide, line), "white")
+        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
+        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
+    movie = torch.cat(panels, dim=3)
+    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
+    sheet.save(path.with_name(f"{path.name}.png"))
+    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
+    say(f"{path}.png and .mp4")
+
+
+def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
+    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
+    objective = Objective(config)
+    with data.Video(video) as opened:
+        frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
+    frames = data.center_crop(frames, config.data.size)
+    rows = {}
+    for name, mask in masks.items():
+        views = reconstruct(model, objective, frames, mask)
+        rows |= {label if label == "original" else f"{name}: {label}": view for label, view in views.items()}
+    save_pictures(rows, path)
+
+
+def draw_videos(arguments: argparse.Namespace) -> None:
+    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
+    if not arguments.weights:
+        raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
+    stored = read_checkpoint(arguments.weights)[1].get("config")
+    if not stored:  # weights from elsewhere do not say how they were trained; assume Table 9
+        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, arguments.settings, stored)
+    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
+    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
+    for number, video in enumerate(arguments.reconstruct):
+        masks = {
+            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
+            for ratio in arguments.ratios or [config.mask.ratio]
+        }
+        try:
+            draw(video, config, model, masks, arguments.out / video.stem)
+        except data.BrokenVideo as error:
+            raise UserError(f"no clip can be read from {error}") from None
 
 
 def main() -> None:
