@@ -47,6 +47,8 @@ STD = (0.229, 0.224, 0.225)
 SUFFIXES = frozenset(".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split())
 TRIES = 100  # videos in a row that may be unreadable before a run gives up
 
+LabelledVideos = list[tuple[Path, int]]  # each with the number of its class
+
 
 class BrokenVideo(Exception):
     """A file that holds no readable video, or not the frames asked for. Its text names the file and the reason."""
@@ -355,15 +357,18 @@ class Classes:
         return index
 
 
-def labelled(root: str, train: str, val: str, classes: str, per_class: int = 0) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Videos with their class for training and for testing, and the classes' names. per_class: train on so many of each, 0 for all.
+def labelled(
+    root: str, train: str, val: str, classes: str, per_class: int = 0
+) -> tuple[LabelledVideos, LabelledVideos, list[str]]:
+    """Videos with their class for training and for testing, and the names of the classes.
 
+    per_class: train on so many videos of each class; 0 for all.
     Without `val` every fifth training video of each class is kept for testing.
     Raises UserError for a video without a label or with one that is out of range.
     """
     entries = list_entries(root, train)
     table = Classes(root, classes, entries)
-    by_class: list[list[tuple[Path, int]]] = [[] for _ in table.names]
+    by_class: list[LabelledVideos] = [[] for _ in table.names]
     for entry in entries:
         index = table.index(entry)
         by_class[index].append((entry.path, index))
@@ -374,7 +379,8 @@ def labelled(root: str, train: str, val: str, classes: str, per_class: int = 0) 
         by_class = [[video for place, video in enumerate(of_class) if place % 5 != 4] for of_class in by_class]
         if not held_out:
             raise UserError(f"no class in {root} has five videos, so none can be kept for testing: name test videos by data.val")
-    return [video for of_class in by_class for video in (of_class[:per_class] if per_class else of_class)], held_out, table.names
+    videos = [video for of_class in by_class for video in (of_class[:per_class] if per_class else of_class)]
+    return videos, held_out, table.names
 
 
 # ---- from frames to a clip ----
@@ -587,7 +593,7 @@ class LabelledClips(TrainingVideos):
     """
 
     def __init__(
-        self, videos: list[tuple[Path, int]], *, frames: int, stride: int, sampling: str,
+        self, videos: LabelledVideos, *, frames: int, stride: int, sampling: str,
         augment: Callable[[Tensor, torch.Generator], Tensor], repeats: int, seed: int
     ) -> None:  # fmt: skip
         super().__init__(videos, seed)

@@ -33,6 +33,7 @@ import common
 import data
 import toy
 from common import UserError, say
+from data import LabelledVideos
 from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks
 
 CONFIGS = Path(__file__).parent / "configs" / "finetune"
@@ -159,7 +160,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
 
 
-def write_scores(folder: Path, videos: list[tuple[Path, int]], scores: Tensor, names: list[str]) -> None:
+def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
     """scores.csv: each video's class, prediction and probabilities. classes.csv: videos and accuracy of each class."""
     right = [0] * len(names)
     with open(folder / "scores.csv", "w", newline="") as file:
@@ -177,7 +178,7 @@ def write_scores(folder: Path, videos: list[tuple[Path, int]], scores: Tensor, n
         writer.writerows([name, n, f"{100 * r / n:.2f}" if n else ""] for name, n, r in zip(names, count, right))
 
 
-def test_and_write(model: nn.Module, videos: list[tuple[Path, int]], names: list[str], config: SimpleNamespace, folder: Path) -> float:
+def test_and_write(model: nn.Module, videos: LabelledVideos, names: list[str], config: SimpleNamespace, folder: Path) -> float:
     """The paper's test of a model: prints and returns top-1, prints top-5, writes the scores into `folder`."""
     clips, crops = config.data.test_clips, config.data.test_crops
     scores, broken = test(model, [path for path, _ in videos], config, clips, crops, f"testing {clips} x {crops} views")
@@ -193,6 +194,21 @@ def test_and_write(model: nn.Module, videos: list[tuple[Path, int]], names: list
 
 
 # ---- training ----
+
+
+def find_videos(
+    config: SimpleNamespace, world_size: int, known: list[str] | None = None
+) -> tuple[LabelledVideos, LabelledVideos, list[str]]:
+    """Labelled videos for training and for testing, and the names of the classes.
+
+    If the classes are `known`, from a checkpoint, testing needs no training videos.
+    """
+    root, train, val = toy.find(config.data, world_size)
+    classes = config.data.classes if config.data.root else "classes.txt"
+    if known and val:
+        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
+        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
+    return data.labelled(root, train, val, classes, config.data.per_class)
 
 
 def train(config: SimpleNamespace) -> None:
@@ -301,19 +317,6 @@ def train(config: SimpleNamespace) -> None:
     top1 = test_and_write(model, val_videos, names, config, folder)
     if chief:
         progress.log.write(step=steps, test_top1=top1)
-
-
-def find_videos(config: SimpleNamespace, world_size: int, known: list[str] | None = None) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Labelled videos for training and for testing, and the names of the classes.
-
-    If the classes are `known`, from a checkpoint, testing needs no training videos.
-    """
-    root, train, val = toy.find(config.data, world_size)
-    classes = config.data.classes if config.data.root else "classes.txt"
-    if known and val:
-        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
-        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
-    return data.labelled(root, train, val, classes, config.data.per_class)
 
 
 # ---- testing and predicting with weights from anywhere ----
