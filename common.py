@@ -105,7 +105,6 @@ def pick(table: dict[str, Any], name: str, key: str) -> Any:
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    path = Path(path)
     if path.resolve() in above:
         raise UserError(f"{path}: 'base:' leads back to the file itself")
     try:
@@ -154,16 +153,17 @@ def start_processes(workers: int) -> tuple[int, int, torch.device]:
 
     On a CPU the cores that `workers` loader processes need are left to them: 15 to 20 % more clips/s on two cores.
     """
-    device = torch.device("cpu")
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() - workers))
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} GPUs here; start torchrun with at most so many --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() - workers))
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -183,7 +183,7 @@ def numerics(run: SimpleNamespace) -> tuple[bool, bool]:
 
 
 def share_batch(batch_size: int, samples: int, world_size: int, at_most: int) -> tuple[int, int]:
-    """The paper's batch on any number of devices: samples at a time on each, at most `at_most`, and times to accumulate."""
+    """How any number of devices share the paper's batch: samples at a time on each, up to `at_most`, and times to accumulate."""
     if batch_size % world_size:
         raise UserError(f"optim.batch_size={batch_size} cannot be shared equally by {world_size} processes")
     if samples < batch_size:
@@ -194,8 +194,9 @@ def share_batch(batch_size: int, samples: int, world_size: int, at_most: int) ->
 
 def at_least_one(config: SimpleNamespace, *keys: str) -> None:
     """UserError for the first of the keys whose value is below 1."""
+    values = _flatten(as_dict(config))
     for key in keys:
-        if _flatten(as_dict(config))[key] < 1:
+        if values[key] < 1:
             raise UserError(f"{key} has to be at least 1")
 
 
@@ -227,33 +228,35 @@ def save_checkpoint(path: Path, **content: Any) -> None:
 def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
     """The checkpoint that a run left at `path`, or None. UserError if it was made with another configuration.
 
-    What stands in `run`, but for the seed, may change when a run goes on, and so may the loader's workers and the folder of the data.
+    Where the data is, the loader's workers and all of `run` but the seed may change when a run goes on.
     """
     if not path.exists():
         return None
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     then, now = _flatten(checkpoint["config"]), _flatten(as_dict(config))
     for key in now:
-        if then.get(key) != now[key] and key not in ("data.root", "data.workers") and (not key.startswith("run.") or key == "run.seed"):
-            raise UserError(f"{path.parent} holds a run with {key}={then.get(key)}, not {now[key]}: give another run.folder or delete this one")
+        may_change = key in ("data.root", "data.workers") or (key.startswith("run.") and key != "run.seed")
+        if then.get(key) != now[key] and not may_change:
+            what = f"{key}={then.get(key)}, not {now[key]}"
+            raise UserError(f"{path.parent} holds a run with {what}: give another run.folder or delete this one")
     return checkpoint
 
 
+_locks: dict[Path, Any] = {}  # open files: a lock lasts until its file is closed, at the latest when the process ends
+
+
 def open_folder(config: SimpleNamespace) -> tuple[Path, dict | None]:
-    """The run's folder, for this run alone, and the checkpoint that it holds, if any. UserError if another run is at work in it."""
+    """The run's folder, locked for this run alone, and the checkpoint in it, if any. UserError if another run is at work there."""
     folder = Path(config.run.folder)
     checkpoint = load_checkpoint(folder / "checkpoint.pt", config)
     if position()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # a lock that ends with this process, however that ends
+        try:
             fcntl.lockf(_locks.setdefault(folder.resolve(), open(folder / ".lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder") from None
         (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
     return folder, checkpoint
-
-
-_locks: dict[Path, Any] = {}  # open files
 
 
 def gather(items: list) -> list:
@@ -314,7 +317,8 @@ class Progress:
         self.profiler = None
         if run.profile and self.chief:  # by the fourth step everything is compiled and has its memory
             steps_to_trace = schedule(wait=2, warmup=1, active=3, repeat=1)
-            self.profiler = profile(schedule=steps_to_trace, on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")))
+            trace = str(self.folder / "trace.json")
+            self.profiler = profile(schedule=steps_to_trace, on_trace_ready=lambda p: p.export_chrome_trace(trace))
         self.log = Log(self.folder / "log.jsonl", start) if self.chief else None
         self.bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not self.chief)
         self.broken: list[str] = []  # what was said about unreadable videos

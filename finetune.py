@@ -33,6 +33,7 @@ import common
 import data
 import toy
 from common import UserError, say
+from data import LabelledVideos
 from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks
 
 CONFIGS = Path(__file__).parent / "configs" / "finetune"
@@ -74,7 +75,7 @@ def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
     return model
 
 
-# ---- layer-wise lr decay ----
+# ---- layer-wise lr decay (Table 10) ----
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -87,7 +88,10 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Layer i of L + 1 learns at layer_decay^(L + 1 - i) of the rate (Table 10). Biases and norms have no weight decay."""
+    """With L blocks, layer i of 0 to L + 1 learns at layer_decay^(L + 1 - i) times the learning rate.
+
+    Biases and norms have no weight decay.
+    """
     depth = len(model.encoder.blocks)
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -97,7 +101,7 @@ def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) 
     return list(groups.values())
 
 
-# ---- soft targets, mixup and cutmix ----
+# ---- label smoothing, mixup and cutmix (Table 10) ----
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -106,41 +110,49 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def mixing(mixup: float, cutmix: float) -> v2.Transform:
-    """Mixup or cutmix, one chosen for each batch, with partners that stand beside each other; a rate of 0 is left out.
+    """Mixup or cutmix, chosen at random for each batch; one whose alpha is 0 is left out.
 
-    Called with clips (B, 3, T, H, W) as a Video and targets (B, classes). A cutmix box is the same in all frames.
+    Called with clips (B, 3, T, H, W) as a Video and targets (B, classes). Each clip is mixed with its neighbour in the
+    batch. A cutmix box is the same in all frames.
     """
     chosen = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     return v2.RandomChoice(chosen) if chosen else v2.Identity()
 
 
-# ---- test: K clips x 3 crops, softmax of each, mean ----
+# ---- test: the mean over K clips x 3 crops of their softmax (Sec. 4.2: K = 2 on SSV2, 5 on K400) ----
 
 
 @torch.inference_mode()
-def test(model: nn.Module, videos: list[Path], config: SimpleNamespace, clips: int, crops: int, title: str) -> tuple[Tensor | None, list[str]]:
-    """Class probabilities (videos, classes) of all videos, for every process, and why some could not be read.
+def test(
+    model: nn.Module, videos: list[Path], config: SimpleNamespace, clips: int, crops: int, title: str
+) -> tuple[Tensor, list[str]]:
+    """Class probabilities (videos, classes) from `clips` x `crops` views of each, and why some videos could not be read.
 
-    Each process takes its share, none twice; the row of an unreadable video is all nan. `clips` x `crops` views.
+    Each process tests its share of the videos; all of them return the whole. An unreadable video's row is all nan.
     """
     device = next(model.parameters()).device
     bf16, _ = common.numerics(config.run)
     rank, world_size = common.position()
-    views = data.TestViews(
-        videos, frames=config.data.frames, stride=config.data.stride, sampling=config.data.sampling, size=config.data.size, clips=clips, crops=crops
+    dataset = data.TestViews(
+        videos,
+        frames=config.data.frames,
+        stride=config.data.stride,
+        sampling=config.data.sampling,
+        size=config.data.size,
+        clips=clips,
+        crops=crops,
     )
-    at_once = max(1, config.run.batch_per_device // (clips * crops))
-    batches = data.loader(
-        views, config.data.workers, batch_size=at_once, sampler=range(rank, len(videos), world_size), collate_fn=data.collate_views
-    )
+    share = range(rank, len(videos), world_size)
+    at_once = max(1, config.run.batch_per_device // (clips * crops))  # videos whose views fit on the device
+    batches = data.loader(dataset, config.data.workers, batch_size=at_once, sampler=share, collate_fn=data.collate_views)
     model.eval()
     found, broken = [], []
-    with tqdm(total=len(range(rank, len(videos), world_size)), desc=title, unit="video", disable=rank > 0) as bar:
-        for indices, clip, unreadable in batches:
+    with tqdm(total=len(share), desc=title, unit="video", disable=rank > 0) as bar:
+        for indices, views, unreadable in batches:
             broken += unreadable
-            if clip is not None:
+            if views is not None:  # (B, V, T, 3, H, W), V = clips x crops
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    parts = clip.to(device, non_blocking=True).flatten(0, 1).split(config.run.batch_per_device)
+                    parts = views.to(device, non_blocking=True).flatten(0, 1).split(config.run.batch_per_device)
                     logits = torch.cat([model(data.normalize(part)) for part in parts])  # (B V, classes)
                 probabilities = logits.float().softmax(dim=1).unflatten(0, (len(indices), -1)).mean(dim=1)  # (B, classes)
                 found.append((indices, probabilities))
@@ -155,11 +167,11 @@ def test(model: nn.Module, videos: list[Path], config: SimpleNamespace, clips: i
 def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Top-1 and top-5 in percent; a video that could not be read, its row nan, counts as wrong."""
     ranked = scores.nan_to_num(-1).topk(min(5, scores.shape[1]), dim=1).indices  # (videos, 5)
-    right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
+    right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)  # (videos, 5)
     return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
 
 
-def write_scores(folder: Path, videos: list[tuple[Path, int]], scores: Tensor, names: list[str]) -> None:
+def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
     """scores.csv: each video's class, prediction and probabilities. classes.csv: videos and accuracy of each class."""
     right = [0] * len(names)
     with open(folder / "scores.csv", "w", newline="") as file:
@@ -168,8 +180,9 @@ def write_scores(folder: Path, videos: list[tuple[Path, int]], scores: Tensor, n
         for (path, label), row in zip(videos, scores):
             readable = not row.isnan().any()
             prediction = names[int(row.argmax())] if readable else "unreadable"
+            probabilities = [f"{p:.5f}" for p in row.tolist()] if readable else [""] * len(names)
             right[label] += prediction == names[label]
-            writer.writerow([path, names[label], prediction, *([f"{p:.5f}" for p in row.tolist()] if readable else [""] * len(names))])
+            writer.writerow([path, names[label], prediction, *probabilities])
     count = [sum(label == index for _, label in videos) for index in range(len(names))]
     with open(folder / "classes.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -177,8 +190,8 @@ def write_scores(folder: Path, videos: list[tuple[Path, int]], scores: Tensor, n
         writer.writerows([name, n, f"{100 * r / n:.2f}" if n else ""] for name, n, r in zip(names, count, right))
 
 
-def test_and_write(model: nn.Module, videos: list[tuple[Path, int]], names: list[str], config: SimpleNamespace, folder: Path) -> float:
-    """The paper's test of a model: prints and returns top-1, prints top-5, writes the scores into `folder`."""
+def test_and_write(model: nn.Module, videos: LabelledVideos, names: list[str], config: SimpleNamespace, folder: Path) -> float:
+    """Test as the paper does: print top-1 and top-5, write the scores into `folder`, return top-1."""
     clips, crops = config.data.test_clips, config.data.test_crops
     scores, broken = test(model, [path for path, _ in videos], config, clips, crops, f"testing {clips} x {crops} views")
     top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
@@ -187,12 +200,27 @@ def test_and_write(model: nn.Module, videos: list[tuple[Path, int]], names: list
         write_scores(folder, videos, scores, names)
         for reason in broken:
             say(f"counted as wrong: {reason}")
-        unreadable = f", {len(broken)} of them unreadable" if broken else ""
-        print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, {clips} x {crops} views: {folder / 'scores.csv'}", flush=True)
+        tested = f"{len(videos):,} videos" + (f", {len(broken)} of them unreadable" if broken else "")
+        print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, {clips} x {crops} views: {folder / 'scores.csv'}", flush=True)
     return top1
 
 
 # ---- training ----
+
+
+def find_videos(
+    config: SimpleNamespace, world_size: int, known: list[str] | None = None
+) -> tuple[LabelledVideos, LabelledVideos, list[str]]:
+    """Labelled videos for training and for testing, and the names of the classes.
+
+    If the classes are `known`, from a checkpoint, testing needs no training videos.
+    """
+    root, train, val = toy.find(config.data, world_size)
+    classes = config.data.classes if config.data.root else "classes.txt"
+    if known and val:
+        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
+        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
+    return data.labelled(root, train, val, classes, config.data.per_class)
 
 
 def train(config: SimpleNamespace) -> None:
@@ -224,12 +252,15 @@ def train(config: SimpleNamespace) -> None:
     clips[0, 0]  # stops here if no video can be read
 
     batch_size = config.optim.batch_size
-    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, max(1, config.run.batch_per_device // config.data.repeats))
+    at_most = max(1, config.run.batch_per_device // config.data.repeats)  # videos at a time on a device
+    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, at_most)
     if per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
-        raise UserError("one video at a time has no other to be mixed with: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")
+        raise UserError(
+            "one video at a time has no other to be mixed with: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0"
+        )
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
-    peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B; copies do not count
+    peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B; repeats do not count
 
     groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
@@ -242,8 +273,9 @@ def train(config: SimpleNamespace) -> None:
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes; "
         f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels\n"
-        f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} videos, each {config.data.repeats} times; "
-        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
+        f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} videos, "
+        f"each {config.data.repeats} times; learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, "
+        f"times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
         f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
     )
 
@@ -264,9 +296,9 @@ def train(config: SimpleNamespace) -> None:
             progress.report(broken)
             frames, labels = (x.to(device, non_blocking=True) for x in (frames, labels))
             targets = soft_targets(labels, len(names), config.optim.label_smoothing).repeat(config.data.repeats, 1)  # (repeats B, classes)
-            # One augmentation of all videos after the other: mixed with its neighbour, no clip meets its own copy.
+            # First one augmentation of all videos, then the next: neighbours, which mixup mixes, are different videos.
             clip = data.normalize(rearrange(frames, "B repeats T c H W -> (repeats B) T c H W"))  # (repeats B, 3, T, H, W)
-            # Mixup, drop path and dropout: a function of the step, so that a resumed run repeats them.
+            # Mixup, drop path and dropout are a function of the step, so that a resumed run repeats them.
             torch.manual_seed(data.pick_below(2**62, data.sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
             clip, targets = mix(tv_tensors.Video(clip), targets)
             with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
@@ -284,9 +316,10 @@ def train(config: SimpleNamespace) -> None:
             progress.flush()
             progress.gather_broken()
             if chief:
-                # `positions` are no parameter and usually computed, but those of image weights are not
+                # Positions are no parameter. Most can be computed again, but not those that came with image weights.
                 content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, classes=names)
-                common.save_checkpoint(folder / "checkpoint.pt", **content, optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                content |= dict(optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                common.save_checkpoint(folder / "checkpoint.pt", **content)
         if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
             progress.flush()
             scores, _ = test(model, [path for path, _ in val_videos], config, 1, 1, f"epoch {done // steps_per_epoch}, one view")
@@ -303,28 +336,17 @@ def train(config: SimpleNamespace) -> None:
         progress.log.write(step=steps, test_top1=top1)
 
 
-def find_videos(config: SimpleNamespace, world_size: int, known: list[str] | None = None) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
-    """Labelled videos for training and for testing, and the names of the classes.
-
-    If the classes are `known`, from a checkpoint, testing needs no training videos.
-    """
-    root, train, val = toy.find(config.data, world_size)
-    classes = config.data.classes if config.data.root else "classes.txt"
-    if known and val:
-        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
-        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
-    return data.labelled(root, train, val, classes, config.data.per_class)
-
-
 # ---- testing and predicting with weights from anywhere ----
 
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
-    """The configuration for weights: a .yaml file if given, or what the checkpoint says, or Kinetics' for weights from elsewhere."""
+    """The configuration for weights: a .yaml file if given, else the checkpoint's own, else Kinetics' for weights from elsewhere."""
     if "classes" not in read_options(weights):
         raise UserError(f"{weights} is not a fine-tuned checkpoint, with its classes: make one with finetune.py")
     stored = read_checkpoint(weights)[1].get("config")
-    config = common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    if not stored:
+        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, settings, stored)
     check(config)
     return config
 
@@ -360,11 +382,11 @@ def test_weights(arguments: argparse.Namespace) -> None:
     test_and_write(model, videos, names, config, arguments.out or arguments.weights.parent)
 
 
-@torch.inference_mode()
 def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: the five most probable classes of each video."""
     config = stored_config(arguments.weights, arguments.settings)
-    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(common.start_processes(config.data.workers)[2])
+    _, _, device = common.start_processes(config.data.workers)
+    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
     names = class_names(arguments.weights, config, model.options["classes"])
     scores, broken = test(model, arguments.predict, config, config.data.test_clips, config.data.test_crops, "predicting")
     for reason in broken:
@@ -378,17 +400,18 @@ def predict_videos(arguments: argparse.Namespace) -> None:
         raise UserError("none of the videos can be read; see above")
 
 
-# ---- two models compared, class by class (Figures 7 and 8) ----
+# ---- two models compared class by class (Sec. D, Figures 7 and 8) ----
 
 
 def compare(files: list[Path], out: Path, most: int = 20) -> None:
-    """Print and draw the classes in which either of two tested models, two scores.csv, is ahead by the most."""
+    """Print and draw the classes in which either of two tested models is most ahead of the other; `files`: two scores.csv."""
     accuracies = [class_accuracy(file) for file in files]
-    common_classes = accuracies[0].keys() & accuracies[1].keys()
-    if not common_classes:
+    shared = accuracies[0].keys() & accuracies[1].keys()
+    if not shared:
         raise UserError(f"{files[0]} and {files[1]} have no class in common: they have to be of the same dataset")
-    rows = sorted(((accuracies[1][name] - accuracies[0][name], name) for name in common_classes), reverse=True)
-    rows = rows if len(rows) <= 2 * most else rows[:most] + rows[-most:]
+    rows = sorted(((accuracies[1][name] - accuracies[0][name], name) for name in shared), reverse=True)
+    if len(rows) > 2 * most:
+        rows = rows[:most] + rows[-most:]
     print(f"top-1 by class: {files[1]} (second) against {files[0]} (first)\n{'first':>7} {'second':>7} {'ahead':>7}  class")
     for ahead, name in rows:
         print(f"{accuracies[0][name]:7.2f} {accuracies[1][name]:7.2f} {ahead:+7.2f}  {name}")

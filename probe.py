@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,40 +30,40 @@ DEFAULT = CONFIGS / "toy.yaml"
 
 
 class LinearProbe(nn.Module):
-    """A frozen encoder, its last norm included, the mean over tokens, and a linear layer, all that learns.
+    """A frozen encoder with its last norm, the mean over its tokens, and a linear layer, which alone learns.
 
-    The paper says no more about it; there is no batch normalisation.
+    Table 11 says no more about the model; here there is no batch normalisation before the linear layer.
     """
 
-    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
+    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")  # see load_weights
 
-    def __init__(self, *, width: int, depth: int, heads: int, classes: int, clip_size: tuple[int, int, int], cube: tuple[int, int, int], eps: float = 1e-6) -> None:
+    def __init__(self, *, classes: int, **encoder: Any) -> None:
         super().__init__()
-        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
-        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
-        self.encoder = Encoder(**encoder, norm=True).requires_grad_(False)
-        self.head = nn.Linear(width, classes)
+        self.options = dict(encoder, classes=classes)
+        self.encoder = Encoder(**encoder, eps=1e-6, norm=True).requires_grad_(False)
+        self.head = nn.Linear(encoder["width"], classes)
         self.train()
 
     def train(self, mode: bool = True) -> "LinearProbe":
         super().train(mode)
-        self.encoder.eval()  # always
+        self.encoder.eval()  # also while the head is in training
         return self
 
     def features(self, clip: Tensor) -> Tensor:
         """clip (B, 3, T, H, W), normalised, to (B, D)."""
         with torch.no_grad():
-            return self.encoder(clip).mean(dim=1)
+            return self.encoder(clip).mean(dim=1)  # (B, N, D) to (B, D)
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.features(clip))  # (B, classes)
 
 
 def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
-    """The probes to train beside each other: of the pre-trained encoder and, if wanted, of a random one."""
+    """The probes to train side by side: of the pre-trained encoder and, if wanted, of a random one."""
     if not Path(config.init).is_file():
         raise UserError(f"no weights at init={config.init}: make them with pretrain.py, or name another file")
-    options, probes = finetune.encoder_options(config), {}
+    options = finetune.encoder_options(config)
+    probes = {}
     for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
         torch.manual_seed(config.run.seed)
         probes[name] = LinearProbe(**options, classes=classes)
@@ -97,10 +98,10 @@ def train(config: SimpleNamespace) -> None:
     per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
-    peak_lr = config.optim.base_lr * batch_size / 256
+    peak_lr = config.optim.base_lr * batch_size / 256  # Sec. B
 
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
-    optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)  # Table 11
     folder, checkpoint = common.open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:

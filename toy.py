@@ -5,7 +5,7 @@
 
 Motion alone decides the class, as in Something-Something: in every frame of every class the shape is anywhere with the
 same probability (it wraps around), so a single frame is worth chance. Backgrounds and shapes are smooth colour gradients:
-a tenth of the cubes tells much about the others, and the rest is where the shape will be.
+a tenth of the cubes tells much about the colours of the others, and what is left to learn is where the shape will be.
 """
 
 import argparse
@@ -100,6 +100,10 @@ def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
         _write_once(path, render_clip(motion, generator))
 
 
+def _uniform(generator: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
 def trajectory(motion: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Position x and y in pixels, angle in turns and size in pixels of the shape in each frame: four times (FRAMES,).
 
@@ -107,10 +111,7 @@ def trajectory(motion: str, generator: torch.Generator) -> tuple[Tensor, Tensor,
     Fast shapes matter: at 1.5 to 3 pixels a frame, hidden cubes can be guessed nearly as well without knowing the way
     that the shape takes, and pre-training takes twice as many clips to learn it.
     """
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
+    uniform = partial(_uniform, generator)
     x, y, turn, size, speed = uniform(0, SIZE), uniform(0, SIZE), uniform(0, 1), uniform(11, 22), uniform(2.5, 4)
     direction = 2 * math.pi * CLASSES.index(motion) / len(CLASSES)
     time, still = torch.arange(FRAMES).float(), torch.ones(FRAMES)
@@ -171,11 +172,15 @@ def _outline(theta: Tensor, kind: int) -> Tensor:
 # ---- toy AVA: several shapes, each doing one or two things at a time, with annotations in AVA's own formats ----
 
 # Shapes do not handle objects: directions, turning and growing stand for AVA's three groups of actions.
-KINDS = {"PERSON_MOVEMENT": CLASSES, "OBJECT_MANIPULATION": ("turning left", "turning right"), "PERSON_INTERACTION": ("growing", "shrinking")}
+KINDS = {
+    "PERSON_MOVEMENT": CLASSES,
+    "OBJECT_MANIPULATION": ("turning left", "turning right"),
+    "PERSON_INTERACTION": ("growing", "shrinking"),
+}
 ACTIONS = tuple(name for kind in KINDS.values() for name in kind)
 AVA_HEIGHT, AVA_WIDTH, AVA_FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
 RADIUS = 10, 20  # pixels, of the smallest and the largest shape
-EXCLUDED, MISSED, FALSE = 0.05, 0.05, 0.2  # frames excluded, boxes that the detector misses, frames where it sees something that is not
+EXCLUDED, MISSED, FALSE = 0.05, 0.05, 0.2  # shares: key frames excluded, boxes that the detector misses, frames with a false box
 AVA_FOLDER = Path("toy_ava")
 AVA_VIDEOS = {"train": 800, "val": 160}
 
@@ -269,16 +274,13 @@ def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, Tensor, Tensor]:
-    """What a shape does in each frame, a direction and for every second shape turning or growing too, others in the second half than in the first; and its
-    position x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
+    """The motions of a shape in each frame, then x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
 
+    A shape moves in one direction and, in half of the cases, also turns or grows; the second half of the video draws anew.
     Here too a single frame tells nothing about the motions: positions are uniform on a torus, that of the frame and a
     margin as wide as the largest shape, and every angle and size is equally frequent.
     """
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
+    uniform = partial(_uniform, generator)
     movement, *others = KINDS.values()
     halves = []
     for _ in range(2):
@@ -290,19 +292,21 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, 
     motions = [halves[2 * frame // AVA_FRAMES] for frame in range(AVA_FRAMES)]
 
     def path(steps: dict[str, float]) -> Tensor:
-        """Way covered since the first frame, from the way that each motion covers in a frame: (AVA_FRAMES,)."""
-        way = torch.tensor([sum(steps.get(motion, 0.0) for motion in doing) for doing in motions])
-        return way.cumsum(0) - way[0]
+        """How far the shape has come since the first frame, given each motion's step per frame: (AVA_FRAMES,)."""
+        step = torch.tensor([sum(steps.get(motion, 0.0) for motion in doing) for doing in motions])
+        return step.cumsum(0) - step[0]
 
     speed, turning, growing = uniform(2.5, 4), uniform(1 / 60, 1 / 30), uniform(1 / 40, 1 / 24)  # pixels, turns, cycles a frame
     angles = {name: 2 * math.pi * place / len(CLASSES) for place, name in enumerate(CLASSES)}
-    x = path({name: speed * math.cos(angle) for name, angle in angles.items()}) + uniform(0, AVA_WIDTH + 2 * RADIUS[1])
-    y = path({name: speed * math.sin(angle) for name, angle in angles.items()}) + uniform(0, AVA_HEIGHT + 2 * RADIUS[1])
-    x, y = x % (AVA_WIDTH + 2 * RADIUS[1]) - RADIUS[1], y % (AVA_HEIGHT + 2 * RADIUS[1]) - RADIUS[1]
+    width, height = AVA_WIDTH + 2 * RADIUS[1], AVA_HEIGHT + 2 * RADIUS[1]  # of the torus
+    x = path({name: speed * math.cos(angle) for name, angle in angles.items()}) + uniform(0, width)
+    y = path({name: speed * math.sin(angle) for name, angle in angles.items()}) + uniform(0, height)
     turn = path({"turning left": -turning, "turning right": turning}) + uniform(0, 1)
     phase = (path({"growing": growing, "shrinking": -growing}) + uniform(0, 1)) % 1
-    slow = 0.9  # slowly up and quickly back: every size is equally frequent, whichever way the phase runs
-    return motions, x, y, turn, RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))
+    slow = 0.9  # share of the cycle in which the shape grows; then it is back quickly. Every size is equally frequent both ways.
+    growth = torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))  # 0 to 1
+    size = RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** growth
+    return motions, x % width - RADIUS[1], y % height - RADIUS[1], turn, size
 
 
 def main() -> None:
