@@ -19,8 +19,8 @@ import json
 import math
 import os
 import re
-from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,21 +56,19 @@ RATE = 30  # frames a second at which the recipes state strides, whatever the ra
 START = 900  # AVA is the 15 minutes from this second of each movie
 
 Frame = tuple[str, int]  # a key frame: video, second
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
 
 
 # ---- annotations: AVA's csv files, its list of actions, and boxes of persons from a detector ----
 
 
-@dataclass
-class Rows:
-    """N rows of AVA's csv files, each a box in a key frame, an action and a score; boxes, of which B differ, stand apart."""
+class Row(NamedTuple):
+    """A row of AVA's csv files."""
 
-    frames: list[Frame]  # the different key frames
-    frame: Tensor  # (B,) index of each box's frame
-    boxes: Tensor  # (B, 4) x1 y1 x2 y2 as fractions of width and height; float64, as in the official evaluation
-    box: Tensor  # (N,) index of each row's box
-    actions: Tensor  # (N,) from 1; 0 where the file states none
-    scores: Tensor  # (N,) float64; 1 where the file states none
+    frame: Frame
+    box: Box
+    action: int  # from 1; 0 where the file states none
+    score: float  # 1 where the file states none
 
 
 @dataclass
@@ -92,59 +91,50 @@ class Action:
 GROUPS = {"PERSON_MOVEMENT": "person movement", "OBJECT_MANIPULATION": "object manipulation", "PERSON_INTERACTION": "person interaction"}
 
 
-def read_ground_truth(path: Path, actions: int = ACTIONS) -> Rows:
+def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
     """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
-    return _read_rows(path, actions, scored=False, unlabelled=False, any_box=False)
+    return _read_rows(path, actions)
 
 
-def read_detections(path: Path, actions: int = ACTIONS) -> Rows:
+def read_detections(path: Path, actions: int = ACTIONS) -> list[Row]:
     """Detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
-    return _read_rows(path, actions, scored=True, unlabelled=False, any_box=True)
+    return _read_rows(path, actions, scored=True, any_box=True)
 
 
-def _read_rows(path: Path, actions: int, *, scored: bool, unlabelled: bool, any_box: bool) -> Rows:
+def _read_rows(path: Path, actions: int, *, scored: bool = False, unlabelled: bool = False, any_box: bool = False) -> list[Row]:
     """scored: column 8 is a score, otherwise a person's number, which nothing needs. unlabelled: the action may be empty.
 
     any_box: boxes may have their edges in the wrong order; the evaluation drops them.
     """
-    frames: dict[Frame, int] = {}
-    places: dict[str, int] = {}  # box by its text, the first six columns: most boxes stand in many rows, and are parsed once
-    frame, boxes, box, labels, scores = array("q"), array("d"), array("q"), array("q"), array("d")
+    rows: list[Row] = []
+    known: dict[tuple[Frame, Box], tuple[Frame, Box]] = {}  # a box stands in many rows: one copy of it saves half of the memory
     for number, line in _lines(path):
         try:
-            commas = line.count(",")
-            if commas not in (6, 7):
-                raise ValueError(f"{commas + 1} columns")
-            place, action, *last = line.rsplit(",", commas - 5)
-            if place not in places:
-                video, second, *edges = place.split(",")
-                x1, y1, x2, y2 = map(float, edges)
-                if not video or not second.isdecimal():
-                    raise ValueError("no video, or a second that is not a whole number")
-                if not all(-10 < edge < 10 for edge in (x1, y1, x2, y2)):
-                    raise ValueError("a box in pixels, or with numbers that are not finite")
-                if not any_box and (x1 > x2 or y1 > y2):
-                    raise ValueError("a box whose left or upper edge lies beyond the other")
-                places[place] = len(places)
-                frame.append(frames.setdefault((video, int(second)), len(frames)))
-                boxes.extend((x1, y1, x2, y2))
+            columns = line.split(",")
+            if len(columns) not in (7, 8):
+                raise ValueError(f"{len(columns)} columns")
+            video, second, *edges, action = columns[:7]
+            x1, y1, x2, y2 = box = tuple(map(float, edges))
+            if not video or not second.isdecimal():
+                raise ValueError("no video, or a second that is not a whole number")
+            if not all(-10 < edge < 10 for edge in box):
+                raise ValueError("a box in pixels, or with numbers that are not finite")
+            if not any_box and (x1 > x2 or y1 > y2):
+                raise ValueError("a box whose left or upper edge lies beyond the other")
             label = 0 if unlabelled and not action.strip() else int(action)
-            score = float(last[0]) if scored and last else 1.0
             if not (0 if unlabelled else 1) <= label <= actions:
                 raise ValueError(f"unknown action {label}, known are 1 to {actions}")
-            if not abs(score) < math.inf:
+            score = float(columns[7]) if scored and len(columns) == 8 else 1.0
+            if not math.isfinite(score):
                 raise ValueError("a score that is not finite")
         except ValueError as error:
-            columns = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
-            raise UserError(f"{path}, line {number}: {error}; a row is {columns}, the box in fractions of width and height") from None
-        box.append(places[place])
-        labels.append(label)
-        scores.append(score)
-    if not box:
+            form = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
+            raise UserError(f"{path}, line {number}: {error}; a row is {form}, the box in fractions of width and height") from None
+        place = (video, int(second)), box
+        rows.append(Row(*known.setdefault(place, place), label, score))
+    if not rows:
         raise UserError(f"{path} holds no rows")
-    frame, box, labels = (torch.frombuffer(column, dtype=torch.int64) for column in (frame, box, labels))
-    boxes, scores = (torch.frombuffer(column, dtype=torch.float64) for column in (boxes, scores))
-    return Rows(list(frames), frame, boxes.view(-1, 4), box, labels, scores)
+    return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -221,17 +211,13 @@ def read_person_boxes(
         rows = _read_aia_boxes(path, file_list, sizes)
     else:
         rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
-    if rows.scores.max() < threshold:
-        raise UserError(f"{path}: none of {len(rows.box)} boxes has a score of {threshold} or more; the highest is {float(rows.scores.max()):.3f}")
-    frames = []
-    for frame in key_frames(rows):
-        kept = frame.scores >= threshold
-        if kept.any():
-            frames.append(KeyFrame(frame.video, frame.second, frame.boxes[kept], frame.labels[kept], frame.scores[kept]))
-    return frames
+    kept = [row for row in rows if row.score >= threshold]
+    if not kept:
+        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {max(row.score for row in rows):.3f}")
+    return key_frames(kept)
 
 
-def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> Rows:
+def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
     """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
     if file_list is None or sizes is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
@@ -242,8 +228,7 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
         raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of boxes")
-    numbers: dict[Frame, int] = {}
-    frame, boxes, scores = [], [], []
+    rows = []
     for place, entry in enumerate(entries, 1):
         try:
             movie, second = divmod(int(entry["image_id"]), 10000)
@@ -260,66 +245,54 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
                 raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
-        frame.append(numbers.setdefault((videos[movie], second), len(numbers)))
-        boxes.append((x / width, y / height, (x + box_width) / width, (y + box_height) / height))
-        scores.append(score)
-    if not boxes:
+        box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
+        rows.append(Row((videos[movie], second), box, 0, score))
+    if not rows:
         raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
-    rows, boxes, scores = torch.arange(len(boxes)), torch.tensor(boxes, dtype=torch.float64), torch.tensor(scores, dtype=torch.float64)
-    return Rows(list(numbers), torch.tensor(frame), boxes, rows, torch.zeros_like(rows), scores)
+    return rows
 
 
-def key_frames(rows: Rows, actions: int = ACTIONS) -> list[KeyFrame]:
+def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
     """Rows put together by key frame and, within it, by box; in the order of video and second."""
-    order = sorted(range(len(rows.frames)), key=rows.frames.__getitem__)  # of frames
-    rank = torch.tensor(order).argsort()[rows.frame]  # (B,) place of each box's frame in it
-    sorted_boxes = _lexicographic(rank, *rows.boxes.unbind(1))
-    rank, boxes = rank[sorted_boxes], rows.boxes[sorted_boxes]
-    new = torch.ones(len(rank), dtype=torch.bool)  # False where a box is the one before it, written in another way
-    new[1:] = (rank[1:] != rank[:-1]) | (boxes[1:] != boxes[:-1]).any(dim=1)
-    person = torch.empty_like(rank).index_copy_(0, sorted_boxes, new.cumsum(0) - 1)[rows.box]  # (N,)
-    labels = torch.zeros(int(new.sum()), actions + 1)
-    labels[person, rows.actions] = 1.0  # column 0 is of rows without an action
-    scores = torch.zeros(len(labels), dtype=torch.float64).scatter_reduce_(0, person, rows.scores, "amax", include_self=False)
-    counts = torch.bincount(rank[new], minlength=len(order)).tolist()  # boxes of each frame
-    pieces = zip(order, boxes[new].split(counts), labels[:, 1:].split(counts), scores.split(counts))
-    return [KeyFrame(*rows.frames[frame], *tensors) for frame, *tensors in pieces]
+    rows_of: dict[tuple[Frame, Box], list[Row]] = {}
+    for row in rows:
+        rows_of.setdefault((row.frame, row.box), []).append(row)
+    persons = sorted(rows_of)  # by video, second and box
+    boxes = torch.tensor([box for _, box in persons], dtype=torch.float64)  # (P, 4)
+    scores = torch.tensor([max(row.score for row in rows_of[person]) for person in persons], dtype=torch.float64)  # (P,)
+    labels = torch.zeros(len(persons), actions + 1)  # (P, 1 + actions), column 0 for rows without an action
+    for person, of_person in zip(persons, labels):
+        of_person[[row.action for row in rows_of[person]]] = 1.0
+    counts = Counter(frame for frame, _ in persons)  # persons in each frame
+    # Views of three tensors: loader processes could not be handed three tensors for every key frame.
+    pieces = zip(counts, *(column.split([*counts.values()]) for column in (boxes, labels[:, 1:], scores)))
+    return [KeyFrame(*frame, *tensors) for frame, *tensors in pieces]
 
 
-def to_rows(frames: list[KeyFrame]) -> Rows:
+def to_rows(frames: list[KeyFrame]) -> list[Row]:
     """The reverse of `key_frames`: a row for every label above 0, with the label, 1 or a probability, as its score."""
-    counts = torch.tensor([len(frame.boxes) for frame in frames])
-    boxes, labels = torch.cat([frame.boxes for frame in frames]), torch.cat([frame.labels for frame in frames])  # (B, 4), (B, 80)
-    box, action = labels.nonzero().unbind(1)  # (N,) twice
-    frame = torch.arange(len(frames)).repeat_interleave(counts)
-    return Rows([(frame.video, frame.second) for frame in frames], frame, boxes, box, action + 1, labels[box, action].double())
+    rows = []
+    for frame in frames:
+        for box, labels in zip(frame.boxes.tolist(), frame.labels.tolist()):
+            place = (frame.video, frame.second), tuple(box)
+            rows += [Row(*place, action, score) for action, score in enumerate(labels, 1) if score > 0]
+    return rows
 
 
-def write_rows(path: Path, rows: Rows) -> None:
+def write_rows(path: Path, rows: list[Row]) -> None:
     """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
-    places = []
-    for frame, box in zip(rows.frame.tolist(), rows.boxes.tolist()):
-        video, second = rows.frames[frame]
-        places.append(f"{video},{second:04d},{','.join(f'{edge:.9g}' for edge in box)}")
     with open(path, "w") as file:
-        for box, action, score in zip(rows.box.tolist(), rows.actions.tolist(), rows.scores.tolist()):
-            file.write(f"{places[box]},{action},{score:.9g}\n")
-
-
-def _lexicographic(*keys: Tensor) -> Tensor:
-    """The order that sorts by the first key, where that ties by the second, and so on."""
-    order = torch.arange(len(keys[0]))
-    for key in reversed(keys):
-        order = order[key[order].argsort(stable=True)]
-    return order
+        for (video, second), box, action, score in rows:
+            edges = ",".join(f"{edge:.9g}" for edge in box)
+            file.write(f"{video},{second:04d},{edges},{action},{score:.9g}\n")
 
 
 # ---- evaluation: frame-mAP at IoU 0.5, the official evaluator's to the digit ----
 
 
 def average_precisions(
-    ground_truth: Rows, detections: Rows, actions: Iterable[int], excluded: Container[Frame] = (), *,
-    skip_frames_without_ground_truth: bool = False, threshold: float = 0.5
+    ground_truth: list[Row], detections: list[Row], actions: Iterable[int], excluded: Container[Frame] = (), *,
+    skip_frames_without_ground_truth: bool = False
 ) -> dict[int, float]:  # fmt: skip
     """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
 
@@ -330,61 +303,37 @@ def average_precisions(
 
     Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
     """
-    actions = torch.tensor(sorted(actions))
-    place_of = {frame: place for place, frame in enumerate(sorted({*ground_truth.frames, *detections.frames}))}
+    truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
+    for frame, box, action, _ in sorted(ground_truth):
+        if action in truth and frame not in excluded:
+            truth[action].setdefault(frame, []).append(box)
+    frames_with_truth = {frame for frames in truth.values() for frame in frames}
 
-    def locate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Place of each box's frame (B,), index of each row's action (N,), and whether the row counts (N,)."""
-        place = torch.tensor([place_of[frame] for frame in rows.frames], dtype=torch.int64)[rows.frame]
-        allowed = torch.tensor([frame not in excluded for frame in rows.frames], dtype=torch.bool)[rows.frame]
-        kind = torch.searchsorted(actions, rows.actions).clamp(max=len(actions) - 1)
-        return place, kind, allowed[rows.box] & (actions[kind] == rows.actions)
+    found: dict[int, list[tuple[float, Frame, Box]]] = {action: [] for action in truth}
+    for frame, box, action, score in detections:
+        has_area = box[0] < box[2] and box[1] < box[3]
+        if action in found and frame not in excluded and has_area:
+            if frame in frames_with_truth or not skip_frames_without_ground_truth:
+                found[action].append((-score, frame, box))
 
-    place, kind, counts = locate(ground_truth)
-    box, kind = ground_truth.box[counts], kind[counts]
-    positives = torch.bincount(kind, minlength=len(actions))  # (actions,)
-    with_truth = torch.zeros(len(place_of), dtype=torch.bool).index_fill_(0, place[box], True)
-    cell = place[box] * len(actions) + kind  # a detection can match within its frame and action only
-    order = _lexicographic(cell, *ground_truth.boxes[box].unbind(1))
-    true_cell, true_boxes = cell[order], ground_truth.boxes[box[order]]  # (G,), (G, 4)
-
-    place, kind, counts = locate(detections)
-    boxes = detections.boxes
-    valid = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])  # (B,)
-    if skip_frames_without_ground_truth:
-        valid &= with_truth[place]
-    counts &= valid[detections.box]
-    box, kind = detections.box[counts], kind[counts]
-    rank = _lexicographic(place, *boxes.unbind(1)).argsort()  # (B,) decides between equal scores
-    order = _lexicographic(kind, -detections.scores[counts], rank[box])
-    box, kind = box[order], kind[order]  # (D,) twice: by action, best score first
-    cell = place[box] * len(actions) + kind
-
-    # The ground-truth boxes of a detection's frame and action stand side by side: compare with the first, the second, ...
-    first, last = torch.searchsorted(true_cell, cell), torch.searchsorted(true_cell, cell, right=True)
-    best_iou, best = torch.zeros(len(cell), dtype=torch.float64), torch.full((len(cell),), -1)
-    for step in range(int((last - first).max()) if len(cell) else 0):
-        mine = (first + step < last).nonzero()[:, 0]  # detections that have so many to compare with
-        overlap = paired_iou(boxes[box[mine]], true_boxes[first[mine] + step])
-        better = overlap > best_iou[mine]
-        best_iou[mine[better]], best[mine[better]] = overlap[better], first[mine[better]] + step
-
-    # Of all detections that claim the same ground-truth box, the one with the highest score, which comes first, is right.
-    claims = (best_iou >= threshold).nonzero()[:, 0]
-    first_claim = torch.full((len(true_cell),), len(cell)).scatter_reduce_(0, best[claims], claims, "amin")
-    correct = torch.zeros(len(cell), dtype=torch.bool)
-    correct[first_claim[first_claim < len(cell)]] = True
-
-    by_action = correct.split(torch.bincount(kind, minlength=len(actions)).tolist())
-    return {action: _average_precision(right, total) for action, right, total in zip(actions.tolist(), by_action, positives.tolist())}
+    precisions = {}
+    for action, true_boxes in truth.items():
+        taken: set[tuple[Frame, Box]] = set()  # ground-truth boxes that a detection with a higher score has found
+        correct = []
+        for _, frame, box in sorted(found[action]):  # highest score first
+            best = max(true_boxes.get(frame, ()), key=lambda true_box: iou(box, true_box), default=None)
+            correct.append(best is not None and iou(box, best) >= 0.5 and (frame, best) not in taken)  # IoU 0.5: Sec. 4.3
+            if correct[-1]:
+                taken.add((frame, best))
+        precisions[action] = _average_precision(torch.tensor(correct, dtype=torch.bool), sum(map(len, true_boxes.values())))
+    return precisions
 
 
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes (N, 4) and (N, 4), the first with the first and so on: (N,)."""
-    sides = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)  # (N, 2)
-    both = sides[:, 0] * sides[:, 1]
-    area_a, area_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
-    return both / (area_a + area_b - both)
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    both = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
+    return both / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both)
 
 
 def _average_precision(correct: Tensor, positives: int) -> float:
@@ -434,9 +383,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if all(map(math.isnan, precisions.values())):
         raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
     summary = summarize(precisions, actions)
-    both = len({*ground_truth.frames} & {*detections.frames})
-    where = f"{len(detections.frames):,} frames, {both:,} of them among the {len(ground_truth.frames):,} with ground truth"
-    print(f"{len(detections.box):,} detections in {where}")
+    frames, true_frames = ({row.frame for row in rows} for rows in (detections, ground_truth))
+    print(
+        f"{len(detections):,} detections in {len(frames):,} frames, "
+        f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
+    )
     show(summary)
     if not summary["groups"]:
         print(f"no groups: {arguments.labels} states no label_type")
@@ -842,7 +793,7 @@ def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
 class TestSet:
     movies: dict[str, Path]
     persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
-    ground_truth: Rows
+    ground_truth: list[Row]
     actions: dict[int, Action]  # those evaluated
     excluded: set[Frame]
 
