@@ -85,10 +85,10 @@ class KeyFrame:
 @dataclass
 class Action:
     name: str
-    group: str  # PERSON_MOVEMENT, OBJECT_MANIPULATION, PERSON_INTERACTION; empty if unknown
+    group: str  # one of GROUPS; empty if unknown
 
 
-GROUPS = {"PERSON_MOVEMENT": "person movement", "OBJECT_MANIPULATION": "object manipulation", "PERSON_INTERACTION": "person interaction"}
+GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, 15 to 63, 64 to 80
 
 
 def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
@@ -166,30 +166,31 @@ def read_actions(path: Path) -> dict[int, Action]:
     Raises UserError with file and line.
     """
     try:
-        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # without comments
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no list of actions can be read from {path}: {error}") from None
+    form = 'a list of actions is made of blocks such as item { name: "sit" id: 11 }'
+    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
+    block = rf"\w+\s*:?\s*\{{((?:{string}|[^{{}}\"])*)\}}"
     actions: dict[int, Action] = {}
-    end = 0
-    quoted = r'"(?:\\.|[^"\\\n])*"'
-    for block in re.finditer(rf"\w+\s*:?\s*\{{((?:{quoted}|[^{{}}\"])*)\}}", text):
-        where = f"{path}, line {text.count(chr(10), 0, block.start()) + 1}"
-        between, end = text[end : block.start()], block.end()
-        fields = rf"\bname:\s*({quoted})", r"\b(?:label_)?id:\s*(\d+)\b", r"\blabel_type:\s*(\w+)"
-        name, number, group = (re.search(field, block[1]) for field in fields)
-        if between.strip() or not name or not number:
-            raise UserError(f'{where}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
-        if int(number[1]) in actions or int(number[1]) == 0:
-            raise UserError(f"{where}: action {number[1]} is listed twice, or is 0; ids start at 1")
-        actions[int(number[1])] = Action(re.sub(r"\\(.)", r"\1", name[1][1:-1]), group[1] if group else "")
-    if not actions or text[end:].strip():
-        line = text.count("\n", 0, len(text.rstrip())) + 1
-        raise UserError(f'{path}, line {line}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
-    borders = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # last and first of AVA's three groups
-    is_ava = all(number in actions and actions[number].name == name for number, name in borders.items())
+    for match in re.finditer(block, text):
+        line = 1 + text.count("\n", 0, match.start())
+        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1]))
+        name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
+        if not name.startswith('"') or not number.isdecimal():
+            raise UserError(f"{path}, line {line}: {form}")
+        if int(number) in (0, *actions):
+            raise UserError(f"{path}, line {line}: action {number} is listed twice, or is 0; ids start at 1")
+        actions[int(number)] = Action(re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", ""))
+    rest = re.sub(block, lambda match: "\n" * match[0].count("\n"), text).rstrip()
+    if rest or not actions:
+        line = 1 + rest.count("\n")
+        raise UserError(f"{path}, line {line}: {form}")
+    firsts_and_lasts = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # of AVA's groups
+    is_ava = all(number in actions and actions[number].name == name for number, name in firsts_and_lasts.items())
     if is_ava and not any(action.group for action in actions.values()):
         for number, action in actions.items():
-            action.group = list(GROUPS)[(number > 14) + (number > 63)]
+            action.group = GROUPS[(number > 14) + (number > 63)]
     return actions
 
 
@@ -243,7 +244,7 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
                 raise ValueError("a box of negative size, or a number that is not finite")
             if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
                 raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
         box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
         rows.append(Row((videos[movie], second), box, 0, score))
@@ -361,7 +362,7 @@ def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
     groups: dict[str, list[float]] = {}
     for number, action in actions.items():
         if action.group:
-            groups.setdefault(GROUPS.get(action.group, action.group), []).append(precisions[number])
+            groups.setdefault(action.group.replace("_", " ").lower(), []).append(precisions[number])
     return {
         "mAP": percent(mean_of(precisions.values())),
         "groups": {group: percent(mean_of(values)) for group, values in groups.items()},
