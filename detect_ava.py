@@ -1,16 +1,27 @@
-"""Action detection on AVA v2.2 (Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
+"""Action detection on AVA v2.2 (Sec. 4.3, Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
 
     laptop:   torchrun detect_ava.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 detect_ava.py configs/detect/k400_base.yaml data.root=/data/ava init=pretrained.pt
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
     test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
     predict:  python detect_ava.py --predict VIDEO --boxes PERSONS.csv --weights runs/detect/toy/checkpoint.pt
-    evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --exclude ava_val_excluded_timestamps_v2.2.csv \\
-                  --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt     # frame-mAP at IoU 0.5; needs no model and no GPU
+    evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv \\
+                  --exclude ava_val_excluded_timestamps_v2.2.csv --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt
 
 AVA labels one frame of every second, the key frame: a box for each person and, for each box, all that the person does
 (one pose, and objects handled and persons dealt with, if any). A network sees a clip around the key frame. Where the
 persons are is given: by people for training, by a detector of persons for testing.
+
+From a detected box to its 80 scores, in the order of this file:
+
+    read_person_boxes   a row video,second,x1,y1,x2,y2,,score of the detector, kept if the score is at least 0.8
+    read_clip           16 frames around that second of the movie, 4 apart
+    TestClips           frames with a short side of 256 pixels, and the box in these pixels (KeyFrameClips: training, cropped)
+    ActionDetector      tokens; mean over time; RoIAlign of the box, 7 x 7; maximum; linear: 80 logits
+    detect              sigmoid: 80 probabilities; times the detector's score if data.person_score is set
+    write_rows          a row video,second,x1,y1,x2,y2,action,score of detections.csv for each action that is evaluated
+    average_precisions  what such rows are worth: frame-mAP at IoU 0.5
+
 The same command again goes on from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
@@ -59,7 +70,7 @@ Frame = tuple[str, int]  # a key frame: video, second
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
 
 
-# ---- annotations: AVA's csv files, its list of actions, and boxes of persons from a detector ----
+# ---- what AVA consists of ----
 
 
 class Row(NamedTuple):
@@ -84,11 +95,27 @@ class KeyFrame:
 
 @dataclass
 class Action:
+    """An entry of AVA's list of actions."""
+
     name: str
     group: str  # one of GROUPS; empty if unknown
 
 
 GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, 15 to 63, 64 to 80
+
+
+@dataclass
+class TestSet:
+    """What a model is tested on."""
+
+    movies: dict[str, Path]
+    persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
+    ground_truth: list[Row]
+    actions: dict[int, Action]  # those evaluated
+    excluded: set[Frame]
+
+
+# ---- AVA's csv files: rows, and key frames made of them ----
 
 
 def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
@@ -99,6 +126,30 @@ def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
 def read_detections(path: Path, actions: int = ACTIONS) -> list[Row]:
     """Detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
     return _read_rows(path, actions, scored=True, any_box=True)
+
+
+def read_person_boxes(
+    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
+) -> list[KeyFrame]:
+    """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
+
+    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
+    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in;
+    boxes of movies whose size is not given are left out. Raises UserError.
+    """
+    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
+        convert = (
+            f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in pickle.load(open('{path}', 'rb')).items() for row in rows]"
+        )
+        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
+    if path.suffix == ".json":
+        rows = _read_aia_boxes(path, file_list, sizes)
+    else:
+        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
+    kept = [row for row in rows if row.score >= threshold]
+    if not kept:
+        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {max(row.score for row in rows):.3f}")
+    return key_frames(kept)
 
 
 def _read_rows(path: Path, actions: int, *, scored: bool = False, unlabelled: bool = False, any_box: bool = False) -> list[Row]:
@@ -148,111 +199,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"no rows can be read from {path}: {error}") from None
 
 
-def read_exclusions(path: Path) -> set[Frame]:
-    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
-    excluded = set()
-    for number, line in _lines(path):
-        video, _, second = line.strip().partition(",")
-        if not video or not second.isdecimal():
-            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
-        excluded.add((video, int(second)))
-    return excluded
-
-
-def read_actions(path: Path) -> dict[int, Action]:
-    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
-
-    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
-    Raises UserError with file and line.
-    """
-    try:
-        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # without comments
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"no list of actions can be read from {path}: {error}") from None
-    form = 'a list of actions is made of blocks such as item { name: "sit" id: 11 }'
-    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
-    block = rf"\w+\s*:?\s*\{{((?:{string}|[^{{}}\"])*)\}}"
-    actions: dict[int, Action] = {}
-    for match in re.finditer(block, text):
-        line = 1 + text.count("\n", 0, match.start())
-        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1]))
-        name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
-        if not name.startswith('"') or not number.isdecimal():
-            raise UserError(f"{path}, line {line}: {form}")
-        if int(number) in (0, *actions):
-            raise UserError(f"{path}, line {line}: action {number} is listed twice, or is 0; ids start at 1")
-        actions[int(number)] = Action(re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", ""))
-    rest = re.sub(block, lambda match: "\n" * match[0].count("\n"), text).rstrip()
-    if rest or not actions:
-        line = 1 + rest.count("\n")
-        raise UserError(f"{path}, line {line}: {form}")
-    firsts_and_lasts = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # of AVA's groups
-    is_ava = all(number in actions and actions[number].name == name for number, name in firsts_and_lasts.items())
-    if is_ava and not any(action.group for action in actions.values()):
-        for number, action in actions.items():
-            action.group = GROUPS[(number > 14) + (number > 63)]
-    return actions
-
-
-def read_person_boxes(
-    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
-) -> list[KeyFrame]:
-    """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
-
-    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
-    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in;
-    boxes of movies whose size is not given are left out. Raises UserError.
-    """
-    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
-        convert = (
-            f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in pickle.load(open('{path}', 'rb')).items() for row in rows]"
-        )
-        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
-    if path.suffix == ".json":
-        rows = _read_aia_boxes(path, file_list, sizes)
-    else:
-        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
-    kept = [row for row in rows if row.score >= threshold]
-    if not kept:
-        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {max(row.score for row in rows):.3f}")
-    return key_frames(kept)
-
-
-def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
-    """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
-    if file_list is None or sizes is None:
-        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
-    try:
-        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of boxes")
-    rows = []
-    for place, entry in enumerate(entries, 1):
-        try:
-            movie, second = divmod(int(entry["image_id"]), 10000)
-            x, y, box_width, box_height = map(float, entry["bbox"])
-            score = float(entry["score"])
-            if not 0 <= movie < len(videos):
-                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-            if videos[movie] not in sizes:  # the movie is missing
-                continue
-            width, height = sizes[videos[movie]]
-            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
-                raise ValueError("a box of negative size, or a number that is not finite")
-            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
-                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
-        box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
-        rows.append(Row((videos[movie], second), box, 0, score))
-    if not rows:
-        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
-    return rows
-
-
 def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
     """Rows put together by key frame and, within it, by box; in the order of video and second."""
     rows_of: dict[tuple[Frame, Box], list[Row]] = {}
@@ -268,6 +214,396 @@ def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
     # Views of three tensors: loader processes could not be handed three tensors for every key frame.
     pieces = zip(counts, *(column.split([*counts.values()]) for column in (boxes, labels[:, 1:], scores)))
     return [KeyFrame(*frame, *tensors) for frame, *tensors in pieces]
+
+
+# ---- the clip around a key frame: time, not a frame's number, decides ----
+
+
+def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> list[Fraction]:
+    """When, in seconds, the frames of the clip around `second` are shown; the key frame is the first of the second half.
+
+    Frames are `stride` frames apart at the nominal `rate`: 16 x 4 at 30 a second reach from -32/30 s to +28/30 s.
+    """
+    return [second + Fraction((i - frames // 2) * stride) / Fraction(rate) for i in range(frames)]
+
+
+def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
+    """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
+
+    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
+    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
+    Before the start and after the end the first and the last frame stand in.
+    """
+    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
+    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
+    if path.is_dir():
+        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
+        last = _last_frame(path)
+        if not 1 <= numbers[frames // 2] <= last + 15:
+            raise BrokenVideo(too_far)
+        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
+    if second < starts_at:
+        raise BrokenVideo(too_far)
+    with Excerpt(path, times[0], times[-1]) as excerpt:
+        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
+            raise BrokenVideo(too_far)
+        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
+
+
+def nearest(times: list[Fraction], time: Fraction) -> int:
+    """Index of the one of sorted `times` that lies nearest to `time`, the earlier of two equally near."""
+    right = bisect_left(times, time)
+    if right == len(times) or right and time - times[right - 1] <= times[right] - time:
+        return right - 1
+    return right
+
+
+class Excerpt(data.Video):
+    """The part of a movie around the times from `begin` to `end`, in seconds from its start; the rest of the file is not read.
+
+    `excerpt.times` says when each of its frames is shown, `excerpt.frames(indices)` decodes some. Raises BrokenVideo.
+    """
+
+    def __init__(self, path: Path, begin: Fraction, end: Fraction) -> None:
+        self.begin, self.end = begin, end
+        super().__init__(path)
+
+    def _index_packets(self) -> None:
+        self.stream = self.container.streams.best("video")
+        if self.stream is None:
+            raise BrokenVideo(f"{self.path}: no video stream")
+        if self.container.format.name not in self.TIMED:
+            raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; encode it anew as one of them")
+        self.stream.thread_type, self.stream.thread_count = "NONE", 1  # loader workers are the parallelism
+        self.timed, unit = True, self.stream.time_base
+        origin = Fraction(self.container.start_time or 0, 1_000_000)
+        begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
+        start, back = self.stream.start_time or 0, 0
+        while True:
+            target = max(int(begin - back / unit), start)
+            self.container.seek(target, stream=self.stream)  # to a key frame at or before the target
+            self.packets = self._read_until(end)
+            # Frames are sorted by the time of decoding, so the key frame found may still be shown after the target.
+            if target == start or self.packets and self.packets[0].pts <= begin:
+                break
+            back = 2 * back + 1
+        if not self.packets:
+            raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
+        # Frames shown before the first key frame need others that have not been read.
+        shown = [place for place, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= self.packets[0].pts]
+        self.positions = sorted(shown, key=lambda place: self.packets[place].pts)
+        self.times = [self.packets[place].pts * unit - origin for place in self.positions]
+
+    def _read_until(self, end: Fraction) -> list:
+        """Packets from the next key frame on, in the order of decoding, until a frame at or after `end` and all before it are there."""
+        packets, after = [], math.inf
+        for packet in self.container.demux(self.stream):
+            if not packet.size or not packets and not packet.is_keyframe:
+                continue
+            if packet.pts is None:
+                raise BrokenVideo(f"{self.path}: frames without a time; encode it anew")
+            if packet.dts is not None and packet.dts >= after:  # nothing is shown before it is decoded
+                break
+            packets.append(packet)
+            if packet.pts >= end:
+                after = min(after, packet.pts)
+        return packets
+
+
+@cache  # a folder may hold 27,000 frames
+def _last_frame(folder: Path) -> int:
+    pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
+    numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
+    if not numbers:
+        raise BrokenVideo(f"{folder}: no frames named {folder.name}_000001.jpg and so on")
+    return max(numbers)
+
+
+def _read_frame(folder: Path, number: int) -> Tensor:
+    path = folder / f"{folder.name}_{number:06d}.jpg"
+    try:
+        return TF.pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
+    except OSError as error:
+        raise BrokenVideo(f"{path}: {error}") from None
+
+
+# ---- boxes in pixels: they go with the frames through every change of the picture ----
+# A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
+
+
+def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) in fractions of a frame to pixels."""
+    return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Frames (T, 3, H, W) resized until the shorter side is `size`, and boxes (M, 4) with them."""
+    resized = TF.resize(frames, [size], antialias=True)
+    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounding makes them differ
+    return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+
+
+def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A window of the frames. What of a box lies outside is cut off; a box that is lost altogether has no area left."""
+    moved = boxes - boxes.new_tensor([left, top, left, top])
+    return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
+
+
+def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right exchanged."""
+    width = frames.shape[-1]
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) cut off at the edges of a frame."""
+    return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
+
+
+def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """A clip (..., H, W) whose H and W are made whole numbers of cubes.
+
+    Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
+    """
+    return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
+
+
+def jitter_boxes(
+    boxes: Tensor, generator: torch.Generator, outward: tuple[float, float] = (0.2, 0.1), inward: tuple[float, float] = (0.1, 0.05)
+) -> Tensor:
+    """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
+
+    The authors' code trains with it, the paper does not say so.
+    """
+    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
+    outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
+    shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
+    return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
+
+
+def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
+    """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
+    half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
+    return boxes + torch.cat([-half, half], dim=1)
+
+
+def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, all by the same.
+
+    The authors' code trains with it, the paper does not say so.
+    """
+    hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
+    frames = TF.adjust_hue(frames, hue).float() / 255
+    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); value is high
+    spread = (high - low).clamp(min=1e-6)
+    away = (high - frames) / spread  # (T, 3, H, W) 0 for the strongest channel, 1 for the weakest, the hue between
+    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
+    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
+
+
+# ---- training clips and test clips (Sec. B) ----
+
+
+class KeyFrameClips(data.TrainingVideos):
+    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
+        super().__init__(frames, seed)
+        self.movies, self.settings = movies, settings
+
+    def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.settings
+        clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])  # (M, 4)
+        clip, boxes = resize_short_side(clip, boxes, s.short_side)  # (T, 3, H, W)
+        if s.jitter_boxes:
+            boxes = jitter_boxes(boxes, generator)
+        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
+        # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
+        clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
+        if s.flip and data.pick_below(2, generator):
+            clip, boxes = flip(clip, boxes)
+        if s.jitter_colours:
+            clip = jitter_colours(clip, generator)
+        return clip.contiguous(), boxes, frame.labels
+
+
+def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Clips (B, T, 3, H, W), their persons (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
+    clips, boxes, labels, broken = zip(*samples)
+    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
+
+
+class TestClips(Dataset):
+    """Whole frames around key frames: index, uint8 (T, 3, H, W), boxes (M, 4) in pixels, ""; or index, None, None and why not."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace) -> None:
+        self.frames, self.movies, self.settings = frames, movies, settings
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
+        s, frame = self.settings, self.frames[index]
+        if frame.video not in self.movies:
+            return index, None, None, f"movie {frame.video} is missing"
+        try:
+            clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+        except BrokenVideo as error:
+            return index, None, None, str(error)
+        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])
+        clip, boxes = resize_short_side(clip, boxes, s.short_side)
+        if s.widen_boxes:
+            boxes = enlarge_boxes(boxes)
+        return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
+
+
+def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
+    """Indices, clips (B, T, 3, H, W) and persons (M, 5) of what can be read, None without any; reasons of the rest."""
+    readable = [item for item in items if item[1] is not None]
+    reasons = [reason for _, clip, _, reason in items if clip is None]
+    if not readable:
+        return [], None, None, reasons
+    indices, clips, boxes, _ = zip(*readable)
+    return list(indices), torch.stack(clips), to_rois(boxes), reasons
+
+
+def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
+    """Indices of frames in batches of the same movie: its frames are all of one size."""
+    batches: list[list[int]] = []
+    for index, frame in enumerate(frames):
+        if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def to_rois(boxes: list[Tensor]) -> Tensor:
+    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's place in the batch."""
+    return torch.cat([F.pad(of_clip, (1, 0), value=place) for place, of_clip in enumerate(boxes)])
+
+
+# ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
+
+
+class ActionDetector(nn.Module):
+    """Encoder, mean over time, RoIAlign of each person's box, the maximum of it, linear.
+
+    Unlike a classifier's, the encoder keeps its last norm; after weights without one, fine-tuned ones, it starts at 1 and 0.
+    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be looked at.
+    """
+
+    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        clip_size: tuple[int, int, int] = (16, 224, 224),
+        cube: tuple[int, int, int] = (2, 16, 16),
+        eps: float = 1e-6,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # What it takes to build this model again; checkpoints carry it.
+        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
+        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
+        self.encoder = Encoder(**encoder, norm=True, drop_path=drop_path)
+        self.head = nn.Linear(width, classes)
+        self.apply(truncated_normal)
+
+    def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each person's clip and box in pixels, to logits (M, classes)."""
+        cube = self.encoder.patch_embed.cube
+        time, height, _ = cube_grid(clip.shape[2:], cube)
+        x = self.encoder(clip)  # (B, N, D)
+        x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
+        # Not aligned, and as many sampling points as cubes, as in SlowFast and the authors' code
+        x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / cube[1], sampling_ratio=0, aligned=False)  # (M, D, 7, 7)
+        return self.head(x.amax(dim=(2, 3)))  # (M, classes)
+
+
+def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
+    """Binary cross-entropy: the mean over actions, the sum over persons (M, classes), divided by the number of clips.
+
+    So every person weighs the same, however many stand in a clip and whichever process sees it. The authors' code
+    multiplies the mean by the number of persons, which differs by a constant that AdamW does not notice.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
+
+
+def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
+    """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads.
+
+    labels (M, classes) of all persons to train on: the head starts at each action's frequency, and not at one half, from where a
+    bias would creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code says so.
+    """
+    torch.manual_seed(config.run.seed)
+    model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
+    say(f"initialised from {config.init}")
+    if config.init != "scratch":
+        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
+    with torch.no_grad():
+        model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
+    return model
+
+
+def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetector:
+    """The detector that a checkpoint holds, with its weights; for `clip_size` see `model.read_options`."""
+    return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
+
+
+# ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 (Sec. B) ----
+
+
+@torch.inference_mode()
+def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], list[str]]:
+    """Probabilities of all actions for all persons, for every process, and why some key frames could not be read."""
+    device = next(model.parameters()).device
+    bf16, _ = common.numerics(config.run)
+    rank, world_size = common.position()
+    share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
+    batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
+    model.eval()
+    found, broken = [], []
+    with tqdm(total=sum(map(len, share)), desc=title, unit="frame", disable=rank > 0) as bar:
+        for indices, clip, rois, reasons in batches:
+            broken += reasons
+            if clip is not None:
+                clip = data.normalize(clip.to(device, non_blocking=True), config.data.mean, config.data.std)  # (B, 3, T, H, W)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
+                found.append((indices, logits.float().sigmoid()))
+            bar.update(len(indices) + len(reasons))
+    predictions = []
+    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
+        of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
+        for frame, labels in zip((persons[index] for index in indices), of_frames):
+            if config.data.person_score:
+                labels = labels * frame.scores[:, None].float()
+            predictions.append(KeyFrame(frame.video, frame.second, frame.boxes, labels, frame.scores))
+    predictions.sort(key=lambda frame: (frame.video, frame.second))
+    return predictions, sorted(set(common.gather(broken)))
+
+
+def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
+    """Predictions, what they are worth as `summarize` says it, and why some key frames could not be read.
+
+    A key frame that cannot be read has no detections; its ground truth still counts.
+    """
+    predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
+    if not predictions:
+        raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
+    evaluated = torch.zeros(model.options["classes"]).index_fill_(0, torch.tensor(sorted(test_set.actions)) - 1, 1)
+    for frame in predictions:
+        frame.labels = frame.labels * evaluated
+    precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
+    return predictions, summarize(precisions, test_set.actions), broken
 
 
 def to_rows(frames: list[KeyFrame]) -> list[Row]:
@@ -288,7 +624,22 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             file.write(f"{video},{second:04d},{edges},{action},{score:.9g}\n")
 
 
-# ---- evaluation: frame-mAP at IoU 0.5, the official evaluator's to the digit ----
+def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
+    """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
+    predictions, summary, broken = test(model, test_set, config, "testing")
+    if common.position()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "detections.csv", to_rows(predictions))
+        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
+        for reason in broken:
+            say(f"no detections: {reason}")
+        draw_key_frames(predictions, test_set, config, folder / "pictures")
+        show(summary)
+        print(f"{sum(len(frame.boxes) for frame in predictions):,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
+    return summary["mAP"]
+
+
+# ---- frame-mAP at IoU 0.5 (Sec. 4.3), the official evaluator's to the digit ----
 
 
 def average_precisions(
@@ -370,38 +721,6 @@ def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
     }
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """`--evaluate`: print and write what a file of detections is worth."""
-    if not arguments.ground_truth or not arguments.labels:
-        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
-    actions = read_actions(arguments.labels)
-    known = max(ACTIONS, *actions)
-    ground_truth, detections = read_ground_truth(arguments.ground_truth, known), read_detections(arguments.evaluate, known)
-    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
-    precisions = average_precisions(
-        ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=arguments.skip_frames_without_ground_truth
-    )
-    if all(map(math.isnan, precisions.values())):
-        raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
-    summary = summarize(precisions, actions)
-    frames, true_frames = ({row.frame for row in rows} for rows in (detections, ground_truth))
-    print(
-        f"{len(detections):,} detections in {len(frames):,} frames, "
-        f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
-    )
-    show(summary)
-    if not summary["groups"]:
-        print(f"no groups: {arguments.labels} states no label_type")
-    if arguments.skip_frames_without_ground_truth:
-        print("frames without ground truth left out")
-    out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
-    try:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
-    print(f"written to {out}")
-
-
 def show(summary: dict) -> None:
     """Print AP by action, the mean of each group, and the mAP."""
 
@@ -415,190 +734,88 @@ def show(summary: dict) -> None:
     print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
 
 
-# ---- boxes in pixels: they go with the frames through every change of the picture ----
-# A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
+# ---- what AVA says beside its rows, and which movies there are ----
 
 
-def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (M, 4) in fractions of a frame to pixels."""
-    return boxes * boxes.new_tensor([width, height, width, height])
+def read_actions(path: Path) -> dict[int, Action]:
+    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
 
-
-def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Frames (T, 3, H, W) resized until the shorter side is `size`, and boxes (M, 4) with them."""
-    resized = TF.resize(frames, [size], antialias=True)
-    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounding makes them differ
-    return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-
-
-def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A window of the frames. What of a box lies outside is cut off; a box that is lost altogether has no area left."""
-    moved = boxes - boxes.new_tensor([left, top, left, top])
-    return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
-
-
-def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right exchanged."""
-    width = frames.shape[-1]
-    x1, y1, x2, y2 = boxes.unbind(1)
-    return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
-
-
-def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """A clip (..., H, W) whose H and W are made whole numbers of cubes.
-
-    Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
+    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
+    Raises UserError with file and line.
     """
-    return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
-
-
-def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (M, 4) cut off at the edges of a frame."""
-    return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
-
-
-def jitter_boxes(
-    boxes: Tensor, generator: torch.Generator, outward: tuple[float, float] = (0.2, 0.1), inward: tuple[float, float] = (0.1, 0.05)
-) -> Tensor:
-    """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
-
-    The authors' code trains with it, the paper does not say so.
-    """
-    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
-    outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
-    shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
-    return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
-
-
-def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
-    """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
-    half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
-    return boxes + torch.cat([-half, half], dim=1)
-
-
-def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, all by the same.
-
-    The authors' code trains with it, the paper does not say so.
-    """
-    hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
-    frames = TF.adjust_hue(frames, hue).float() / 255
-    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); value is high
-    spread = (high - low).clamp(min=1e-6)
-    away = (high - frames) / spread  # (T, 3, H, W) 0 for the strongest channel, 1 for the weakest, the hue between
-    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
-    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
-
-
-# ---- the clip around a key frame: time, not a frame's number, decides ----
-
-
-def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> list[Fraction]:
-    """When, in seconds, the frames of the clip around `second` are shown; the key frame is the first of the second half.
-
-    Frames are `stride` frames apart at the nominal `rate`: 16 x 4 at 30 a second reach from -32/30 s to +28/30 s.
-    """
-    return [second + Fraction((i - frames // 2) * stride) / Fraction(rate) for i in range(frames)]
-
-
-def nearest(times: list[Fraction], time: Fraction) -> int:
-    """Index of the one of sorted `times` that lies nearest to `time`, the earlier of two equally near."""
-    right = bisect_left(times, time)
-    if right == len(times) or right and time - times[right - 1] <= times[right] - time:
-        return right - 1
-    return right
-
-
-class Excerpt(data.Video):
-    """The part of a movie around the times from `begin` to `end`, in seconds from its start; the rest of the file is not read.
-
-    `excerpt.times` says when each of its frames is shown, `excerpt.frames(indices)` decodes some. Raises BrokenVideo.
-    """
-
-    def __init__(self, path: Path, begin: Fraction, end: Fraction) -> None:
-        self.begin, self.end = begin, end
-        super().__init__(path)
-
-    def _index_packets(self) -> None:
-        self.stream = self.container.streams.best("video")
-        if self.stream is None:
-            raise BrokenVideo(f"{self.path}: no video stream")
-        if self.container.format.name not in self.TIMED:
-            raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; encode it anew as one of them")
-        self.stream.thread_type, self.stream.thread_count = "NONE", 1  # loader workers are the parallelism
-        self.timed, unit = True, self.stream.time_base
-        origin = Fraction(self.container.start_time or 0, 1_000_000)
-        begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
-        start, back = self.stream.start_time or 0, 0
-        while True:
-            target = max(int(begin - back / unit), start)
-            self.container.seek(target, stream=self.stream)  # to a key frame at or before the target
-            self.packets = self._read_until(end)
-            # Frames are sorted by the time of decoding, so the key frame found may still be shown after the target.
-            if target == start or self.packets and self.packets[0].pts <= begin:
-                break
-            back = 2 * back + 1
-        if not self.packets:
-            raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
-        # Frames shown before the first key frame need others that have not been read.
-        shown = [place for place, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= self.packets[0].pts]
-        self.positions = sorted(shown, key=lambda place: self.packets[place].pts)
-        self.times = [self.packets[place].pts * unit - origin for place in self.positions]
-
-    def _read_until(self, end: Fraction) -> list:
-        """Packets from the next key frame on, in the order of decoding, until a frame at or after `end` and all before it are there."""
-        packets, after = [], math.inf
-        for packet in self.container.demux(self.stream):
-            if not packet.size or not packets and not packet.is_keyframe:
-                continue
-            if packet.pts is None:
-                raise BrokenVideo(f"{self.path}: frames without a time; encode it anew")
-            if packet.dts is not None and packet.dts >= after:  # nothing is shown before it is decoded
-                break
-            packets.append(packet)
-            if packet.pts >= end:
-                after = min(after, packet.pts)
-        return packets
-
-
-def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
-    """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
-
-    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
-    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
-    Before the start and after the end the first and the last frame stand in.
-    """
-    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
-    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
-    if path.is_dir():
-        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
-        last = _last_frame(path)
-        if not 1 <= numbers[frames // 2] <= last + 15:
-            raise BrokenVideo(too_far)
-        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
-    if second < starts_at:
-        raise BrokenVideo(too_far)
-    with Excerpt(path, times[0], times[-1]) as excerpt:
-        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
-            raise BrokenVideo(too_far)
-        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
-
-
-@cache  # a folder may hold 27,000 frames
-def _last_frame(folder: Path) -> int:
-    pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
-    numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
-    if not numbers:
-        raise BrokenVideo(f"{folder}: no frames named {folder.name}_000001.jpg and so on")
-    return max(numbers)
-
-
-def _read_frame(folder: Path, number: int) -> Tensor:
-    path = folder / f"{folder.name}_{number:06d}.jpg"
     try:
-        return TF.pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
-    except OSError as error:
-        raise BrokenVideo(f"{path}: {error}") from None
+        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # without comments
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no list of actions can be read from {path}: {error}") from None
+    form = 'a list of actions is made of blocks such as item { name: "sit" id: 11 }'
+    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
+    block = rf"\w+\s*:?\s*\{{((?:{string}|[^{{}}\"])*)\}}"
+    actions: dict[int, Action] = {}
+    for match in re.finditer(block, text):
+        line = 1 + text.count("\n", 0, match.start())
+        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1]))
+        name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
+        if not name.startswith('"') or not number.isdecimal():
+            raise UserError(f"{path}, line {line}: {form}")
+        if int(number) in (0, *actions):
+            raise UserError(f"{path}, line {line}: action {number} is listed twice, or is 0; ids start at 1")
+        actions[int(number)] = Action(re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", ""))
+    rest = re.sub(block, lambda match: "\n" * match[0].count("\n"), text).rstrip()
+    if rest or not actions:
+        line = 1 + rest.count("\n")
+        raise UserError(f"{path}, line {line}: {form}")
+    firsts_and_lasts = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # of AVA's groups
+    is_ava = all(number in actions and actions[number].name == name for number, name in firsts_and_lasts.items())
+    if is_ava and not any(action.group for action in actions.values()):
+        for number, action in actions.items():
+            action.group = GROUPS[(number > 14) + (number > 63)]
+    return actions
+
+
+def read_exclusions(path: Path) -> set[Frame]:
+    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
+    excluded = set()
+    for number, line in _lines(path):
+        video, _, second = line.strip().partition(",")
+        if not video or not second.isdecimal():
+            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
+        excluded.add((video, int(second)))
+    return excluded
+
+
+def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
+    """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
+    if file_list is None or sizes is None:
+        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
+    try:
+        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} holds no list of boxes")
+    rows = []
+    for place, entry in enumerate(entries, 1):
+        try:
+            movie, second = divmod(int(entry["image_id"]), 10000)
+            x, y, box_width, box_height = map(float, entry["bbox"])
+            score = float(entry["score"])
+            if not 0 <= movie < len(videos):
+                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
+            if videos[movie] not in sizes:  # the movie is missing
+                continue
+            width, height = sizes[videos[movie]]
+            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
+                raise ValueError("a box of negative size, or a number that is not finite")
+            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
+                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
+        box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
+        rows.append(Row((videos[movie], second), box, 0, score))
+    if not rows:
+        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
+    return rows
 
 
 def list_movies(root: Path) -> dict[str, Path]:
@@ -618,185 +835,7 @@ def movie_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-# ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
-
-
-class ActionDetector(nn.Module):
-    """Encoder, mean over time, RoIAlign of each person's box, the maximum of it, linear.
-
-    Unlike a classifier's, the encoder keeps its last norm; after weights without one, fine-tuned ones, it starts at 1 and 0.
-    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be looked at.
-    """
-
-    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        classes: int,
-        clip_size: tuple[int, int, int] = (16, 224, 224),
-        cube: tuple[int, int, int] = (2, 16, 16),
-        eps: float = 1e-6,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        # What it takes to build this model again; checkpoints carry it.
-        self.options = dict(width=width, depth=depth, heads=heads, classes=classes, clip_size=list(clip_size), cube=list(cube), eps=eps)
-        encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
-        self.encoder = Encoder(**encoder, norm=True, drop_path=drop_path)
-        self.head = nn.Linear(width, classes)
-        self.apply(truncated_normal)
-
-    def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each person's clip and box in pixels, to logits (M, classes)."""
-        cube = self.encoder.patch_embed.cube
-        time, height, _ = cube_grid(clip.shape[2:], cube)
-        x = self.encoder(clip)  # (B, N, D)
-        x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # Not aligned, and as many sampling points as cubes, as in SlowFast and the authors' code
-        x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / cube[1], sampling_ratio=0, aligned=False)  # (M, D, 7, 7)
-        return self.head(x.amax(dim=(2, 3)))  # (M, classes)
-
-
-def to_rois(boxes: list[Tensor]) -> Tensor:
-    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's place in the batch."""
-    return torch.cat([F.pad(of_clip, (1, 0), value=place) for place, of_clip in enumerate(boxes)])
-
-
-def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
-    """Binary cross-entropy: the mean over actions, the sum over persons (M, classes), divided by the number of clips.
-
-    So every person weighs the same, however many stand in a clip and whichever process sees it. The authors' code
-    multiplies the mean by the number of persons, which differs by a constant that AdamW does not notice.
-    """
-    return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
-
-
-def check(config: SimpleNamespace) -> None:
-    """Most mistakes in a configuration are found here, before any work."""
-    common.at_least_one(
-        config, "data.actions", "data.frames", "data.stride", "data.size",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
-    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    if config.data.rate <= 0:
-        raise UserError(f"data.rate={config.data.rate} has to be above 0")
-    if config.data.size > config.data.short_side:
-        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
-
-
-def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
-    """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads.
-
-    labels (M, classes) of all persons to train on: the head starts at each action's frequency, and not at one half, from where a
-    bias would creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code says so.
-    """
-    torch.manual_seed(config.run.seed)
-    model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
-    say(f"initialised from {config.init}")
-    if config.init != "scratch":
-        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
-    with torch.no_grad():
-        model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
-    return model
-
-
-def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetector:
-    """The detector that a checkpoint holds, with its weights; for `clip_size` see `model.read_options`."""
-    return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
-
-
-# ---- training clips and test clips (Sec. B) ----
-
-
-class KeyFrameClips(data.TrainingVideos):
-    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
-
-    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
-        super().__init__(frames, seed)
-        self.movies, self.settings = movies, settings
-
-    def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        s = self.settings
-        clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])  # (M, 4)
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)  # (T, 3, H, W)
-        if s.jitter_boxes:
-            boxes = jitter_boxes(boxes, generator)
-        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
-        # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
-        clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
-        if s.flip and data.pick_below(2, generator):
-            clip, boxes = flip(clip, boxes)
-        if s.jitter_colours:
-            clip = jitter_colours(clip, generator)
-        return clip.contiguous(), boxes, frame.labels
-
-
-def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Clips (B, T, 3, H, W), their persons (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
-    clips, boxes, labels, broken = zip(*samples)
-    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
-
-
-class TestClips(Dataset):
-    """Whole frames around key frames: index, uint8 (T, 3, H, W), boxes (M, 4) in pixels, ""; or index, None, None and why not."""
-
-    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace) -> None:
-        self.frames, self.movies, self.settings = frames, movies, settings
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
-        s, frame = self.settings, self.frames[index]
-        if frame.video not in self.movies:
-            return index, None, None, f"movie {frame.video} is missing"
-        try:
-            clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
-        except BrokenVideo as error:
-            return index, None, None, str(error)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)
-        if s.widen_boxes:
-            boxes = enlarge_boxes(boxes)
-        return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
-
-
-def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
-    """Indices, clips (B, T, 3, H, W) and persons (M, 5) of what can be read, None without any; reasons of the rest."""
-    readable = [item for item in items if item[1] is not None]
-    reasons = [reason for _, clip, _, reason in items if clip is None]
-    if not readable:
-        return [], None, None, reasons
-    indices, clips, boxes, _ = zip(*readable)
-    return list(indices), torch.stack(clips), to_rois(boxes), reasons
-
-
-def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
-    """Indices of frames in batches of the same movie: its frames are all of one size."""
-    batches: list[list[int]] = []
-    for index, frame in enumerate(frames):
-        if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-# ---- what AVA says: clips to train on, and what a model is tested on ----
-
-
-@dataclass
-class TestSet:
-    movies: dict[str, Path]
-    persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
-    ground_truth: list[Row]
-    actions: dict[int, Action]  # those evaluated
-    excluded: set[Frame]
+# ---- clips to train on, and what a model is tested on ----
 
 
 def find_root(config: SimpleNamespace, world_size: int) -> Path:
@@ -845,119 +884,20 @@ def find_persons(path: Path, config: SimpleNamespace, root: Path, movies: dict[s
     return read_person_boxes(path, config.data.threshold, root / config.data.file_list, sizes)
 
 
-# ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 ----
+# ---- training (Table 12) ----
 
 
-@torch.inference_mode()
-def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], list[str]]:
-    """Probabilities of all actions for all persons, for every process, and why some key frames could not be read."""
-    device = next(model.parameters()).device
-    bf16, _ = common.numerics(config.run)
-    rank, world_size = common.position()
-    share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
-    batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
-    model.eval()
-    found, broken = [], []
-    with tqdm(total=sum(map(len, share)), desc=title, unit="frame", disable=rank > 0) as bar:
-        for indices, clip, rois, reasons in batches:
-            broken += reasons
-            if clip is not None:
-                clip = data.normalize(clip.to(device, non_blocking=True), config.data.mean, config.data.std)  # (B, 3, T, H, W)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
-                found.append((indices, logits.float().sigmoid()))
-            bar.update(len(indices) + len(reasons))
-    predictions = []
-    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
-        of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
-        for frame, labels in zip((persons[index] for index in indices), of_frames):
-            if config.data.person_score:
-                labels = labels * frame.scores[:, None].float()
-            predictions.append(KeyFrame(frame.video, frame.second, frame.boxes, labels, frame.scores))
-    predictions.sort(key=lambda frame: (frame.video, frame.second))
-    return predictions, sorted(set(common.gather(broken)))
-
-
-def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
-    """Predictions, what they are worth as `summarize` says it, and why some key frames could not be read.
-
-    A key frame that cannot be read has no detections; its ground truth still counts.
-    """
-    predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
-    if not predictions:
-        raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
-    evaluated = torch.zeros(model.options["classes"]).index_fill_(0, torch.tensor(sorted(test_set.actions)) - 1, 1)
-    for frame in predictions:
-        frame.labels = frame.labels * evaluated
-    precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
-    return predictions, summarize(precisions, test_set.actions), broken
-
-
-def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
-    """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
-    predictions, summary, broken = test(model, test_set, config, "testing")
-    if common.position()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "detections.csv", to_rows(predictions))
-        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
-        for reason in broken:
-            say(f"no detections: {reason}")
-        draw_key_frames(predictions, test_set, config, folder / "pictures")
-        show(summary)
-        print(f"{sum(len(frame.boxes) for frame in predictions):,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
-    return summary["mAP"]
-
-
-# ---- pictures ----
-
-
-def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes, their `most` probable actions above `least`, and the scores of these."""
-    zoom = max(1, round(400 / image.shape[1]))
-    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
-    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
-    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
-        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
-            if score > least:
-                text = f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
-                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + place * line
-                draw.rectangle(draw.textbbox(where, text, font), fill="black")
-                draw.text(where, text, colour, font)
-    return picture
-
-
-def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
-    """Some key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
-    s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
-    truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
-    for place in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
-        frame = predictions[place]
-        image = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)[1]  # (3, H, W)
-        left = draw_persons(image, frame, names, "orange")
-        right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
-        sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
-        sheet.paste(left, (0, 20))
-        sheet.paste(right, (left.width + 8, 20))
-        for x, text in ((4, "detected"), (left.width + 12, "ground truth")):
-            ImageDraw.Draw(sheet).text((x, 2), f"{text}, {frame.video}, second {frame.second}", "black", ImageFont.load_default(13))
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
-
-
-def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
-    """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
-    by_second = {frame.second: frame for frame in predictions}
-    for first in range(0, len(movie), 32):
-        places = range(first, min(first + 32, len(movie)))
-        for place, image in zip(places, movie.frames(list(places))):
-            persons = by_second.get(round(movie.times[place]) + starts_at)
-            picture = TF.pil_to_tensor(draw_persons(image, persons, names, "orange"))  # (3, H, W)
-            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
-
-
-# ---- training ----
+def check(config: SimpleNamespace) -> None:
+    """Most mistakes in a configuration are found here, before any work."""
+    common.at_least_one(
+        config, "data.actions", "data.frames", "data.stride", "data.size",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    if config.data.rate <= 0:
+        raise UserError(f"data.rate={config.data.rate} has to be above 0")
+    if config.data.size > config.data.short_side:
+        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
 
 
 def train(config: SimpleNamespace) -> None:
@@ -1052,7 +992,56 @@ def train(config: SimpleNamespace) -> None:
         progress.log.write(step=steps, test_mAP=mean_ap)
 
 
-# ---- testing and predicting with weights from anywhere ----
+# ---- pictures ----
+
+
+def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
+    """A frame uint8 (3, H, W), enlarged if small, with boxes, their `most` probable actions above `least`, and the scores of these."""
+    zoom = max(1, round(400 / image.shape[1]))
+    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
+    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
+        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
+        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+        for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
+            if score > least:
+                text = f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
+                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + place * line
+                draw.rectangle(draw.textbbox(where, text, font), fill="black")
+                draw.text(where, text, colour, font)
+    return picture
+
+
+def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
+    """Some key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
+    s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
+    truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
+    for place in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
+        frame = predictions[place]
+        image = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)[1]  # (3, H, W)
+        left = draw_persons(image, frame, names, "orange")
+        right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
+        sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
+        sheet.paste(left, (0, 20))
+        sheet.paste(right, (left.width + 8, 20))
+        for x, text in ((4, "detected"), (left.width + 12, "ground truth")):
+            ImageDraw.Draw(sheet).text((x, 2), f"{text}, {frame.video}, second {frame.second}", "black", ImageFont.load_default(13))
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
+
+
+def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
+    """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
+    by_second = {frame.second: frame for frame in predictions}
+    for first in range(0, len(movie), 32):
+        places = range(first, min(first + 32, len(movie)))
+        for place, image in zip(places, movie.frames(list(places))):
+            persons = by_second.get(round(movie.times[place]) + starts_at)
+            picture = TF.pil_to_tensor(draw_persons(image, persons, names, "orange"))  # (3, H, W)
+            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
+
+
+# ---- testing, predicting and evaluating what comes from anywhere ----
 
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
@@ -1103,6 +1092,38 @@ def predict_video(arguments: argparse.Namespace) -> None:
     except BrokenVideo as error:
         raise UserError(f"the video cannot be read: {error}") from None
     print(f"{sum(len(frame.boxes) for frame in predictions)} persons in {len(predictions)} key frames: {out}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`--evaluate`: print and write what a file of detections is worth."""
+    if not arguments.ground_truth or not arguments.labels:
+        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
+    actions = read_actions(arguments.labels)
+    known = max(ACTIONS, *actions)
+    ground_truth, detections = read_ground_truth(arguments.ground_truth, known), read_detections(arguments.evaluate, known)
+    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
+    precisions = average_precisions(
+        ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=arguments.skip_frames_without_ground_truth
+    )
+    if all(map(math.isnan, precisions.values())):
+        raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
+    summary = summarize(precisions, actions)
+    frames, true_frames = ({row.frame for row in rows} for rows in (detections, ground_truth))
+    print(
+        f"{len(detections):,} detections in {len(frames):,} frames, "
+        f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
+    )
+    show(summary)
+    if not summary["groups"]:
+        print(f"no groups: {arguments.labels} states no label_type")
+    if arguments.skip_frames_without_ground_truth:
+        print("frames without ground truth left out")
+    out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
+    try:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
+    print(f"written to {out}")
 
 
 def main() -> None:
