@@ -34,7 +34,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -405,6 +405,13 @@ def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
 # ---- training clips and test clips (Sec. B) ----
 
 
+def resized_clip(frame: KeyFrame, movies: dict[str, Path], settings: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """The clip around a key frame, its short side resized, uint8 (T, 3, H, W), and the boxes (M, 4) in its pixels."""
+    s = settings
+    clip = read_clip(movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+    return resize_short_side(clip, to_pixels(frame.boxes.float(), *clip.shape[-2:]), s.short_side)
+
+
 class KeyFrameClips(data.TrainingVideos):
     """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
 
@@ -414,9 +421,7 @@ class KeyFrameClips(data.TrainingVideos):
 
     def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         s = self.settings
-        clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])  # (M, 4)
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)  # (T, 3, H, W)
+        clip, boxes = resized_clip(frame, self.movies, s)  # (T, 3, H, W), (M, 4)
         if s.jitter_boxes:
             boxes = jitter_boxes(boxes, generator)
         top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
@@ -445,16 +450,14 @@ class TestClips(Dataset):
         return len(self.frames)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
-        s, frame = self.settings, self.frames[index]
+        frame = self.frames[index]
         if frame.video not in self.movies:
             return index, None, None, f"movie {frame.video} is missing"
         try:
-            clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+            clip, boxes = resized_clip(frame, self.movies, self.settings)  # (T, 3, H, W), (M, 4)
         except BrokenVideo as error:
             return index, None, None, str(error)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)
-        if s.widen_boxes:
+        if self.settings.widen_boxes:
             boxes = enlarge_boxes(boxes)
         return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
 
@@ -582,11 +585,11 @@ def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Pat
             bar.update(len(indices) + len(reasons))
     predictions = []
     for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
-        of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
-        for frame, labels in zip((persons[index] for index in indices), of_frames):
+        asked = [persons[index] for index in indices]
+        for frame, labels in zip(asked, probabilities.split([len(frame.boxes) for frame in asked])):  # (M, classes)
             if config.data.person_score:
                 labels = labels * frame.scores[:, None].float()
-            predictions.append(KeyFrame(frame.video, frame.second, frame.boxes, labels, frame.scores))
+            predictions.append(replace(frame, labels=labels))
     predictions.sort(key=lambda frame: (frame.video, frame.second))
     return predictions, sorted(set(common.gather(broken)))
 
@@ -1033,12 +1036,9 @@ def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: Simp
 def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
     """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
     by_second = {frame.second: frame for frame in predictions}
-    for first in range(0, len(movie), 32):
-        places = range(first, min(first + 32, len(movie)))
-        for place, image in zip(places, movie.frames(list(places))):
-            persons = by_second.get(round(movie.times[place]) + starts_at)
-            picture = TF.pil_to_tensor(draw_persons(image, persons, names, "orange"))  # (3, H, W)
-            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
+    for time, image in zip(movie.times, movie.every_frame()):
+        picture = TF.pil_to_tensor(draw_persons(image, by_second.get(round(time) + starts_at), names, "orange"))  # (3, H, W)
+        yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
 
 
 # ---- testing, predicting and evaluating what comes from anywhere ----
