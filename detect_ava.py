@@ -62,9 +62,9 @@ from model import Encoder, build_from, cube_grid, load_weights, read_checkpoint,
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
-ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
-RATE = 30  # frames a second at which the recipes state strides, whatever the rate of a movie
-START = 900  # AVA is the 15 minutes from this second of each movie
+ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated (Sec. 4.3)
+RATE = 30  # frames a second that a stride counts, whatever the movie's own rate
+START = 900  # second of each movie at which AVA's 15 minutes begin
 
 Frame = tuple[str, int]  # a key frame: video, second
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
@@ -84,13 +84,13 @@ class Row(NamedTuple):
 
 @dataclass
 class KeyFrame:
-    """A labelled frame: what the rows of a (video, second) say together."""
+    """A frame with M persons: what the rows of a (video, second) say together."""
 
     video: str
     second: int
     boxes: Tensor  # (M, 4) x1 y1 x2 y2 as fractions of width and height, float64
-    labels: Tensor  # (M, 80) 1.0 for each action that the person does; or, in a prediction, probabilities
-    scores: Tensor  # (M,) of the person detector; 1 for ground truth
+    labels: Tensor  # (M, actions) 1.0 for each action that the person does, 0.0 otherwise; in a prediction, probabilities
+    scores: Tensor  # (M,) of the person detector, float64; 1 for ground truth
 
 
 @dataclass
@@ -131,24 +131,24 @@ def read_detections(path: Path, actions: int = ACTIONS) -> list[Row]:
 def read_person_boxes(
     path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
 ) -> list[KeyFrame]:
-    """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
+    """Boxes of persons that a detector found with a score of at least `threshold`, in the paper 0.8 (Sec. B).
 
-    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
-    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in;
+    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it. This numbers
+    the movies by their place in AVA's file list and measures in pixels, so it needs the width and height of each movie;
     boxes of movies whose size is not given are left out. Raises UserError.
     """
     if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
-        convert = (
-            f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in pickle.load(open('{path}', 'rb')).items() for row in rows]"
-        )
+        load = f"pickle.load(open('{path}', 'rb'))"
+        convert = f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in {load}.items() for row in rows]"
         raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
     if path.suffix == ".json":
         rows = _read_aia_boxes(path, file_list, sizes)
     else:
-        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
+        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True)
     kept = [row for row in rows if row.score >= threshold]
     if not kept:
-        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {max(row.score for row in rows):.3f}")
+        highest = max(row.score for row in rows)
+        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {highest:.3f}")
     return key_frames(kept)
 
 
@@ -158,7 +158,7 @@ def _read_rows(path: Path, actions: int, *, scored: bool = False, unlabelled: bo
     any_box: boxes may have their edges in the wrong order; the evaluation drops them.
     """
     rows: list[Row] = []
-    known: dict[tuple[Frame, Box], tuple[Frame, Box]] = {}  # a box stands in many rows: one copy of it saves half of the memory
+    known: dict[tuple[Frame, Box], tuple[Frame, Box]] = {}  # boxes stand in many rows: one copy saves memory
     for number, line in _lines(path):
         try:
             columns = line.split(",")
@@ -211,7 +211,7 @@ def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
     for person, of_person in zip(persons, labels):
         of_person[[row.action for row in rows_of[person]]] = 1.0
     counts = Counter(frame for frame, _ in persons)  # persons in each frame
-    # Views of three tensors: loader processes could not be handed three tensors for every key frame.
+    # Views of three tensors: where loader processes are not forked, they cannot be handed thousands of separate ones.
     pieces = zip(counts, *(column.split([*counts.values()]) for column in (boxes, labels[:, 1:], scores)))
     return [KeyFrame(*frame, *tensors) for frame, *tensors in pieces]
 
@@ -228,7 +228,7 @@ def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> lis
 
 
 def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
-    """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
+    """The clip of T = `frames` frames around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
 
     path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
     starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
@@ -251,11 +251,10 @@ def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float 
 
 
 def nearest(times: list[Fraction], time: Fraction) -> int:
-    """Index of the one of sorted `times` that lies nearest to `time`, the earlier of two equally near."""
+    """Index of the nearest to `time` of the sorted `times`, the earlier of two equally near."""
     right = bisect_left(times, time)
-    if right == len(times) or right and time - times[right - 1] <= times[right] - time:
-        return right - 1
-    return right
+    neighbours = range(max(right - 1, 0), min(right + 1, len(times)))
+    return min(neighbours, key=lambda index: abs(times[index] - time))
 
 
 class Excerpt(data.Video):
@@ -279,23 +278,23 @@ class Excerpt(data.Video):
         origin = Fraction(self.container.start_time or 0, 1_000_000)
         begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
         start, back = self.stream.start_time or 0, 0
+        # A key frame decoded at or before the target may be shown after it: then seek again, 1, 3, 7, ... seconds further back.
         while True:
             target = max(int(begin - back / unit), start)
-            self.container.seek(target, stream=self.stream)  # to a key frame at or before the target
+            self.container.seek(target, stream=self.stream)
             self.packets = self._read_until(end)
-            # Frames are sorted by the time of decoding, so the key frame found may still be shown after the target.
             if target == start or self.packets and self.packets[0].pts <= begin:
                 break
             back = 2 * back + 1
         if not self.packets:
             raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
-        # Frames shown before the first key frame need others that have not been read.
-        shown = [place for place, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= self.packets[0].pts]
-        self.positions = sorted(shown, key=lambda place: self.packets[place].pts)
-        self.times = [self.packets[place].pts * unit - origin for place in self.positions]
+        first = self.packets[0].pts  # what is shown before this key frame needs frames that have not been read
+        shown = [position for position, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= first]
+        self.positions = sorted(shown, key=lambda position: self.packets[position].pts)
+        self.times = [self.packets[position].pts * unit - origin for position in self.positions]
 
     def _read_until(self, end: Fraction) -> list:
-        """Packets from the next key frame on, in the order of decoding, until a frame at or after `end` and all before it are there."""
+        """Packets from the next key frame on, in the order of decoding: a frame at or after `end` and all shown before it."""
         packets, after = [], math.inf
         for packet in self.container.demux(self.stream):
             if not packet.size or not packets and not packet.is_keyframe:
@@ -312,6 +311,7 @@ class Excerpt(data.Video):
 
 @cache  # a folder may hold 27,000 frames
 def _last_frame(folder: Path) -> int:
+    """The highest number of a frame in a folder of extracted frames."""
     pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
     numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
     if not numbers:
@@ -320,9 +320,10 @@ def _last_frame(folder: Path) -> int:
 
 
 def _read_frame(folder: Path, number: int) -> Tensor:
+    """A frame in a folder of extracted frames, uint8 (3, H, W)."""
     path = folder / f"{folder.name}_{number:06d}.jpg"
     try:
-        return TF.pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
+        return TF.pil_to_tensor(Image.open(path).convert("RGB"))
     except OSError as error:
         raise BrokenVideo(f"{path}: {error}") from None
 
@@ -337,34 +338,34 @@ def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Frames (T, 3, H, W) resized until the shorter side is `size`, and boxes (M, 4) with them."""
+    """Frames (T, 3, H, W), and boxes (M, 4) with them, resized so that the shorter side has `size` pixels."""
     resized = TF.resize(frames, [size], antialias=True)
-    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounding makes them differ
+    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounded, so not quite the same
     return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
 
 
 def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A window of the frames. What of a box lies outside is cut off; a box that is lost altogether has no area left."""
+    """A window of the frames. Boxes are clamped to it; one that lies wholly outside has no area left."""
     moved = boxes - boxes.new_tensor([left, top, left, top])
     return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
 
 
 def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right exchanged."""
+    """Frames and boxes with left and right exchanged."""
     width = frames.shape[-1]
     x1, y1, x2, y2 = boxes.unbind(1)
     return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
 def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (M, 4) cut off at the edges of a frame."""
+    """Boxes (M, 4) clamped to the frame."""
     return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
 
 
 def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """A clip (..., H, W) whose H and W are made whole numbers of cubes.
+    """A clip (..., H, W) whose H and W are made whole numbers of cubes: with zeros, after `data.normalize` the mean colour.
 
-    Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
+    They are added on the right and below, so boxes in pixels stay as they are.
     """
     return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
 
@@ -374,30 +375,33 @@ def jitter_boxes(
 ) -> Tensor:
     """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
 
-    The authors' code trains with it, the paper does not say so.
+    In the authors' training, not in the paper.
     """
-    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
+    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4) width, height, width, height
     outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
     shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
     return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
 
 
 def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
-    """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
+    """Boxes made wider and higher by fractions of their (width, height), half on either side.
+
+    The authors' code pools from these in testing, the paper does not say so.
+    """
     half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
     return boxes + torch.cat([-half, half], dim=1)
 
 
 def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, all by the same.
+    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, the same in all.
 
-    The authors' code trains with it, the paper does not say so.
+    In the authors' training, not in the paper.
     """
     hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
-    frames = TF.adjust_hue(frames, hue).float() / 255
-    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); value is high
-    spread = (high - low).clamp(min=1e-6)
-    away = (high - frames) / spread  # (T, 3, H, W) 0 for the strongest channel, 1 for the weakest, the hue between
+    frames = TF.adjust_hue(frames, hue).float() / 255  # (T, 3, H, W)
+    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); HSV's value is `high`,
+    spread = (high - low).clamp(min=1e-6)  # its saturation spread / high,
+    away = (high - frames) / spread  # (T, 3, H, W) and its hue this: 0 for the strongest channel, 1 for the weakest
     saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
     return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
 
@@ -406,14 +410,14 @@ def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def resized_clip(frame: KeyFrame, movies: dict[str, Path], settings: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """The clip around a key frame, its short side resized, uint8 (T, 3, H, W), and the boxes (M, 4) in its pixels."""
+    """The clip around a key frame, uint8 (T, 3, H, W), its short side 256 in the paper (Sec. B), and boxes (M, 4) in its pixels."""
     s = settings
     clip = read_clip(movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
     return resize_short_side(clip, to_pixels(frame.boxes.float(), *clip.shape[-2:]), s.short_side)
 
 
 class KeyFrameClips(data.TrainingVideos):
-    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
+    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels, labels (M, classes). Sec. B."""
 
     def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
         super().__init__(frames, seed)
@@ -434,8 +438,13 @@ class KeyFrameClips(data.TrainingVideos):
         return clip.contiguous(), boxes, frame.labels
 
 
+def to_rois(boxes: list[Tensor]) -> Tensor:
+    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's index in the batch."""
+    return torch.cat([F.pad(of_clip, (1, 0), value=index) for index, of_clip in enumerate(boxes)])
+
+
 def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Clips (B, T, 3, H, W), their persons (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
+    """Clips (B, T, 3, H, W), their persons' boxes (M, 5), see `to_rois`, labels (M, classes), reports of broken videos."""
     clips, boxes, labels, broken = zip(*samples)
     return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
 
@@ -463,7 +472,7 @@ class TestClips(Dataset):
 
 
 def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
-    """Indices, clips (B, T, 3, H, W) and persons (M, 5) of what can be read, None without any; reasons of the rest."""
+    """Indices, clips (B, T, 3, H, W) and boxes (M, 5) of what can be read, None without any; reasons of the rest."""
     readable = [item for item in items if item[1] is not None]
     reasons = [reason for _, clip, _, reason in items if clip is None]
     if not readable:
@@ -473,7 +482,7 @@ def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor |
 
 
 def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
-    """Indices of frames in batches of the same movie: its frames are all of one size."""
+    """Indices of key frames in batches of one movie each, whose frames are all of one size."""
     batches: list[list[int]] = []
     for index, frame in enumerate(frames):
         if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
@@ -483,19 +492,14 @@ def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
     return batches
 
 
-def to_rois(boxes: list[Tensor]) -> Tensor:
-    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's place in the batch."""
-    return torch.cat([F.pad(of_clip, (1, 0), value=place) for place, of_clip in enumerate(boxes)])
-
-
 # ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
 
 
 class ActionDetector(nn.Module):
-    """Encoder, mean over time, RoIAlign of each person's box, the maximum of it, linear.
+    """Encoder, mean over time, RoIAlign of each person's box, maximum over its 7 x 7 cells, linear.
 
-    Unlike a classifier's, the encoder keeps its last norm; after weights without one, fine-tuned ones, it starts at 1 and 0.
-    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be looked at.
+    Unlike a classifier's, the encoder keeps its last norm; fine-tuned weights have none, then it starts at 1 and 0.
+    clip_size: that of the pre-training, to which the position table belongs; clips may have other sizes.
     """
 
     discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
@@ -521,20 +525,21 @@ class ActionDetector(nn.Module):
         self.apply(truncated_normal)
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each person's clip and box in pixels, to logits (M, classes)."""
+        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each a clip's index and a box in pixels, to logits (M, classes)."""
         cube = self.encoder.patch_embed.cube
         time, height, _ = cube_grid(clip.shape[2:], cube)
-        x = self.encoder(clip)  # (B, N, D)
+        x = self.encoder(clip)  # (B, T/2 H/16 W/16, D)
         x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # Not aligned, and as many sampling points as cubes, as in SlowFast and the authors' code
+        # As in SlowFast and the authors' code: no shift by half a cube (aligned), more samples in larger boxes (sampling_ratio).
         x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / cube[1], sampling_ratio=0, aligned=False)  # (M, D, 7, 7)
-        return self.head(x.amax(dim=(2, 3)))  # (M, classes)
+        x = x.amax(dim=(2, 3))  # (M, D)
+        return self.head(x)  # (M, classes)
 
 
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
-    """Binary cross-entropy: the mean over actions, the sum over persons (M, classes), divided by the number of clips.
+    """Binary cross-entropy of (M, classes): the mean over actions, the sum over persons, divided by the number of clips.
 
-    So every person weighs the same, however many stand in a clip and whichever process sees it. The authors' code
+    So every person weighs the same, however many there are in a clip and whichever process sees it. The authors' code
     multiplies the mean by the number of persons, which differs by a constant that AdamW does not notice.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
@@ -543,8 +548,8 @@ def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
 def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
     """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads.
 
-    labels (M, classes) of all persons to train on: the head starts at each action's frequency, and not at one half, from where a
-    bias would creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code says so.
+    labels (M, classes): of all persons to train on. The head starts at each action's frequency: from one half its bias would
+    creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code does so.
     """
     torch.manual_seed(config.run.seed)
     model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
@@ -565,8 +570,10 @@ def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetecto
 
 
 @torch.inference_mode()
-def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], list[str]]:
-    """Probabilities of all actions for all persons, for every process, and why some key frames could not be read."""
+def detect(
+    model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str
+) -> tuple[list[KeyFrame], list[str]]:
+    """`persons` with the probabilities of all actions as labels, for every process, and why some key frames could not be read."""
     device = next(model.parameters()).device
     bf16, _ = common.numerics(config.run)
     rank, world_size = common.position()
@@ -602,7 +609,8 @@ def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, titl
     predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
     if not predictions:
         raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
-    evaluated = torch.zeros(model.options["classes"]).index_fill_(0, torch.tensor(sorted(test_set.actions)) - 1, 1)
+    evaluated = torch.zeros(model.options["classes"])  # (classes,) 1 for the actions that count
+    evaluated[[action - 1 for action in test_set.actions]] = 1
     for frame in predictions:
         frame.labels = frame.labels * evaluated
     precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
@@ -638,7 +646,8 @@ def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNames
             say(f"no detections: {reason}")
         draw_key_frames(predictions, test_set, config, folder / "pictures")
         show(summary)
-        print(f"{sum(len(frame.boxes) for frame in predictions):,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
+        persons = sum(len(frame.boxes) for frame in predictions)
+        print(f"{persons:,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
     return summary["mAP"]
 
 
@@ -651,10 +660,10 @@ def average_precisions(
 ) -> dict[int, float]:  # fmt: skip
     """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
 
-    The evaluator of AVA, whose rules differ from others': a detection looks only at the ground-truth box that it
-    overlaps most, and is wrong if a detection with a higher score has taken that one, even where a second box overlaps
-    enough. Rows of other actions, excluded frames and detections without area count for nothing. Detections in frames
-    without ground truth are wrong, unless such frames are skipped, as mmaction2 does by default.
+    The rules of AVA's own evaluator: a detection looks only at the ground-truth box that it overlaps most, and is wrong
+    if a detection with a higher score has taken that one, even where a second box overlaps enough. Rows of other actions,
+    excluded frames and detections without area count for nothing. Detections in frames without ground truth are wrong,
+    unless such frames are skipped, as mmaction2 does by default.
 
     Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
     """
@@ -692,12 +701,11 @@ def iou(a: Box, b: Box) -> float:
 
 
 def _average_precision(correct: Tensor, positives: int) -> float:
-    """Area under the precision-recall curve of detections, best first; precision made non-increasing in recall."""
+    """Area under the precision-recall curve of detections (D,), best first; precision made non-increasing in recall."""
     if not positives:
         return math.nan
-    found = correct.cumsum(0).double()  # (D,)
-    precision = found / torch.arange(1, len(found) + 1)
-    envelope = precision.flip(0).cummax(0).values.flip(0) if len(found) else precision
+    precision = correct.cumsum(0).double() / torch.arange(1, len(correct) + 1)  # (D,)
+    envelope = precision.flip(0).cummax(0).values.flip(0) if len(correct) else precision  # (D,)
     return float(envelope[correct].sum() / positives)  # recall grows by 1 / positives at every correct detection
 
 
@@ -737,7 +745,7 @@ def show(summary: dict) -> None:
     print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
 
 
-# ---- what AVA says beside its rows, and which movies there are ----
+# ---- AVA's other files: actions, excluded frames, AIA's boxes, movies ----
 
 
 def read_actions(path: Path) -> dict[int, Action]:
@@ -787,7 +795,7 @@ def read_exclusions(path: Path) -> set[Frame]:
 
 
 def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
-    """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
+    """A list of {"image_id": 10000 * number of the movie + second, "bbox": [x, y, width, height], "score"}."""
     if file_list is None or sizes is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
     try:
@@ -798,7 +806,7 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of boxes")
     rows = []
-    for place, entry in enumerate(entries, 1):
+    for number, entry in enumerate(entries, 1):
         try:
             movie, second = divmod(int(entry["image_id"]), 10000)
             x, y, box_width, box_height = map(float, entry["bbox"])
@@ -813,7 +821,8 @@ def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tupl
             if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
                 raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
+            form = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
+            raise UserError(f"{path}, entry {number}: {error}; {form}") from None
         box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
         rows.append(Row((videos[movie], second), box, 0, score))
     if not rows:
@@ -847,7 +856,7 @@ def find_root(config: SimpleNamespace, world_size: int) -> Path:
 
 
 def find_training(config: SimpleNamespace, root: Path) -> tuple[list[KeyFrame], dict[str, Path]]:
-    """Labelled key frames to train on, those of missing movies and excluded ones left out, and all movies."""
+    """Labelled key frames to train on, without those excluded or of missing movies, and all movies."""
     movies = list_movies(root / config.data.movies)
     frames = key_frames(read_ground_truth(root / config.data.train, config.data.actions), config.data.actions)
     excluded = read_exclusions(root / config.data.train_exclude) if config.data.train_exclude else set()
@@ -855,7 +864,8 @@ def find_training(config: SimpleNamespace, root: Path) -> tuple[list[KeyFrame], 
     named = {frame.video for frame in frames}
     missing = sorted(named - movies.keys())
     if missing:
-        say(f"{len(missing)} of {len(named)} movies for training are not in {root / config.data.movies} and left out: {', '.join(missing)}")
+        where = root / config.data.movies
+        say(f"{len(missing)} of {len(named)} movies for training are not in {where} and left out: {', '.join(missing)}")
     frames = [frame for frame in frames if frame.video in movies]
     if not frames:
         raise UserError(f"{root / config.data.movies} holds none of the movies that {root / config.data.train} names; look at data.movies")
@@ -900,7 +910,8 @@ def check(config: SimpleNamespace) -> None:
     if config.data.rate <= 0:
         raise UserError(f"data.rate={config.data.rate} has to be above 0")
     if config.data.size > config.data.short_side:
-        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
+        frames = f"frames whose short side is data.short_side={config.data.short_side}"
+        raise UserError(f"data.size={config.data.size} cannot be cropped from {frames}")
 
 
 def train(config: SimpleNamespace) -> None:
@@ -912,7 +923,7 @@ def train(config: SimpleNamespace) -> None:
     root = find_root(config, world_size)
     frames, movies = find_training(config, root)
     test_set = find_test(config, root)
-    model = build(config, torch.cat([frame.labels for frame in frames])).to(device)
+    model = build(config, torch.cat([frame.labels for frame in frames])).to(device)  # labels: (M, classes)
     if config.run.recompute:
         recompute_blocks(model)
     clips = KeyFrameClips(frames, movies, config.data, config.run.seed)
@@ -924,20 +935,23 @@ def train(config: SimpleNamespace) -> None:
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
 
-    groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
+    groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)  # Table 12
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     folder, checkpoint = common.open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+    persons, detected = (sum(len(frame.boxes) for frame in of_set) for of_set in (frames, test_set.persons))
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
-        f"{len(frames):,} key frames for training with {sum(len(frame.boxes) for frame in frames):,} persons, {len(test_set.persons):,} for testing "
-        f"with {sum(len(frame.boxes) for frame in test_set.persons):,} detected, {len(test_set.actions)} of {config.data.actions} actions evaluated\n"
-        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels in training, short side {config.data.short_side} in testing\n"
+        f"{len(frames):,} key frames for training with {persons:,} persons, {len(test_set.persons):,} for testing "
+        f"with {detected:,} detected, {len(test_set.actions)} of {config.data.actions} actions evaluated\n"
+        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels in training, "
+        f"short side {config.data.short_side} in testing\n"
         f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
-        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
+        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, "
+        f"times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
         f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
     )
 
@@ -978,7 +992,8 @@ def train(config: SimpleNamespace) -> None:
                 names = {number: action.name for number, action in test_set.actions.items()}
                 # `positions` are no parameter and usually computed, but those of image weights are not
                 content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, actions=names)
-                common.save_checkpoint(folder / "checkpoint.pt", **content, optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                state = dict(optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                common.save_checkpoint(folder / "checkpoint.pt", **content, **state)
         if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
             progress.flush()
             epoch = done // steps_per_epoch
@@ -998,30 +1013,32 @@ def train(config: SimpleNamespace) -> None:
 # ---- pictures ----
 
 
-def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes, their `most` probable actions above `least`, and the scores of these."""
+def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str) -> Image.Image:
+    """A frame uint8 (3, H, W), enlarged if small, with boxes and the up to four most probable actions of each, if above 0.3."""
     zoom = max(1, round(400 / image.shape[1]))
     picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
     draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
     for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
         left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
         draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
-            if score > least:
-                text = f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
-                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + place * line
+        scores, actions = labels.topk(min(4, len(labels)))
+        for row, (score, action) in enumerate(zip(scores.tolist(), (actions + 1).tolist())):
+            if score > 0.3:
+                text = str(names.get(action, action)) + (f" {score:.2f}" if score < 1 else "")
+                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + row * line
                 draw.rectangle(draw.textbbox(where, text, font), fill="black")
                 draw.text(where, text, colour, font)
     return picture
 
 
 def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
-    """Some key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
+    """`run.pictures` of the key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
     s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
     truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
-    for place in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
-        frame = predictions[place]
-        image = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)[1]  # (3, H, W)
+    for index in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
+        frame = predictions[index]
+        clip = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)
+        image = clip[1]  # the key frame, (3, H, W)
         left = draw_persons(image, frame, names, "orange")
         right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
         sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
@@ -1045,13 +1062,14 @@ def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str]
 
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
-    """The configuration for weights: a .yaml file if given, or what the checkpoint says, or the ViT-B recipe's for weights from elsewhere."""
+    """The configuration for weights: a .yaml file if given, else the checkpoint's own, or the ViT-B recipe if it has none."""
     if "classes" not in read_options(weights):
         raise UserError(f"{weights} is not a checkpoint of action detection: make one with detect_ava.py")
     stored = read_checkpoint(weights)[1].get("config")
     if stored and "actions" not in stored["data"]:
         raise UserError(f"{weights} was trained by another stage: make a checkpoint of action detection with detect_ava.py")
-    config = common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    stored = stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, settings, stored)
     check(config)
     return config
 
@@ -1063,7 +1081,8 @@ def test_weights(arguments: argparse.Namespace) -> None:
     test_set = find_test(config, find_root(config, world_size))
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     if model.options["classes"] != config.data.actions:
-        raise UserError(f"{arguments.weights} knows {model.options['classes']} actions, the dataset {config.data.actions}: set data.actions")
+        classes = model.options["classes"]
+        raise UserError(f"{arguments.weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     test_and_write(model, test_set, config, arguments.out or arguments.weights.parent)
 
 
@@ -1078,7 +1097,8 @@ def predict_video(arguments: argparse.Namespace) -> None:
     mine = [frame for frame in persons if frame.video == video.stem]
     if not mine:
         others = ", ".join(sorted({frame.video for frame in persons})[:3])
-        raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, only of {others}, ...: its first column has to be the name of the file")
+        only = f"only of {others}, ...: its first column has to be the name of the file"
+        raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, {only}")
     predictions, broken = detect(model, mine, {video.stem: video}, config, "predicting")
     if common.position()[0] > 0:
         return
@@ -1095,7 +1115,7 @@ def predict_video(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """`--evaluate`: print and write what a file of detections is worth."""
+    """`--evaluate`: print and write the mAP of a file of detections."""
     if not arguments.ground_truth or not arguments.labels:
         raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
     actions = read_actions(arguments.labels)
@@ -1128,21 +1148,30 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--test", action="store_true", help="test --weights instead of training")
-    parser.add_argument("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of this video")
-    parser.add_argument("--boxes", type=Path, metavar="FILE", help="rows video,second,x1,y1,x2,y2,,score; seconds count from data.starts_at at the start of the file")
-    parser.add_argument("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
-    parser.add_argument("--evaluate", type=Path, metavar="DETECTIONS.csv", help="evaluate these detections")
-    parser.add_argument("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
-    parser.add_argument("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
-    parser.add_argument("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
-    parser.add_argument("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
-    parser.add_argument("--out", type=Path, help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, and of --evaluate, default DETECTIONS_mAP.json")
+    add = parser.add_argument
+    add("--test", action="store_true", help="test --weights instead of training")
+    add("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of this video")
+    add(
+        "--boxes", type=Path, metavar="FILE",
+        help="rows video,second,x1,y1,x2,y2,,score; seconds count from data.starts_at at the start of the file",
+    )  # fmt: skip
+    add("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
+    add("--evaluate", type=Path, metavar="DETECTIONS.csv", help="evaluate these detections")
+    add("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
+    add("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
+    add("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
+    add("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
+    add(
+        "--out", type=Path,
+        help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, "
+        "and of --evaluate, default DETECTIONS_mAP.json",
+    )  # fmt: skip
     arguments = common.parse(parser)
     if (arguments.test or arguments.predict) and not arguments.weights:
         raise UserError("--test and --predict need --weights FILE, a checkpoint of action detection such as runs/detect/toy/checkpoint.pt")
     if arguments.predict and not arguments.boxes:
-        raise UserError("--predict needs --boxes FILE, where the persons are: rows video,second,x1,y1,x2,y2,,score in fractions of width and height")
+        rows = "rows video,second,x1,y1,x2,y2,,score in fractions of width and height"
+        raise UserError(f"--predict needs --boxes FILE, where the persons are: {rows}")
     if arguments.evaluate:
         evaluate(arguments)
     elif arguments.predict:
