@@ -1,16 +1,27 @@
-"""Action detection on AVA v2.2 (Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
+"""Action detection on AVA v2.2 (Sec. 4.3, Tables 5 and 12): which of 80 actions does each person do, once a second of a movie?
 
     laptop:   torchrun detect_ava.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 detect_ava.py configs/detect/k400_base.yaml data.root=/data/ava init=pretrained.pt
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
     test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
     predict:  python detect_ava.py --predict VIDEO --boxes PERSONS.csv --weights runs/detect/toy/checkpoint.pt
-    evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --exclude ava_val_excluded_timestamps_v2.2.csv \\
-                  --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt     # frame-mAP at IoU 0.5; needs no model and no GPU
+    evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv \\
+                  --exclude ava_val_excluded_timestamps_v2.2.csv --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt
 
 AVA labels one frame of every second, the key frame: a box for each person and, for each box, all that the person does
 (one pose, and objects handled and persons dealt with, if any). A network sees a clip around the key frame. Where the
 persons are is given: by people for training, by a detector of persons for testing.
+
+From a detected box to its 80 scores, in the order of this file:
+
+    read_person_boxes   a row video,second,x1,y1,x2,y2,,score of the detector, kept if the score is at least 0.8
+    read_clip           16 frames around that second of the movie, 4 apart
+    TestClips           frames with a short side of 256 pixels, and the box in these pixels (KeyFrameClips: training, cropped)
+    ActionDetector      tokens; mean over time; RoIAlign of the box, 7 x 7; maximum; linear: 80 logits
+    detect              sigmoid: 80 probabilities; times the detector's score if data.person_score is set
+    write_rows          a row video,second,x1,y1,x2,y2,action,score of detections.csv for each action that is evaluated
+    average_precisions  what such rows are worth: frame-mAP at IoU 0.5
+
 The same command again goes on from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
@@ -19,15 +30,16 @@ import json
 import math
 import os
 import re
-from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,101 +62,130 @@ from model import Encoder, build_from, cube_grid, load_weights, read_checkpoint,
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
-ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
-RATE = 30  # frames a second at which the recipes state strides, whatever the rate of a movie
-START = 900  # AVA is the 15 minutes from this second of each movie
+ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated (Sec. 4.3)
+RATE = 30  # frames a second that a stride counts, whatever the movie's own rate
+START = 900  # second of each movie at which AVA's 15 minutes begin
 
 Frame = tuple[str, int]  # a key frame: video, second
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
 
 
-# ---- annotations: AVA's csv files, its list of actions, and boxes of persons from a detector ----
+# ---- what AVA consists of ----
 
 
-@dataclass
-class Rows:
-    """N rows of AVA's csv files, each a box in a key frame, an action and a score; boxes, of which B differ, stand apart."""
+class Row(NamedTuple):
+    """A row of AVA's csv files."""
 
-    frames: list[Frame]  # the different key frames
-    frame: Tensor  # (B,) index of each box's frame
-    boxes: Tensor  # (B, 4) x1 y1 x2 y2 as fractions of width and height; float64, as in the official evaluation
-    box: Tensor  # (N,) index of each row's box
-    actions: Tensor  # (N,) from 1; 0 where the file states none
-    scores: Tensor  # (N,) float64; 1 where the file states none
+    frame: Frame
+    box: Box
+    action: int  # from 1; 0 where the file states none
+    score: float  # 1 where the file states none
 
 
 @dataclass
 class KeyFrame:
-    """A labelled frame: what the rows of a (video, second) say together."""
+    """A frame with M persons: what the rows of a (video, second) say together."""
 
     video: str
     second: int
     boxes: Tensor  # (M, 4) x1 y1 x2 y2 as fractions of width and height, float64
-    labels: Tensor  # (M, 80) 1.0 for each action that the person does; or, in a prediction, probabilities
-    scores: Tensor  # (M,) of the person detector; 1 for ground truth
+    labels: Tensor  # (M, actions) 1.0 for each action that the person does, 0.0 otherwise; in a prediction, probabilities
+    scores: Tensor  # (M,) of the person detector, float64; 1 for ground truth
 
 
 @dataclass
 class Action:
+    """An entry of AVA's list of actions."""
+
     name: str
-    group: str  # PERSON_MOVEMENT, OBJECT_MANIPULATION, PERSON_INTERACTION; empty if unknown
+    group: str  # one of GROUPS; empty if unknown
 
 
-GROUPS = {"PERSON_MOVEMENT": "person movement", "OBJECT_MANIPULATION": "object manipulation", "PERSON_INTERACTION": "person interaction"}
+GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, 15 to 63, 64 to 80
 
 
-def read_ground_truth(path: Path, actions: int = ACTIONS) -> Rows:
+@dataclass
+class TestSet:
+    """What a model is tested on."""
+
+    movies: dict[str, Path]
+    persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
+    ground_truth: list[Row]
+    actions: dict[int, Action]  # those evaluated
+    excluded: set[Frame]
+
+
+# ---- AVA's csv files: rows, and key frames made of them ----
+
+
+def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
     """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
-    return _read_rows(path, actions, scored=False, unlabelled=False, any_box=False)
+    return _read_rows(path, actions)
 
 
-def read_detections(path: Path, actions: int = ACTIONS) -> Rows:
+def read_detections(path: Path, actions: int = ACTIONS) -> list[Row]:
     """Detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
-    return _read_rows(path, actions, scored=True, unlabelled=False, any_box=True)
+    return _read_rows(path, actions, scored=True, any_box=True)
 
 
-def _read_rows(path: Path, actions: int, *, scored: bool, unlabelled: bool, any_box: bool) -> Rows:
+def read_person_boxes(
+    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
+) -> list[KeyFrame]:
+    """Boxes of persons that a detector found with a score of at least `threshold`, in the paper 0.8 (Sec. B).
+
+    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it. This numbers
+    the movies by their place in AVA's file list and measures in pixels, so it needs the width and height of each movie;
+    boxes of movies whose size is not given are left out. Raises UserError.
+    """
+    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
+        load = f"pickle.load(open('{path}', 'rb'))"
+        convert = f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in {load}.items() for row in rows]"
+        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
+    if path.suffix == ".json":
+        rows = _read_aia_boxes(path, file_list, sizes)
+    else:
+        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True)
+    kept = [row for row in rows if row.score >= threshold]
+    if not kept:
+        highest = max(row.score for row in rows)
+        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {highest:.3f}")
+    return key_frames(kept)
+
+
+def _read_rows(path: Path, actions: int, *, scored: bool = False, unlabelled: bool = False, any_box: bool = False) -> list[Row]:
     """scored: column 8 is a score, otherwise a person's number, which nothing needs. unlabelled: the action may be empty.
 
     any_box: boxes may have their edges in the wrong order; the evaluation drops them.
     """
-    frames: dict[Frame, int] = {}
-    places: dict[str, int] = {}  # box by its text, the first six columns: most boxes stand in many rows, and are parsed once
-    frame, boxes, box, labels, scores = array("q"), array("d"), array("q"), array("q"), array("d")
+    rows: list[Row] = []
+    known: dict[tuple[Frame, Box], tuple[Frame, Box]] = {}  # boxes stand in many rows: one copy saves memory
     for number, line in _lines(path):
         try:
-            commas = line.count(",")
-            if commas not in (6, 7):
-                raise ValueError(f"{commas + 1} columns")
-            place, action, *last = line.rsplit(",", commas - 5)
-            if place not in places:
-                video, second, *edges = place.split(",")
-                x1, y1, x2, y2 = map(float, edges)
-                if not video or not second.isdecimal():
-                    raise ValueError("no video, or a second that is not a whole number")
-                if not all(-10 < edge < 10 for edge in (x1, y1, x2, y2)):
-                    raise ValueError("a box in pixels, or with numbers that are not finite")
-                if not any_box and (x1 > x2 or y1 > y2):
-                    raise ValueError("a box whose left or upper edge lies beyond the other")
-                places[place] = len(places)
-                frame.append(frames.setdefault((video, int(second)), len(frames)))
-                boxes.extend((x1, y1, x2, y2))
+            columns = line.split(",")
+            if len(columns) not in (7, 8):
+                raise ValueError(f"{len(columns)} columns")
+            video, second, *edges, action = columns[:7]
+            x1, y1, x2, y2 = box = tuple(map(float, edges))
+            if not video or not second.isdecimal():
+                raise ValueError("no video, or a second that is not a whole number")
+            if not all(-10 < edge < 10 for edge in box):
+                raise ValueError("a box in pixels, or with numbers that are not finite")
+            if not any_box and (x1 > x2 or y1 > y2):
+                raise ValueError("a box whose left or upper edge lies beyond the other")
             label = 0 if unlabelled and not action.strip() else int(action)
-            score = float(last[0]) if scored and last else 1.0
             if not (0 if unlabelled else 1) <= label <= actions:
                 raise ValueError(f"unknown action {label}, known are 1 to {actions}")
-            if not abs(score) < math.inf:
+            score = float(columns[7]) if scored and len(columns) == 8 else 1.0
+            if not math.isfinite(score):
                 raise ValueError("a score that is not finite")
         except ValueError as error:
-            columns = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
-            raise UserError(f"{path}, line {number}: {error}; a row is {columns}, the box in fractions of width and height") from None
-        box.append(places[place])
-        labels.append(label)
-        scores.append(score)
-    if not box:
+            form = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
+            raise UserError(f"{path}, line {number}: {error}; a row is {form}, the box in fractions of width and height") from None
+        place = (video, int(second)), box
+        rows.append(Row(*known.setdefault(place, place), label, score))
+    if not rows:
         raise UserError(f"{path} holds no rows")
-    frame, box, labels = (torch.frombuffer(column, dtype=torch.int64) for column in (frame, box, labels))
-    boxes, scores = (torch.frombuffer(column, dtype=torch.float64) for column in (boxes, scores))
-    return Rows(list(frames), frame, boxes.view(-1, 4), box, labels, scores)
+    return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -158,384 +199,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"no rows can be read from {path}: {error}") from None
 
 
-def read_exclusions(path: Path) -> set[Frame]:
-    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
-    excluded = set()
-    for number, line in _lines(path):
-        video, _, second = line.strip().partition(",")
-        if not video or not second.isdecimal():
-            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
-        excluded.add((video, int(second)))
-    return excluded
-
-
-def read_actions(path: Path) -> dict[int, Action]:
-    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
-
-    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
-    Raises UserError with file and line.
-    """
-    try:
-        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"no list of actions can be read from {path}: {error}") from None
-    actions: dict[int, Action] = {}
-    end = 0
-    quoted = r'"(?:\\.|[^"\\\n])*"'
-    for block in re.finditer(rf"\w+\s*:?\s*\{{((?:{quoted}|[^{{}}\"])*)\}}", text):
-        where = f"{path}, line {text.count(chr(10), 0, block.start()) + 1}"
-        between, end = text[end : block.start()], block.end()
-        fields = rf"\bname:\s*({quoted})", r"\b(?:label_)?id:\s*(\d+)\b", r"\blabel_type:\s*(\w+)"
-        name, number, group = (re.search(field, block[1]) for field in fields)
-        if between.strip() or not name or not number:
-            raise UserError(f'{where}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
-        if int(number[1]) in actions or int(number[1]) == 0:
-            raise UserError(f"{where}: action {number[1]} is listed twice, or is 0; ids start at 1")
-        actions[int(number[1])] = Action(re.sub(r"\\(.)", r"\1", name[1][1:-1]), group[1] if group else "")
-    if not actions or text[end:].strip():
-        line = text.count("\n", 0, len(text.rstrip())) + 1
-        raise UserError(f'{path}, line {line}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
-    borders = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # last and first of AVA's three groups
-    is_ava = all(number in actions and actions[number].name == name for number, name in borders.items())
-    if is_ava and not any(action.group for action in actions.values()):
-        for number, action in actions.items():
-            action.group = list(GROUPS)[(number > 14) + (number > 63)]
-    return actions
-
-
-def read_person_boxes(
-    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
-) -> list[KeyFrame]:
-    """Boxes of persons that a detector found, those with a score of at least `threshold`, in the paper 0.8.
-
-    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, which
-    needs AVA's file list, since it numbers the movies, and the width and height in pixels of each movie that it measures in;
-    boxes of movies whose size is not given are left out. Raises UserError.
-    """
-    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
-        convert = (
-            f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in pickle.load(open('{path}', 'rb')).items() for row in rows]"
-        )
-        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
-    if path.suffix == ".json":
-        rows = _read_aia_boxes(path, file_list, sizes)
-    else:
-        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True, any_box=False)
-    if rows.scores.max() < threshold:
-        raise UserError(f"{path}: none of {len(rows.box)} boxes has a score of {threshold} or more; the highest is {float(rows.scores.max()):.3f}")
-    frames = []
-    for frame in key_frames(rows):
-        kept = frame.scores >= threshold
-        if kept.any():
-            frames.append(KeyFrame(frame.video, frame.second, frame.boxes[kept], frame.labels[kept], frame.scores[kept]))
-    return frames
-
-
-def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> Rows:
-    """A list of {"image_id": 10000 * place of the movie in AVA's file list + second, "bbox": [x, y, width, height], "score"}."""
-    if file_list is None or sizes is None:
-        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
-    try:
-        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of boxes")
-    numbers: dict[Frame, int] = {}
-    frame, boxes, scores = [], [], []
-    for place, entry in enumerate(entries, 1):
-        try:
-            movie, second = divmod(int(entry["image_id"]), 10000)
-            x, y, box_width, box_height = map(float, entry["bbox"])
-            score = float(entry["score"])
-            if not 0 <= movie < len(videos):
-                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-            if videos[movie] not in sizes:  # the movie is missing
-                continue
-            width, height = sizes[videos[movie]]
-            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
-                raise ValueError("a box of negative size, or a number that is not finite")
-            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
-                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}, entry {place}: {error}; an entry holds image_id, bbox [x, y, width, height] in pixels and score") from None
-        frame.append(numbers.setdefault((videos[movie], second), len(numbers)))
-        boxes.append((x / width, y / height, (x + box_width) / width, (y + box_height) / height))
-        scores.append(score)
-    if not boxes:
-        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
-    rows, boxes, scores = torch.arange(len(boxes)), torch.tensor(boxes, dtype=torch.float64), torch.tensor(scores, dtype=torch.float64)
-    return Rows(list(numbers), torch.tensor(frame), boxes, rows, torch.zeros_like(rows), scores)
-
-
-def key_frames(rows: Rows, actions: int = ACTIONS) -> list[KeyFrame]:
+def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
     """Rows put together by key frame and, within it, by box; in the order of video and second."""
-    order = sorted(range(len(rows.frames)), key=rows.frames.__getitem__)  # of frames
-    rank = torch.tensor(order).argsort()[rows.frame]  # (B,) place of each box's frame in it
-    sorted_boxes = _lexicographic(rank, *rows.boxes.unbind(1))
-    rank, boxes = rank[sorted_boxes], rows.boxes[sorted_boxes]
-    new = torch.ones(len(rank), dtype=torch.bool)  # False where a box is the one before it, written in another way
-    new[1:] = (rank[1:] != rank[:-1]) | (boxes[1:] != boxes[:-1]).any(dim=1)
-    person = torch.empty_like(rank).index_copy_(0, sorted_boxes, new.cumsum(0) - 1)[rows.box]  # (N,)
-    labels = torch.zeros(int(new.sum()), actions + 1)
-    labels[person, rows.actions] = 1.0  # column 0 is of rows without an action
-    scores = torch.zeros(len(labels), dtype=torch.float64).scatter_reduce_(0, person, rows.scores, "amax", include_self=False)
-    counts = torch.bincount(rank[new], minlength=len(order)).tolist()  # boxes of each frame
-    pieces = zip(order, boxes[new].split(counts), labels[:, 1:].split(counts), scores.split(counts))
-    return [KeyFrame(*rows.frames[frame], *tensors) for frame, *tensors in pieces]
-
-
-def to_rows(frames: list[KeyFrame]) -> Rows:
-    """The reverse of `key_frames`: a row for every label above 0, with the label, 1 or a probability, as its score."""
-    counts = torch.tensor([len(frame.boxes) for frame in frames])
-    boxes, labels = torch.cat([frame.boxes for frame in frames]), torch.cat([frame.labels for frame in frames])  # (B, 4), (B, 80)
-    box, action = labels.nonzero().unbind(1)  # (N,) twice
-    frame = torch.arange(len(frames)).repeat_interleave(counts)
-    return Rows([(frame.video, frame.second) for frame in frames], frame, boxes, box, action + 1, labels[box, action].double())
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
-    places = []
-    for frame, box in zip(rows.frame.tolist(), rows.boxes.tolist()):
-        video, second = rows.frames[frame]
-        places.append(f"{video},{second:04d},{','.join(f'{edge:.9g}' for edge in box)}")
-    with open(path, "w") as file:
-        for box, action, score in zip(rows.box.tolist(), rows.actions.tolist(), rows.scores.tolist()):
-            file.write(f"{places[box]},{action},{score:.9g}\n")
-
-
-def _lexicographic(*keys: Tensor) -> Tensor:
-    """The order that sorts by the first key, where that ties by the second, and so on."""
-    order = torch.arange(len(keys[0]))
-    for key in reversed(keys):
-        order = order[key[order].argsort(stable=True)]
-    return order
-
-
-# ---- evaluation: frame-mAP at IoU 0.5, the official evaluator's to the digit ----
-
-
-def average_precisions(
-    ground_truth: Rows, detections: Rows, actions: Iterable[int], excluded: Container[Frame] = (), *,
-    skip_frames_without_ground_truth: bool = False, threshold: float = 0.5
-) -> dict[int, float]:  # fmt: skip
-    """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
-
-    The evaluator of AVA, whose rules differ from others': a detection looks only at the ground-truth box that it
-    overlaps most, and is wrong if a detection with a higher score has taken that one, even where a second box overlaps
-    enough. Rows of other actions, excluded frames and detections without area count for nothing. Detections in frames
-    without ground truth are wrong, unless such frames are skipped, as mmaction2 does by default.
-
-    Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
-    """
-    actions = torch.tensor(sorted(actions))
-    place_of = {frame: place for place, frame in enumerate(sorted({*ground_truth.frames, *detections.frames}))}
-
-    def locate(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Place of each box's frame (B,), index of each row's action (N,), and whether the row counts (N,)."""
-        place = torch.tensor([place_of[frame] for frame in rows.frames], dtype=torch.int64)[rows.frame]
-        allowed = torch.tensor([frame not in excluded for frame in rows.frames], dtype=torch.bool)[rows.frame]
-        kind = torch.searchsorted(actions, rows.actions).clamp(max=len(actions) - 1)
-        return place, kind, allowed[rows.box] & (actions[kind] == rows.actions)
-
-    place, kind, counts = locate(ground_truth)
-    box, kind = ground_truth.box[counts], kind[counts]
-    positives = torch.bincount(kind, minlength=len(actions))  # (actions,)
-    with_truth = torch.zeros(len(place_of), dtype=torch.bool).index_fill_(0, place[box], True)
-    cell = place[box] * len(actions) + kind  # a detection can match within its frame and action only
-    order = _lexicographic(cell, *ground_truth.boxes[box].unbind(1))
-    true_cell, true_boxes = cell[order], ground_truth.boxes[box[order]]  # (G,), (G, 4)
-
-    place, kind, counts = locate(detections)
-    boxes = detections.boxes
-    valid = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])  # (B,)
-    if skip_frames_without_ground_truth:
-        valid &= with_truth[place]
-    counts &= valid[detections.box]
-    box, kind = detections.box[counts], kind[counts]
-    rank = _lexicographic(place, *boxes.unbind(1)).argsort()  # (B,) decides between equal scores
-    order = _lexicographic(kind, -detections.scores[counts], rank[box])
-    box, kind = box[order], kind[order]  # (D,) twice: by action, best score first
-    cell = place[box] * len(actions) + kind
-
-    # The ground-truth boxes of a detection's frame and action stand side by side: compare with the first, the second, ...
-    first, last = torch.searchsorted(true_cell, cell), torch.searchsorted(true_cell, cell, right=True)
-    best_iou, best = torch.zeros(len(cell), dtype=torch.float64), torch.full((len(cell),), -1)
-    for step in range(int((last - first).max()) if len(cell) else 0):
-        mine = (first + step < last).nonzero()[:, 0]  # detections that have so many to compare with
-        overlap = paired_iou(boxes[box[mine]], true_boxes[first[mine] + step])
-        better = overlap > best_iou[mine]
-        best_iou[mine[better]], best[mine[better]] = overlap[better], first[mine[better]] + step
-
-    # Of all detections that claim the same ground-truth box, the one with the highest score, which comes first, is right.
-    claims = (best_iou >= threshold).nonzero()[:, 0]
-    first_claim = torch.full((len(true_cell),), len(cell)).scatter_reduce_(0, best[claims], claims, "amin")
-    correct = torch.zeros(len(cell), dtype=torch.bool)
-    correct[first_claim[first_claim < len(cell)]] = True
-
-    by_action = correct.split(torch.bincount(kind, minlength=len(actions)).tolist())
-    return {action: _average_precision(right, total) for action, right, total in zip(actions.tolist(), by_action, positives.tolist())}
-
-
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes (N, 4) and (N, 4), the first with the first and so on: (N,)."""
-    sides = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)  # (N, 2)
-    both = sides[:, 0] * sides[:, 1]
-    area_a, area_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
-    return both / (area_a + area_b - both)
-
-
-def _average_precision(correct: Tensor, positives: int) -> float:
-    """Area under the precision-recall curve of detections, best first; precision made non-increasing in recall."""
-    if not positives:
-        return math.nan
-    found = correct.cumsum(0).double()  # (D,)
-    precision = found / torch.arange(1, len(found) + 1)
-    envelope = precision.flip(0).cummax(0).values.flip(0) if len(found) else precision
-    return float(envelope[correct].sum() / positives)  # recall grows by 1 / positives at every correct detection
-
-
-def mean_of(precisions: Iterable[float]) -> float:
-    """The mean of those that are numbers."""
-    numbers = [precision for precision in precisions if not math.isnan(precision)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
-    """mAP, the mean of each group that the list of actions knows, and AP by action, in percent; None without ground truth."""
-
-    def percent(value: float) -> float | None:
-        return None if math.isnan(value) else 100 * value
-
-    groups: dict[str, list[float]] = {}
-    for number, action in actions.items():
-        if action.group:
-            groups.setdefault(GROUPS.get(action.group, action.group), []).append(precisions[number])
-    return {
-        "mAP": percent(mean_of(precisions.values())),
-        "groups": {group: percent(mean_of(values)) for group, values in groups.items()},
-        "actions": [{"id": number, "name": actions[number].name, "AP": percent(precision)} for number, precision in precisions.items()],
-    }
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """`--evaluate`: print and write what a file of detections is worth."""
-    if not arguments.ground_truth or not arguments.labels:
-        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
-    actions = read_actions(arguments.labels)
-    known = max(ACTIONS, *actions)
-    ground_truth, detections = read_ground_truth(arguments.ground_truth, known), read_detections(arguments.evaluate, known)
-    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
-    precisions = average_precisions(
-        ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=arguments.skip_frames_without_ground_truth
-    )
-    if all(map(math.isnan, precisions.values())):
-        raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
-    summary = summarize(precisions, actions)
-    both = len({*ground_truth.frames} & {*detections.frames})
-    where = f"{len(detections.frames):,} frames, {both:,} of them among the {len(ground_truth.frames):,} with ground truth"
-    print(f"{len(detections.box):,} detections in {where}")
-    show(summary)
-    if not summary["groups"]:
-        print(f"no groups: {arguments.labels} states no label_type")
-    if arguments.skip_frames_without_ground_truth:
-        print("frames without ground truth left out")
-    out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
-    try:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
-    print(f"written to {out}")
-
-
-def show(summary: dict) -> None:
-    """Print AP by action, the mean of each group, and the mAP."""
-
-    def number(value: float | None) -> str:
-        return "  none" if value is None else f"{value:6.2f}"
-
-    for action in summary["actions"]:
-        print(f"{number(action['AP'])}  {action['id']:3d} {action['name']}")
-    for group, value in summary["groups"].items():
-        print(f"{number(value)}  mean of {group}")
-    print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
-
-
-# ---- boxes in pixels: they go with the frames through every change of the picture ----
-# A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
-
-
-def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (M, 4) in fractions of a frame to pixels."""
-    return boxes * boxes.new_tensor([width, height, width, height])
-
-
-def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Frames (T, 3, H, W) resized until the shorter side is `size`, and boxes (M, 4) with them."""
-    resized = TF.resize(frames, [size], antialias=True)
-    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounding makes them differ
-    return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-
-
-def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A window of the frames. What of a box lies outside is cut off; a box that is lost altogether has no area left."""
-    moved = boxes - boxes.new_tensor([left, top, left, top])
-    return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
-
-
-def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right exchanged."""
-    width = frames.shape[-1]
-    x1, y1, x2, y2 = boxes.unbind(1)
-    return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
-
-
-def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """A clip (..., H, W) whose H and W are made whole numbers of cubes.
-
-    Zeros are added on the right and below, so boxes in pixels stay as they are. After `data.normalize` zero is the mean colour.
-    """
-    return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
-
-
-def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (M, 4) cut off at the edges of a frame."""
-    return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
-
-
-def jitter_boxes(
-    boxes: Tensor, generator: torch.Generator, outward: tuple[float, float] = (0.2, 0.1), inward: tuple[float, float] = (0.1, 0.05)
-) -> Tensor:
-    """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
-
-    The authors' code trains with it, the paper does not say so.
-    """
-    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
-    outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
-    shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
-    return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
-
-
-def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
-    """Boxes wider and higher by fractions of their (width, height), half on either side: the authors' code pools from these."""
-    half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
-    return boxes + torch.cat([-half, half], dim=1)
-
-
-def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, all by the same.
-
-    The authors' code trains with it, the paper does not say so.
-    """
-    hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
-    frames = TF.adjust_hue(frames, hue).float() / 255
-    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); value is high
-    spread = (high - low).clamp(min=1e-6)
-    away = (high - frames) / spread  # (T, 3, H, W) 0 for the strongest channel, 1 for the weakest, the hue between
-    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
-    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
+    rows_of: dict[tuple[Frame, Box], list[Row]] = {}
+    for row in rows:
+        rows_of.setdefault((row.frame, row.box), []).append(row)
+    persons = sorted(rows_of)  # by video, second and box
+    boxes = torch.tensor([box for _, box in persons], dtype=torch.float64)  # (P, 4)
+    scores = torch.tensor([max(row.score for row in rows_of[person]) for person in persons], dtype=torch.float64)  # (P,)
+    labels = torch.zeros(len(persons), actions + 1)  # (P, 1 + actions), column 0 for rows without an action
+    for person, of_person in zip(persons, labels):
+        of_person[[row.action for row in rows_of[person]]] = 1.0
+    counts = Counter(frame for frame, _ in persons)  # persons in each frame
+    # Views of three tensors: where loader processes are not forked, they cannot be handed thousands of separate ones.
+    pieces = zip(counts, *(column.split([*counts.values()]) for column in (boxes, labels[:, 1:], scores)))
+    return [KeyFrame(*frame, *tensors) for frame, *tensors in pieces]
 
 
 # ---- the clip around a key frame: time, not a frame's number, decides ----
@@ -549,12 +227,34 @@ def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> lis
     return [second + Fraction((i - frames // 2) * stride) / Fraction(rate) for i in range(frames)]
 
 
+def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
+    """The clip of T = `frames` frames around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
+
+    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
+    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
+    Before the start and after the end the first and the last frame stand in.
+    """
+    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
+    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
+    if path.is_dir():
+        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
+        last = _last_frame(path)
+        if not 1 <= numbers[frames // 2] <= last + 15:
+            raise BrokenVideo(too_far)
+        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
+    if second < starts_at:
+        raise BrokenVideo(too_far)
+    with Excerpt(path, times[0], times[-1]) as excerpt:
+        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
+            raise BrokenVideo(too_far)
+        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
+
+
 def nearest(times: list[Fraction], time: Fraction) -> int:
-    """Index of the one of sorted `times` that lies nearest to `time`, the earlier of two equally near."""
+    """Index of the nearest to `time` of the sorted `times`, the earlier of two equally near."""
     right = bisect_left(times, time)
-    if right == len(times) or right and time - times[right - 1] <= times[right] - time:
-        return right - 1
-    return right
+    neighbours = range(max(right - 1, 0), min(right + 1, len(times)))
+    return min(neighbours, key=lambda index: abs(times[index] - time))
 
 
 class Excerpt(data.Video):
@@ -578,23 +278,23 @@ class Excerpt(data.Video):
         origin = Fraction(self.container.start_time or 0, 1_000_000)
         begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
         start, back = self.stream.start_time or 0, 0
+        # A key frame decoded at or before the target may be shown after it: then seek again, 1, 3, 7, ... seconds further back.
         while True:
             target = max(int(begin - back / unit), start)
-            self.container.seek(target, stream=self.stream)  # to a key frame at or before the target
+            self.container.seek(target, stream=self.stream)
             self.packets = self._read_until(end)
-            # Frames are sorted by the time of decoding, so the key frame found may still be shown after the target.
             if target == start or self.packets and self.packets[0].pts <= begin:
                 break
             back = 2 * back + 1
         if not self.packets:
             raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
-        # Frames shown before the first key frame need others that have not been read.
-        shown = [place for place, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= self.packets[0].pts]
-        self.positions = sorted(shown, key=lambda place: self.packets[place].pts)
-        self.times = [self.packets[place].pts * unit - origin for place in self.positions]
+        first = self.packets[0].pts  # what is shown before this key frame needs frames that have not been read
+        shown = [position for position, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= first]
+        self.positions = sorted(shown, key=lambda position: self.packets[position].pts)
+        self.times = [self.packets[position].pts * unit - origin for position in self.positions]
 
     def _read_until(self, end: Fraction) -> list:
-        """Packets from the next key frame on, in the order of decoding, until a frame at or after `end` and all before it are there."""
+        """Packets from the next key frame on, in the order of decoding: a frame at or after `end` and all shown before it."""
         packets, after = [], math.inf
         for packet in self.container.demux(self.stream):
             if not packet.size or not packets and not packet.is_keyframe:
@@ -609,31 +309,9 @@ class Excerpt(data.Video):
         return packets
 
 
-def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
-    """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
-
-    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
-    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
-    Before the start and after the end the first and the last frame stand in.
-    """
-    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
-    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
-    if path.is_dir():
-        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
-        last = _last_frame(path)
-        if not 1 <= numbers[frames // 2] <= last + 15:
-            raise BrokenVideo(too_far)
-        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
-    if second < starts_at:
-        raise BrokenVideo(too_far)
-    with Excerpt(path, times[0], times[-1]) as excerpt:
-        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
-            raise BrokenVideo(too_far)
-        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
-
-
 @cache  # a folder may hold 27,000 frames
 def _last_frame(folder: Path) -> int:
+    """The highest number of a frame in a folder of extracted frames."""
     pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
     numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
     if not numbers:
@@ -642,38 +320,186 @@ def _last_frame(folder: Path) -> int:
 
 
 def _read_frame(folder: Path, number: int) -> Tensor:
+    """A frame in a folder of extracted frames, uint8 (3, H, W)."""
     path = folder / f"{folder.name}_{number:06d}.jpg"
     try:
-        return TF.pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
+        return TF.pil_to_tensor(Image.open(path).convert("RGB"))
     except OSError as error:
         raise BrokenVideo(f"{path}: {error}") from None
 
 
-def list_movies(root: Path) -> dict[str, Path]:
-    """The movie of each video id: a file of any video suffix, or a folder of frames, in the folder `root`. Raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: set data.root to the folder of AVA's movies, or of folders with their frames")
-    paths = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix.lower() in data.SUFFIXES)
-    movies = {path.name if path.is_dir() else path.stem: path for path in paths}
-    if not movies:
-        raise UserError(f"no movies and no folders of frames found in {root}")
-    return movies
+# ---- boxes in pixels: they go with the frames through every change of the picture ----
+# A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
 
 
-def movie_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a movie file or a folder of frames. Raises BrokenVideo."""
-    height, width = read_clip(path, 0, frames=2, stride=1, starts_at=0).shape[-2:]
-    return width, height
+def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) in fractions of a frame to pixels."""
+    return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def resize_short_side(frames: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Frames (T, 3, H, W), and boxes (M, 4) with them, resized so that the shorter side has `size` pixels."""
+    resized = TF.resize(frames, [size], antialias=True)
+    scale_y, scale_x = (new / old for new, old in zip(resized.shape[-2:], frames.shape[-2:]))  # rounded, so not quite the same
+    return resized, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+
+
+def crop(frames: Tensor, boxes: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A window of the frames. Boxes are clamped to it; one that lies wholly outside has no area left."""
+    moved = boxes - boxes.new_tensor([left, top, left, top])
+    return frames[..., top : top + height, left : left + width], clamp_boxes(moved, height, width)
+
+
+def flip(frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames and boxes with left and right exchanged."""
+    width = frames.shape[-1]
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return frames.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+def clamp_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (M, 4) clamped to the frame."""
+    return boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([width, height, width, height]))
+
+
+def pad(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """A clip (..., H, W) whose H and W are made whole numbers of cubes: with zeros, after `data.normalize` the mean colour.
+
+    They are added on the right and below, so boxes in pixels stay as they are.
+    """
+    return F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
+
+
+def jitter_boxes(
+    boxes: Tensor, generator: torch.Generator, outward: tuple[float, float] = (0.2, 0.1), inward: tuple[float, float] = (0.1, 0.05)
+) -> Tensor:
+    """Each edge moved on its own, uniformly between `inward` and `outward`, fractions of the box's (width, height).
+
+    In the authors' training, not in the paper.
+    """
+    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4) width, height, width, height
+    outward, inward = boxes.new_tensor(outward * 2), boxes.new_tensor(inward * 2)
+    shift = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype) * (outward + inward) - inward  # outward is positive
+    return boxes + shift * extent * boxes.new_tensor([-1, -1, 1, 1])
+
+
+def enlarge_boxes(boxes: Tensor, by: tuple[float, float] = (0.1, 0.05)) -> Tensor:
+    """Boxes made wider and higher by fractions of their (width, height), half on either side.
+
+    The authors' code pools from these in testing, the paper does not say so.
+    """
+    half = (boxes[:, 2:] - boxes[:, :2]) * boxes.new_tensor(by) / 2  # (M, 2)
+    return boxes + torch.cat([-half, half], dim=1)
+
+
+def jitter_colours(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255, the same in all.
+
+    In the authors' training, not in the paper.
+    """
+    hue, saturation, value = ((2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])).tolist()
+    frames = TF.adjust_hue(frames, hue).float() / 255  # (T, 3, H, W)
+    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # (T, 1, H, W); HSV's value is `high`,
+    spread = (high - low).clamp(min=1e-6)  # its saturation spread / high,
+    away = (high - frames) / spread  # (T, 3, H, W) and its hue this: 0 for the strongest channel, 1 for the weakest
+    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
+    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
+
+
+# ---- training clips and test clips (Sec. B) ----
+
+
+def resized_clip(frame: KeyFrame, movies: dict[str, Path], settings: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """The clip around a key frame, uint8 (T, 3, H, W), its short side 256 in the paper (Sec. B), and boxes (M, 4) in its pixels."""
+    s = settings
+    clip = read_clip(movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
+    return resize_short_side(clip, to_pixels(frame.boxes.float(), *clip.shape[-2:]), s.short_side)
+
+
+class KeyFrameClips(data.TrainingVideos):
+    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels, labels (M, classes). Sec. B."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
+        super().__init__(frames, seed)
+        self.movies, self.settings = movies, settings
+
+    def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.settings
+        clip, boxes = resized_clip(frame, self.movies, s)  # (T, 3, H, W), (M, 4)
+        if s.jitter_boxes:
+            boxes = jitter_boxes(boxes, generator)
+        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
+        # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
+        clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
+        if s.flip and data.pick_below(2, generator):
+            clip, boxes = flip(clip, boxes)
+        if s.jitter_colours:
+            clip = jitter_colours(clip, generator)
+        return clip.contiguous(), boxes, frame.labels
+
+
+def to_rois(boxes: list[Tensor]) -> Tensor:
+    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's index in the batch."""
+    return torch.cat([F.pad(of_clip, (1, 0), value=index) for index, of_clip in enumerate(boxes)])
+
+
+def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Clips (B, T, 3, H, W), their persons' boxes (M, 5), see `to_rois`, labels (M, classes), reports of broken videos."""
+    clips, boxes, labels, broken = zip(*samples)
+    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
+
+
+class TestClips(Dataset):
+    """Whole frames around key frames: index, uint8 (T, 3, H, W), boxes (M, 4) in pixels, ""; or index, None, None and why not."""
+
+    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace) -> None:
+        self.frames, self.movies, self.settings = frames, movies, settings
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
+        frame = self.frames[index]
+        if frame.video not in self.movies:
+            return index, None, None, f"movie {frame.video} is missing"
+        try:
+            clip, boxes = resized_clip(frame, self.movies, self.settings)  # (T, 3, H, W), (M, 4)
+        except BrokenVideo as error:
+            return index, None, None, str(error)
+        if self.settings.widen_boxes:
+            boxes = enlarge_boxes(boxes)
+        return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
+
+
+def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
+    """Indices, clips (B, T, 3, H, W) and boxes (M, 5) of what can be read, None without any; reasons of the rest."""
+    readable = [item for item in items if item[1] is not None]
+    reasons = [reason for _, clip, _, reason in items if clip is None]
+    if not readable:
+        return [], None, None, reasons
+    indices, clips, boxes, _ = zip(*readable)
+    return list(indices), torch.stack(clips), to_rois(boxes), reasons
+
+
+def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
+    """Indices of key frames in batches of one movie each, whose frames are all of one size."""
+    batches: list[list[int]] = []
+    for index, frame in enumerate(frames):
+        if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 # ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
 
 
 class ActionDetector(nn.Module):
-    """Encoder, mean over time, RoIAlign of each person's box, the maximum of it, linear.
+    """Encoder, mean over time, RoIAlign of each person's box, maximum over its 7 x 7 cells, linear.
 
-    Unlike a classifier's, the encoder keeps its last norm; after weights without one, fine-tuned ones, it starts at 1 and 0.
-    clip_size: that of the pre-training, to which the position table belongs; clips of other sizes can be looked at.
+    Unlike a classifier's, the encoder keeps its last norm; fine-tuned weights have none, then it starts at 1 and 0.
+    clip_size: that of the pre-training, to which the position table belongs; clips may have other sizes.
     """
 
     discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")
@@ -699,48 +525,31 @@ class ActionDetector(nn.Module):
         self.apply(truncated_normal)
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each person's clip and box in pixels, to logits (M, classes)."""
+        """clip (B, 3, T, H, W), normalised, and rois (M, 5), each a clip's index and a box in pixels, to logits (M, classes)."""
         cube = self.encoder.patch_embed.cube
         time, height, _ = cube_grid(clip.shape[2:], cube)
-        x = self.encoder(clip)  # (B, N, D)
+        x = self.encoder(clip)  # (B, T/2 H/16 W/16, D)
         x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # Not aligned, and as many sampling points as cubes, as in SlowFast and the authors' code
+        # As in SlowFast and the authors' code: no shift by half a cube (aligned), more samples in larger boxes (sampling_ratio).
         x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / cube[1], sampling_ratio=0, aligned=False)  # (M, D, 7, 7)
-        return self.head(x.amax(dim=(2, 3)))  # (M, classes)
-
-
-def to_rois(boxes: list[Tensor]) -> Tensor:
-    """Boxes of each clip, (M_i, 4) in pixels, as one tensor (M, 5) whose first column is the clip's place in the batch."""
-    return torch.cat([F.pad(of_clip, (1, 0), value=place) for place, of_clip in enumerate(boxes)])
+        x = x.amax(dim=(2, 3))  # (M, D)
+        return self.head(x)  # (M, classes)
 
 
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
-    """Binary cross-entropy: the mean over actions, the sum over persons (M, classes), divided by the number of clips.
+    """Binary cross-entropy of (M, classes): the mean over actions, the sum over persons, divided by the number of clips.
 
-    So every person weighs the same, however many stand in a clip and whichever process sees it. The authors' code
+    So every person weighs the same, however many there are in a clip and whichever process sees it. The authors' code
     multiplies the mean by the number of persons, which differs by a constant that AdamW does not notice.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
-def check(config: SimpleNamespace) -> None:
-    """Most mistakes in a configuration are found here, before any work."""
-    common.at_least_one(
-        config, "data.actions", "data.frames", "data.stride", "data.size",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
-    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    if config.data.rate <= 0:
-        raise UserError(f"data.rate={config.data.rate} has to be above 0")
-    if config.data.size > config.data.short_side:
-        raise UserError(f"data.size={config.data.size} cannot be cropped from frames whose short side is data.short_side={config.data.short_side}")
-
-
 def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
     """The detector, initialised as `init` says: "scratch" or the file of any weights that `model.load_weights` reads.
 
-    labels (M, classes) of all persons to train on: the head starts at each action's frequency, and not at one half, from where a
-    bias would creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code says so.
+    labels (M, classes): of all persons to train on. The head starts at each action's frequency: from one half its bias would
+    creep for thousands of steps while features are bent to make up for it. Neither the paper nor its code does so.
     """
     torch.manual_seed(config.run.seed)
     model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
@@ -757,94 +566,288 @@ def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetecto
     return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
 
 
-# ---- training clips and test clips (Sec. B) ----
+# ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 (Sec. B) ----
 
 
-class KeyFrameClips(data.TrainingVideos):
-    """Random crops around labelled key frames: uint8 (T, 3, size, size), boxes (M, 4) in pixels and labels (M, classes)."""
+@torch.inference_mode()
+def detect(
+    model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str
+) -> tuple[list[KeyFrame], list[str]]:
+    """`persons` with the probabilities of all actions as labels, for every process, and why some key frames could not be read."""
+    device = next(model.parameters()).device
+    bf16, _ = common.numerics(config.run)
+    rank, world_size = common.position()
+    share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
+    batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
+    model.eval()
+    found, broken = [], []
+    with tqdm(total=sum(map(len, share)), desc=title, unit="frame", disable=rank > 0) as bar:
+        for indices, clip, rois, reasons in batches:
+            broken += reasons
+            if clip is not None:
+                clip = data.normalize(clip.to(device, non_blocking=True), config.data.mean, config.data.std)  # (B, 3, T, H, W)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
+                found.append((indices, logits.float().sigmoid()))
+            bar.update(len(indices) + len(reasons))
+    predictions = []
+    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
+        asked = [persons[index] for index in indices]
+        for frame, labels in zip(asked, probabilities.split([len(frame.boxes) for frame in asked])):  # (M, classes)
+            if config.data.person_score:
+                labels = labels * frame.scores[:, None].float()
+            predictions.append(replace(frame, labels=labels))
+    predictions.sort(key=lambda frame: (frame.video, frame.second))
+    return predictions, sorted(set(common.gather(broken)))
 
-    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace, seed: int) -> None:
-        super().__init__(frames, seed)
-        self.movies, self.settings = movies, settings
 
-    def sample(self, frame: KeyFrame, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        s = self.settings
-        clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])  # (M, 4)
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)  # (T, 3, H, W)
-        if s.jitter_boxes:
-            boxes = jitter_boxes(boxes, generator)
-        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
-        # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
-        clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
-        if s.flip and data.pick_below(2, generator):
-            clip, boxes = flip(clip, boxes)
-        if s.jitter_colours:
-            clip = jitter_colours(clip, generator)
-        return clip.contiguous(), boxes, frame.labels
+def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
+    """Predictions, what they are worth as `summarize` says it, and why some key frames could not be read.
+
+    A key frame that cannot be read has no detections; its ground truth still counts.
+    """
+    predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
+    if not predictions:
+        raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
+    evaluated = torch.zeros(model.options["classes"])  # (classes,) 1 for the actions that count
+    evaluated[[action - 1 for action in test_set.actions]] = 1
+    for frame in predictions:
+        frame.labels = frame.labels * evaluated
+    precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
+    return predictions, summarize(precisions, test_set.actions), broken
 
 
-def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Clips (B, T, 3, H, W), their persons (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
-    clips, boxes, labels, broken = zip(*samples)
-    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
+def to_rows(frames: list[KeyFrame]) -> list[Row]:
+    """The reverse of `key_frames`: a row for every label above 0, with the label, 1 or a probability, as its score."""
+    rows = []
+    for frame in frames:
+        for box, labels in zip(frame.boxes.tolist(), frame.labels.tolist()):
+            place = (frame.video, frame.second), tuple(box)
+            rows += [Row(*place, action, score) for action, score in enumerate(labels, 1) if score > 0]
+    return rows
 
 
-class TestClips(Dataset):
-    """Whole frames around key frames: index, uint8 (T, 3, H, W), boxes (M, 4) in pixels, ""; or index, None, None and why not."""
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
+    with open(path, "w") as file:
+        for (video, second), box, action, score in rows:
+            edges = ",".join(f"{edge:.9g}" for edge in box)
+            file.write(f"{video},{second:04d},{edges},{action},{score:.9g}\n")
 
-    def __init__(self, frames: list[KeyFrame], movies: dict[str, Path], settings: SimpleNamespace) -> None:
-        self.frames, self.movies, self.settings = frames, movies, settings
 
-    def __len__(self) -> int:
-        return len(self.frames)
+def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
+    """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
+    predictions, summary, broken = test(model, test_set, config, "testing")
+    if common.position()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "detections.csv", to_rows(predictions))
+        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
+        for reason in broken:
+            say(f"no detections: {reason}")
+        draw_key_frames(predictions, test_set, config, folder / "pictures")
+        show(summary)
+        persons = sum(len(frame.boxes) for frame in predictions)
+        print(f"{persons:,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
+    return summary["mAP"]
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Tensor | None, str]:
-        s, frame = self.settings, self.frames[index]
-        if frame.video not in self.movies:
-            return index, None, None, f"movie {frame.video} is missing"
+
+# ---- frame-mAP at IoU 0.5 (Sec. 4.3), the official evaluator's to the digit ----
+
+
+def average_precisions(
+    ground_truth: list[Row], detections: list[Row], actions: Iterable[int], excluded: Container[Frame] = (), *,
+    skip_frames_without_ground_truth: bool = False
+) -> dict[int, float]:  # fmt: skip
+    """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
+
+    The rules of AVA's own evaluator: a detection looks only at the ground-truth box that it overlaps most, and is wrong
+    if a detection with a higher score has taken that one, even where a second box overlaps enough. Rows of other actions,
+    excluded frames and detections without area count for nothing. Detections in frames without ground truth are wrong,
+    unless such frames are skipped, as mmaction2 does by default.
+
+    Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
+    """
+    truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
+    for frame, box, action, _ in sorted(ground_truth):
+        if action in truth and frame not in excluded:
+            truth[action].setdefault(frame, []).append(box)
+    frames_with_truth = {frame for frames in truth.values() for frame in frames}
+
+    found: dict[int, list[tuple[float, Frame, Box]]] = {action: [] for action in truth}
+    for frame, box, action, score in detections:
+        has_area = box[0] < box[2] and box[1] < box[3]
+        if action in found and frame not in excluded and has_area:
+            if frame in frames_with_truth or not skip_frames_without_ground_truth:
+                found[action].append((-score, frame, box))
+
+    precisions = {}
+    for action, true_boxes in truth.items():
+        taken: set[tuple[Frame, Box]] = set()  # ground-truth boxes that a detection with a higher score has found
+        correct = []
+        for _, frame, box in sorted(found[action]):  # highest score first
+            best = max(true_boxes.get(frame, ()), key=lambda true_box: iou(box, true_box), default=None)
+            correct.append(best is not None and iou(box, best) >= 0.5 and (frame, best) not in taken)  # IoU 0.5: Sec. 4.3
+            if correct[-1]:
+                taken.add((frame, best))
+        precisions[action] = _average_precision(torch.tensor(correct, dtype=torch.bool), sum(map(len, true_boxes.values())))
+    return precisions
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    both = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
+    return both / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both)
+
+
+def _average_precision(correct: Tensor, positives: int) -> float:
+    """Area under the precision-recall curve of detections (D,), best first; precision made non-increasing in recall."""
+    if not positives:
+        return math.nan
+    precision = correct.cumsum(0).double() / torch.arange(1, len(correct) + 1)  # (D,)
+    envelope = precision.flip(0).cummax(0).values.flip(0) if len(correct) else precision  # (D,)
+    return float(envelope[correct].sum() / positives)  # recall grows by 1 / positives at every correct detection
+
+
+def mean_of(precisions: Iterable[float]) -> float:
+    """The mean of those that are numbers."""
+    numbers = [precision for precision in precisions if not math.isnan(precision)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
+    """mAP, the mean of each group that the list of actions knows, and AP by action, in percent; None without ground truth."""
+
+    def percent(value: float) -> float | None:
+        return None if math.isnan(value) else 100 * value
+
+    groups: dict[str, list[float]] = {}
+    for number, action in actions.items():
+        if action.group:
+            groups.setdefault(action.group.replace("_", " ").lower(), []).append(precisions[number])
+    return {
+        "mAP": percent(mean_of(precisions.values())),
+        "groups": {group: percent(mean_of(values)) for group, values in groups.items()},
+        "actions": [{"id": number, "name": actions[number].name, "AP": percent(precision)} for number, precision in precisions.items()],
+    }
+
+
+def show(summary: dict) -> None:
+    """Print AP by action, the mean of each group, and the mAP."""
+
+    def number(value: float | None) -> str:
+        return "  none" if value is None else f"{value:6.2f}"
+
+    for action in summary["actions"]:
+        print(f"{number(action['AP'])}  {action['id']:3d} {action['name']}")
+    for group, value in summary["groups"].items():
+        print(f"{number(value)}  mean of {group}")
+    print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
+
+
+# ---- AVA's other files: actions, excluded frames, AIA's boxes, movies ----
+
+
+def read_actions(path: Path) -> dict[int, Action]:
+    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
+
+    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
+    Raises UserError with file and line.
+    """
+    try:
+        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # without comments
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no list of actions can be read from {path}: {error}") from None
+    form = 'a list of actions is made of blocks such as item { name: "sit" id: 11 }'
+    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
+    block = rf"\w+\s*:?\s*\{{((?:{string}|[^{{}}\"])*)\}}"
+    actions: dict[int, Action] = {}
+    for match in re.finditer(block, text):
+        line = 1 + text.count("\n", 0, match.start())
+        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1]))
+        name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
+        if not name.startswith('"') or not number.isdecimal():
+            raise UserError(f"{path}, line {line}: {form}")
+        if int(number) in (0, *actions):
+            raise UserError(f"{path}, line {line}: action {number} is listed twice, or is 0; ids start at 1")
+        actions[int(number)] = Action(re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", ""))
+    rest = re.sub(block, lambda match: "\n" * match[0].count("\n"), text).rstrip()
+    if rest or not actions:
+        line = 1 + rest.count("\n")
+        raise UserError(f"{path}, line {line}: {form}")
+    firsts_and_lasts = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # of AVA's groups
+    is_ava = all(number in actions and actions[number].name == name for number, name in firsts_and_lasts.items())
+    if is_ava and not any(action.group for action in actions.values()):
+        for number, action in actions.items():
+            action.group = GROUPS[(number > 14) + (number > 63)]
+    return actions
+
+
+def read_exclusions(path: Path) -> set[Frame]:
+    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
+    excluded = set()
+    for number, line in _lines(path):
+        video, _, second = line.strip().partition(",")
+        if not video or not second.isdecimal():
+            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
+        excluded.add((video, int(second)))
+    return excluded
+
+
+def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
+    """A list of {"image_id": 10000 * number of the movie + second, "bbox": [x, y, width, height], "score"}."""
+    if file_list is None or sizes is None:
+        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
+    try:
+        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} holds no list of boxes")
+    rows = []
+    for number, entry in enumerate(entries, 1):
         try:
-            clip = read_clip(self.movies[frame.video], frame.second, frames=s.frames, stride=s.stride, rate=s.rate, starts_at=s.starts_at)
-        except BrokenVideo as error:
-            return index, None, None, str(error)
-        boxes = to_pixels(frame.boxes.float(), *clip.shape[-2:])
-        clip, boxes = resize_short_side(clip, boxes, s.short_side)
-        if s.widen_boxes:
-            boxes = enlarge_boxes(boxes)
-        return index, clip, clamp_boxes(boxes, *clip.shape[-2:]), ""
+            movie, second = divmod(int(entry["image_id"]), 10000)
+            x, y, box_width, box_height = map(float, entry["bbox"])
+            score = float(entry["score"])
+            if not 0 <= movie < len(videos):
+                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
+            if videos[movie] not in sizes:  # the movie is missing
+                continue
+            width, height = sizes[videos[movie]]
+            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
+                raise ValueError("a box of negative size, or a number that is not finite")
+            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
+                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
+        except (KeyError, TypeError, ValueError) as error:
+            form = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
+            raise UserError(f"{path}, entry {number}: {error}; {form}") from None
+        box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
+        rows.append(Row((videos[movie], second), box, 0, score))
+    if not rows:
+        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
+    return rows
 
 
-def collate_test(items: list[tuple]) -> tuple[list[int], Tensor | None, Tensor | None, list[str]]:
-    """Indices, clips (B, T, 3, H, W) and persons (M, 5) of what can be read, None without any; reasons of the rest."""
-    readable = [item for item in items if item[1] is not None]
-    reasons = [reason for _, clip, _, reason in items if clip is None]
-    if not readable:
-        return [], None, None, reasons
-    indices, clips, boxes, _ = zip(*readable)
-    return list(indices), torch.stack(clips), to_rois(boxes), reasons
+def list_movies(root: Path) -> dict[str, Path]:
+    """The movie of each video id: a file of any video suffix, or a folder of frames, in the folder `root`. Raises UserError."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: set data.root to the folder of AVA's movies, or of folders with their frames")
+    paths = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix.lower() in data.SUFFIXES)
+    movies = {path.name if path.is_dir() else path.stem: path for path in paths}
+    if not movies:
+        raise UserError(f"no movies and no folders of frames found in {root}")
+    return movies
 
 
-def batches_by_movie(frames: list[KeyFrame], at_most: int) -> list[list[int]]:
-    """Indices of frames in batches of the same movie: its frames are all of one size."""
-    batches: list[list[int]] = []
-    for index, frame in enumerate(frames):
-        if batches and len(batches[-1]) < at_most and frames[batches[-1][0]].video == frame.video:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+def movie_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of a movie file or a folder of frames. Raises BrokenVideo."""
+    height, width = read_clip(path, 0, frames=2, stride=1, starts_at=0).shape[-2:]
+    return width, height
 
 
-# ---- what AVA says: clips to train on, and what a model is tested on ----
-
-
-@dataclass
-class TestSet:
-    movies: dict[str, Path]
-    persons: list[KeyFrame]  # boxes that a detector found, as key frames without labels
-    ground_truth: Rows
-    actions: dict[int, Action]  # those evaluated
-    excluded: set[Frame]
+# ---- clips to train on, and what a model is tested on ----
 
 
 def find_root(config: SimpleNamespace, world_size: int) -> Path:
@@ -853,7 +856,7 @@ def find_root(config: SimpleNamespace, world_size: int) -> Path:
 
 
 def find_training(config: SimpleNamespace, root: Path) -> tuple[list[KeyFrame], dict[str, Path]]:
-    """Labelled key frames to train on, those of missing movies and excluded ones left out, and all movies."""
+    """Labelled key frames to train on, without those excluded or of missing movies, and all movies."""
     movies = list_movies(root / config.data.movies)
     frames = key_frames(read_ground_truth(root / config.data.train, config.data.actions), config.data.actions)
     excluded = read_exclusions(root / config.data.train_exclude) if config.data.train_exclude else set()
@@ -861,7 +864,8 @@ def find_training(config: SimpleNamespace, root: Path) -> tuple[list[KeyFrame], 
     named = {frame.video for frame in frames}
     missing = sorted(named - movies.keys())
     if missing:
-        say(f"{len(missing)} of {len(named)} movies for training are not in {root / config.data.movies} and left out: {', '.join(missing)}")
+        where = root / config.data.movies
+        say(f"{len(missing)} of {len(named)} movies for training are not in {where} and left out: {', '.join(missing)}")
     frames = [frame for frame in frames if frame.video in movies]
     if not frames:
         raise UserError(f"{root / config.data.movies} holds none of the movies that {root / config.data.train} names; look at data.movies")
@@ -893,119 +897,21 @@ def find_persons(path: Path, config: SimpleNamespace, root: Path, movies: dict[s
     return read_person_boxes(path, config.data.threshold, root / config.data.file_list, sizes)
 
 
-# ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 ----
+# ---- training (Table 12) ----
 
 
-@torch.inference_mode()
-def detect(model: ActionDetector, persons: list[KeyFrame], movies: dict[str, Path], config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], list[str]]:
-    """Probabilities of all actions for all persons, for every process, and why some key frames could not be read."""
-    device = next(model.parameters()).device
-    bf16, _ = common.numerics(config.run)
-    rank, world_size = common.position()
-    share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
-    batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
-    model.eval()
-    found, broken = [], []
-    with tqdm(total=sum(map(len, share)), desc=title, unit="frame", disable=rank > 0) as bar:
-        for indices, clip, rois, reasons in batches:
-            broken += reasons
-            if clip is not None:
-                clip = data.normalize(clip.to(device, non_blocking=True), config.data.mean, config.data.std)  # (B, 3, T, H, W)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(pad(clip, model.options["cube"]), rois.to(device, non_blocking=True))  # (M, classes)
-                found.append((indices, logits.float().sigmoid()))
-            bar.update(len(indices) + len(reasons))
-    predictions = []
-    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
-        of_frames = probabilities.split([len(persons[index].boxes) for index in indices])
-        for frame, labels in zip((persons[index] for index in indices), of_frames):
-            if config.data.person_score:
-                labels = labels * frame.scores[:, None].float()
-            predictions.append(KeyFrame(frame.video, frame.second, frame.boxes, labels, frame.scores))
-    predictions.sort(key=lambda frame: (frame.video, frame.second))
-    return predictions, sorted(set(common.gather(broken)))
-
-
-def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
-    """Predictions, what they are worth as `summarize` says it, and why some key frames could not be read.
-
-    A key frame that cannot be read has no detections; its ground truth still counts.
-    """
-    predictions, broken = detect(model, test_set.persons, test_set.movies, config, title)
-    if not predictions:
-        raise UserError(f"none of the {len(test_set.persons)} key frames with persons can be read; the first reason: {broken[0]}")
-    evaluated = torch.zeros(model.options["classes"]).index_fill_(0, torch.tensor(sorted(test_set.actions)) - 1, 1)
-    for frame in predictions:
-        frame.labels = frame.labels * evaluated
-    precisions = average_precisions(test_set.ground_truth, to_rows(predictions), test_set.actions, test_set.excluded)
-    return predictions, summarize(precisions, test_set.actions), broken
-
-
-def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
-    """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
-    predictions, summary, broken = test(model, test_set, config, "testing")
-    if common.position()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "detections.csv", to_rows(predictions))
-        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
-        for reason in broken:
-            say(f"no detections: {reason}")
-        draw_key_frames(predictions, test_set, config, folder / "pictures")
-        show(summary)
-        print(f"{sum(len(frame.boxes) for frame in predictions):,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
-    return summary["mAP"]
-
-
-# ---- pictures ----
-
-
-def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str, least: float = 0.3, most: int = 4) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes, their `most` probable actions above `least`, and the scores of these."""
-    zoom = max(1, round(400 / image.shape[1]))
-    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
-    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
-    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
-        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        for place, (score, action) in enumerate(zip(*(column.tolist() for column in labels.topk(min(most, len(labels)))))):
-            if score > least:
-                text = f"{names.get(action + 1, action + 1)}" + (f" {score:.2f}" if score < 1 else "")
-                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + place * line
-                draw.rectangle(draw.textbbox(where, text, font), fill="black")
-                draw.text(where, text, colour, font)
-    return picture
-
-
-def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
-    """Some key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
-    s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
-    truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
-    for place in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
-        frame = predictions[place]
-        image = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)[1]  # (3, H, W)
-        left = draw_persons(image, frame, names, "orange")
-        right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
-        sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
-        sheet.paste(left, (0, 20))
-        sheet.paste(right, (left.width + 8, 20))
-        for x, text in ((4, "detected"), (left.width + 12, "ground truth")):
-            ImageDraw.Draw(sheet).text((x, 2), f"{text}, {frame.video}, second {frame.second}", "black", ImageFont.load_default(13))
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
-
-
-def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
-    """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
-    by_second = {frame.second: frame for frame in predictions}
-    for first in range(0, len(movie), 32):
-        places = range(first, min(first + 32, len(movie)))
-        for place, image in zip(places, movie.frames(list(places))):
-            persons = by_second.get(round(movie.times[place]) + starts_at)
-            picture = TF.pil_to_tensor(draw_persons(image, persons, names, "orange"))  # (3, H, W)
-            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
-
-
-# ---- training ----
+def check(config: SimpleNamespace) -> None:
+    """Most mistakes in a configuration are found here, before any work."""
+    common.at_least_one(
+        config, "data.actions", "data.frames", "data.stride", "data.size",
+        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
+    )  # fmt: skip
+    cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+    if config.data.rate <= 0:
+        raise UserError(f"data.rate={config.data.rate} has to be above 0")
+    if config.data.size > config.data.short_side:
+        frames = f"frames whose short side is data.short_side={config.data.short_side}"
+        raise UserError(f"data.size={config.data.size} cannot be cropped from {frames}")
 
 
 def train(config: SimpleNamespace) -> None:
@@ -1017,7 +923,7 @@ def train(config: SimpleNamespace) -> None:
     root = find_root(config, world_size)
     frames, movies = find_training(config, root)
     test_set = find_test(config, root)
-    model = build(config, torch.cat([frame.labels for frame in frames])).to(device)
+    model = build(config, torch.cat([frame.labels for frame in frames])).to(device)  # labels: (M, classes)
     if config.run.recompute:
         recompute_blocks(model)
     clips = KeyFrameClips(frames, movies, config.data, config.run.seed)
@@ -1029,20 +935,23 @@ def train(config: SimpleNamespace) -> None:
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
 
-    groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
+    groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)  # Table 12
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     folder, checkpoint = common.open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+    persons, detected = (sum(len(frame.boxes) for frame in of_set) for of_set in (frames, test_set.persons))
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device.type}\n"
-        f"{len(frames):,} key frames for training with {sum(len(frame.boxes) for frame in frames):,} persons, {len(test_set.persons):,} for testing "
-        f"with {sum(len(frame.boxes) for frame in test_set.persons):,} detected, {len(test_set.actions)} of {config.data.actions} actions evaluated\n"
-        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels in training, short side {config.data.short_side} in testing\n"
+        f"{len(frames):,} key frames for training with {persons:,} persons, {len(test_set.persons):,} for testing "
+        f"with {detected:,} detected, {len(test_set.actions)} of {config.data.actions} actions evaluated\n"
+        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels in training, "
+        f"short side {config.data.short_side} in testing\n"
         f"batch {batch_size} = {world_size} processes x {accumulation} accumulated x {per_device} clips; "
-        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
+        f"learning rate {config.optim.base_lr:g} x {batch_size} / 256 = {peak_lr:.4g}, "
+        f"times {groups[0]['lr_scale']:.3g} in the cube embedding\n"
         f"{steps:,} steps = {config.optim.epochs} epochs x {steps_per_epoch:,}; starting at step {start:,}"
     )
 
@@ -1083,7 +992,8 @@ def train(config: SimpleNamespace) -> None:
                 names = {number: action.name for number, action in test_set.actions.items()}
                 # `positions` are no parameter and usually computed, but those of image weights are not
                 content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, actions=names)
-                common.save_checkpoint(folder / "checkpoint.pt", **content, optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                state = dict(optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
+                common.save_checkpoint(folder / "checkpoint.pt", **content, **state)
         if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
             progress.flush()
             epoch = done // steps_per_epoch
@@ -1100,17 +1010,66 @@ def train(config: SimpleNamespace) -> None:
         progress.log.write(step=steps, test_mAP=mean_ap)
 
 
-# ---- testing and predicting with weights from anywhere ----
+# ---- pictures ----
+
+
+def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str) -> Image.Image:
+    """A frame uint8 (3, H, W), enlarged if small, with boxes and the up to four most probable actions of each, if above 0.3."""
+    zoom = max(1, round(400 / image.shape[1]))
+    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
+    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
+        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
+        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+        scores, actions = labels.topk(min(4, len(labels)))
+        for row, (score, action) in enumerate(zip(scores.tolist(), (actions + 1).tolist())):
+            if score > 0.3:
+                text = str(names.get(action, action)) + (f" {score:.2f}" if score < 1 else "")
+                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + row * line
+                draw.rectangle(draw.textbbox(where, text, font), fill="black")
+                draw.text(where, text, colour, font)
+    return picture
+
+
+def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
+    """`run.pictures` of the key frames, evenly chosen: on the left what was detected, on the right the ground truth."""
+    s, names = config.data, {number: action.name for number, action in test_set.actions.items()}
+    truth = {(frame.video, frame.second): frame for frame in key_frames(test_set.ground_truth, s.actions)}
+    for index in torch.linspace(0, len(predictions) - 1, min(config.run.pictures, len(predictions))).long().tolist():
+        frame = predictions[index]
+        clip = read_clip(test_set.movies[frame.video], frame.second, frames=2, stride=1, rate=s.rate, starts_at=s.starts_at)
+        image = clip[1]  # the key frame, (3, H, W)
+        left = draw_persons(image, frame, names, "orange")
+        right = draw_persons(image, truth.get((frame.video, frame.second)), names, "lime")
+        sheet = Image.new("RGB", (2 * left.width + 8, left.height + 20), "white")
+        sheet.paste(left, (0, 20))
+        sheet.paste(right, (left.width + 8, 20))
+        for x, text in ((4, "detected"), (left.width + 12, "ground truth")):
+            ImageDraw.Draw(sheet).text((x, 2), f"{text}, {frame.video}, second {frame.second}", "black", ImageFont.load_default(13))
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
+
+
+def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
+    """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
+    by_second = {frame.second: frame for frame in predictions}
+    for time, image in zip(movie.times, movie.every_frame()):
+        picture = TF.pil_to_tensor(draw_persons(image, by_second.get(round(time) + starts_at), names, "orange"))  # (3, H, W)
+        yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
+
+
+# ---- testing, predicting and evaluating what comes from anywhere ----
 
 
 def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
-    """The configuration for weights: a .yaml file if given, or what the checkpoint says, or the ViT-B recipe's for weights from elsewhere."""
+    """The configuration for weights: a .yaml file if given, else the checkpoint's own, or the ViT-B recipe if it has none."""
     if "classes" not in read_options(weights):
         raise UserError(f"{weights} is not a checkpoint of action detection: make one with detect_ava.py")
     stored = read_checkpoint(weights)[1].get("config")
     if stored and "actions" not in stored["data"]:
         raise UserError(f"{weights} was trained by another stage: make a checkpoint of action detection with detect_ava.py")
-    config = common.load_config(DEFAULT, settings, stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")])))
+    stored = stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = common.load_config(DEFAULT, settings, stored)
     check(config)
     return config
 
@@ -1122,7 +1081,8 @@ def test_weights(arguments: argparse.Namespace) -> None:
     test_set = find_test(config, find_root(config, world_size))
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     if model.options["classes"] != config.data.actions:
-        raise UserError(f"{arguments.weights} knows {model.options['classes']} actions, the dataset {config.data.actions}: set data.actions")
+        classes = model.options["classes"]
+        raise UserError(f"{arguments.weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     test_and_write(model, test_set, config, arguments.out or arguments.weights.parent)
 
 
@@ -1137,7 +1097,8 @@ def predict_video(arguments: argparse.Namespace) -> None:
     mine = [frame for frame in persons if frame.video == video.stem]
     if not mine:
         others = ", ".join(sorted({frame.video for frame in persons})[:3])
-        raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, only of {others}, ...: its first column has to be the name of the file")
+        only = f"only of {others}, ...: its first column has to be the name of the file"
+        raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, {only}")
     predictions, broken = detect(model, mine, {video.stem: video}, config, "predicting")
     if common.position()[0] > 0:
         return
@@ -1153,23 +1114,64 @@ def predict_video(arguments: argparse.Namespace) -> None:
     print(f"{sum(len(frame.boxes) for frame in predictions)} persons in {len(predictions)} key frames: {out}")
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`--evaluate`: print and write the mAP of a file of detections."""
+    if not arguments.ground_truth or not arguments.labels:
+        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
+    actions = read_actions(arguments.labels)
+    known = max(ACTIONS, *actions)
+    ground_truth, detections = read_ground_truth(arguments.ground_truth, known), read_detections(arguments.evaluate, known)
+    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
+    precisions = average_precisions(
+        ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=arguments.skip_frames_without_ground_truth
+    )
+    if all(map(math.isnan, precisions.values())):
+        raise UserError(f"{arguments.ground_truth} holds no row of an action in {arguments.labels} outside excluded frames")
+    summary = summarize(precisions, actions)
+    frames, true_frames = ({row.frame for row in rows} for rows in (detections, ground_truth))
+    print(
+        f"{len(detections):,} detections in {len(frames):,} frames, "
+        f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
+    )
+    show(summary)
+    if not summary["groups"]:
+        print(f"no groups: {arguments.labels} states no label_type")
+    if arguments.skip_frames_without_ground_truth:
+        print("frames without ground truth left out")
+    out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
+    try:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"the result cannot be written to {out}: {error}; name another file with --out") from None
+    print(f"written to {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--test", action="store_true", help="test --weights instead of training")
-    parser.add_argument("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of this video")
-    parser.add_argument("--boxes", type=Path, metavar="FILE", help="rows video,second,x1,y1,x2,y2,,score; seconds count from data.starts_at at the start of the file")
-    parser.add_argument("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
-    parser.add_argument("--evaluate", type=Path, metavar="DETECTIONS.csv", help="evaluate these detections")
-    parser.add_argument("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
-    parser.add_argument("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
-    parser.add_argument("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
-    parser.add_argument("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
-    parser.add_argument("--out", type=Path, help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, and of --evaluate, default DETECTIONS_mAP.json")
+    add = parser.add_argument
+    add("--test", action="store_true", help="test --weights instead of training")
+    add("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of this video")
+    add(
+        "--boxes", type=Path, metavar="FILE",
+        help="rows video,second,x1,y1,x2,y2,,score; seconds count from data.starts_at at the start of the file",
+    )  # fmt: skip
+    add("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
+    add("--evaluate", type=Path, metavar="DETECTIONS.csv", help="evaluate these detections")
+    add("--ground-truth", type=Path, metavar="GT.csv", help="AVA's annotations")
+    add("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
+    add("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
+    add("--skip-frames-without-ground-truth", action="store_true", help="detections there are not counted as wrong; not official")
+    add(
+        "--out", type=Path,
+        help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, "
+        "and of --evaluate, default DETECTIONS_mAP.json",
+    )  # fmt: skip
     arguments = common.parse(parser)
     if (arguments.test or arguments.predict) and not arguments.weights:
         raise UserError("--test and --predict need --weights FILE, a checkpoint of action detection such as runs/detect/toy/checkpoint.pt")
     if arguments.predict and not arguments.boxes:
-        raise UserError("--predict needs --boxes FILE, where the persons are: rows video,second,x1,y1,x2,y2,,score in fractions of width and height")
+        rows = "rows video,second,x1,y1,x2,y2,,score in fractions of width and height"
+        raise UserError(f"--predict needs --boxes FILE, where the persons are: {rows}")
     if arguments.evaluate:
         evaluate(arguments)
     elif arguments.predict:

@@ -276,7 +276,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(ava, 
     predictions, _, broken = detect_ava.test(detector, test_set, config, "test")
     assert len(broken) == 2 and "movie val_00000 is missing" in broken and any("val_00001.mp4" in reason for reason in broken)
     assert {frame.video for frame in predictions} == {"val_00002"}
-    assert {video for video, _ in test_set.ground_truth.frames} == {"val_00000", "val_00001", "val_00002"}
+    assert {row.frame[0] for row in test_set.ground_truth} == {"val_00000", "val_00001", "val_00002"}
 
     (folder / "videos/val_00002.mp4").unlink()
     with pytest.raises(UserError, match="none of the .* key frames with persons can be read"):
