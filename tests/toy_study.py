@@ -209,7 +209,7 @@ def overrides(experiment: dict) -> str:
 
 
 def report(study: dict, rows: list[dict]) -> str:
-    """The tables in Markdown: mean and range over the seeds beside the paper's figures. Experiments without result are left out."""
+    """The tables in Markdown: mean and each seed beside the paper's figures. Experiments without result are left out."""
     parts = []
     for table in study["tables"]:
         lines = []
@@ -218,10 +218,10 @@ def report(study: dict, rows: list[dict]) -> str:
                 experiment = study["experiments"][row["experiment"]]
                 begun_from = "" if "random" in row.get("stage", "") else experiment.get("init", row["experiment"])
                 loss = values(rows, begun_from, "pretrain", "loss")
-                result = f"**{statistics.mean(found):.1f}** ({min(found):.1f} to {max(found):.1f}, {len(found)})"
+                result = f"**{statistics.mean(found):.1f}** ({', '.join(f'{top1:.1f}' for top1 in found)})"
                 lines.append(f"| {row['case']} | {overrides(experiment)} | {f'{statistics.mean(loss):.3f}' if loss else '–'} | {result} | {row.get('paper', '–')} |\n")
         if lines:
-            head = f"| {table['title']} | overrides | pre-training loss | top-1 (range, seeds) | paper: {table['paper']} |\n|---|---|---|---|---|\n"
+            head = f"| {table['title']} | overrides | pre-training loss | top-1: mean (each seed) | paper: {table['paper']} |\n|---|---|---|---|---|\n"
             parts.append(head + "".join(lines) + (f"\n{table['why']}\n" if table["why"] else ""))
     if rows:
         versions, commits = (", ".join(sorted({row[column] for row in rows})) for column in ("torch", "commit"))
