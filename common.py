@@ -33,6 +33,8 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except OSError as error:  # a folder that is a file, no permission, a full disk
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}; give another path, or mend this one")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
     if dist.is_initialized():
@@ -135,13 +137,15 @@ def _as_type_of(example: Any, value: Any, where: str, key: str) -> Any:
         return [_as_type_of(example[0], item, where, key) for item in value]
     if isinstance(example, float) and type(value) in (int, str):  # YAML reads 1e-3, without a dot, as text
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
     if isinstance(example, str) and value is None:  # 'key=' empties a text
         return ""
     if type(value) is not type(example):
         raise UserError(f"{where}: {key} expects {type(example).__name__}, as in {example!r}, but is {value!r}")
+    if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # no key of any stage may be negative
+        raise UserError(f"{where}: {key}={value} has to be a number from 0 on")
     return value
 
 
@@ -232,8 +236,12 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
     """
     if not path.exists():
         return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    then, now = _flatten(checkpoint["config"]), _flatten(as_dict(config))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        then = _flatten(checkpoint["config"])
+    except Exception as error:  # torch.load raises many types for what is one mistake: not a run's checkpoint
+        raise UserError(f"{path} is not a whole checkpoint of a run ({type(error).__name__}): delete it or give another run.folder") from None
+    now = _flatten(as_dict(config))
     for key in now:
         may_change = key in ("data.root", "data.workers") or (key.startswith("run.") and key != "run.seed")
         if then.get(key) != now[key] and not may_change:

@@ -361,7 +361,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types for what is one mistake: not a file of weights
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")

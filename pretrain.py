@@ -327,6 +327,9 @@ def draw_videos(arguments: argparse.Namespace) -> None:
         stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
     config = common.load_config(DEFAULT, arguments.settings, stored)
     model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
+    common.at_least_one(config, "data.stride")
+    if Objective(config).cube[0] != model.options["frames_per_token"]:
+        raise UserError(f"{arguments.weights} was trained for another target than target.frames={config.target.frames}: leave that key out")
     draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
     for number, video in enumerate(arguments.reconstruct):
         masks = {

@@ -28,6 +28,9 @@ TOY = CONFIGS / "toy.yaml"
         ("model.cube=2", "model.cube expects list"),
         ("model.cube=[2, 16]", "model.cube expects a list such as [2, 16, 16], not [2, 16]"),
         ("data.scales=[]", "data.scales expects a list such as [1.0], not []"),
+        ("mask.ratio=.nan", "mask.ratio=nan has to be a number from 0 on"),
+        ("data.workers=-1", "data.workers=-1 has to be a number from 0 on"),
+        ("optim.betas=[0.9, -1]", "optim.betas=-1.0 has to be a number from 0 on"),
         ("optim=3", "unknown key 'optim'"),
         ("mask.ratio=[", "is not valid YAML"),
         ("mask.ratio", "neither a .yaml file nor key=value"),
@@ -102,3 +105,18 @@ def test_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
     assert common.load_checkpoint(path, moved)["step"] == 2
     with pytest.raises(UserError, match="holds a run with mask.ratio=0.75, not 0.9"):
         common.load_checkpoint(path, common.load_config(TOY, ["mask.ratio=0.9"]))
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "a list"])
+def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save([1], path)
+    with pytest.raises(common.UserError, match="is not a whole checkpoint of a run .*: delete it"):
+        common.load_checkpoint(path, common.load_config(TOY, []))
+
+
+def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; give another path, or mend this one$"):
+        common.launch(lambda: common.open_folder(common.load_config(TOY, [f"run.folder={tmp_path / 'file'}"])))
