@@ -32,7 +32,8 @@ def launch(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        # a DataLoader's worker passes on its own traceback with the sentence at the end
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).rpartition('UserError: ')[2].strip()}")
     except OSError as error:  # a folder that is a file, no permission, a full disk
         sys.exit(f"{Path(sys.argv[0]).name}: {error}; give another path, or mend this one")
     except KeyboardInterrupt:
@@ -259,8 +260,9 @@ def open_folder(config: SimpleNamespace) -> tuple[Path, dict | None]:
     checkpoint = load_checkpoint(folder / "checkpoint.pt", config)
     if position()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = _locks.setdefault(folder.resolve(), open(folder / ".lock", "w"))
         try:
-            fcntl.lockf(_locks.setdefault(folder.resolve(), open(folder / ".lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder") from None
         (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))

@@ -219,7 +219,8 @@ def find_videos(
     classes = config.data.classes if config.data.root else "classes.txt"
     if known and val:
         table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
-        return [], [(entry.path, table.index(entry)) for entry in data.list_entries(root, val)], table.names
+        names = known if sorted(known) == sorted(table.names) else table.names  # in the order of the model's outputs
+        return [], [(entry.path, names.index(table.names[table.index(entry)])) for entry in data.list_entries(root, val)], names
     return data.labelled(root, train, val, classes, config.data.per_class)
 
 

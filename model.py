@@ -354,14 +354,17 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             from safetensors.torch import load_file
         except ImportError:
             raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
-        content = load_file(path)
+        try:
+            content = load_file(path)
+        except Exception as error:  # of that package, which may not be installed
+            raise UserError(f"{path} is not a file of safetensors: {error}") from None
     else:
         try:
             # Official checkpoints keep their command line beside the weights: a plain container of values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types for what is one mistake: not a file of weights
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = f"it is another kind of file, was cut off, or would run code ({type(error).__name__})"
             raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")

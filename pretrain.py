@@ -330,6 +330,8 @@ def draw_videos(arguments: argparse.Namespace) -> None:
     common.at_least_one(config, "data.stride")
     if Objective(config).cube[0] != model.options["frames_per_token"]:
         raise UserError(f"{arguments.weights} was trained for another target than target.frames={config.target.frames}: leave that key out")
+    if model.options["clip_size"] != [config.data.frames, config.data.size, config.data.size]:
+        raise UserError(f"{arguments.weights} was trained on clips of {model.options['clip_size']}: leave data.frames and data.size out")
     draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
     for number, video in enumerate(arguments.reconstruct):
         masks = {

@@ -580,3 +580,12 @@ def test_comparison_of_two_models(tmp_path, monkeypatch, capsys):
     assert "have no class in common" in mistake(monkeypatch, "--compare", first, tmp_path / "other.csv")
     (tmp_path / "text.csv").write_text("a,b\n1,2\n")
     assert "text.csv is not a scores.csv as --test writes it" in mistake(monkeypatch, "--compare", first, tmp_path / "text.csv")
+
+
+def test_a_models_classes_keep_their_order(toy_videos):
+    """The toy's classes.txt is not in alphabetical order; without data.classes the checkpoint's own names say what an output means."""
+    known = (toy_videos / "classes.txt").read_text().splitlines()
+    config = common.load_config(finetune.DEFAULT, [f"data.root={toy_videos}", "data.train=train", "data.val=val"])
+    _, videos, names = finetune.find_videos(config, 1, known)
+    assert names == known != sorted(known)
+    assert videos and all(path.parent.name == names[label] for path, label in videos)
