@@ -69,6 +69,24 @@ def test_small_sets_have_as_many_steps_as_the_whole():
             assert config.optim.epochs * (videos // config.optim.batch_size) == 2000
 
 
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["configs/pretrain/toy.yaml"], "configs/pretrain/toy.yaml is no study: it lacks experiments, folder, root, seeds, settings, tables"),
+        (["nowhere.yaml"], "no study can be read from nowhere.yaml"),
+        (["--jobs", "0"], "--jobs has to be at least 1"),
+        (["--report", "--readme", "LICENSE"], "LICENSE has no lines <!-- toy study --> and <!-- end of toy study --> to put the tables between"),
+        (["--only", "bass"], "--only=bass is not known; choose one of base, scratch"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(arguments, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["toy_study.py", *arguments])
+    with pytest.raises(common.UserError) as error:
+        toy_study.main()
+    assert sentence in str(error.value)
+
+
 def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
     study = dict(root=str(toy_videos), folder=str(tmp_path))
     paths = {}

@@ -68,6 +68,18 @@ class Run:
         return ["python", f"{self.stage}.py", *self.settings]
 
 
+def read_study(path: Path) -> dict:
+    """A study's YAML. UserError if it is none."""
+    try:
+        study = yaml.safe_load(path.read_text())
+        missing = {"folder", "root", "seeds", "settings", "experiments", "tables"} - study.keys()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise common.UserError(f"no study can be read from {path}: {' '.join(str(error).split())}") from None
+    if missing:
+        raise common.UserError(f"{path} is no study: it lacks {', '.join(sorted(missing))}; {STUDY} has all")
+    return study
+
+
 def plan(study: dict, seeds: list[int], only: list[str], settings: list[str]) -> list[Run]:
     """All runs, each behind the one that it starts from, none twice; the first seed of every experiment comes first."""
     runs: dict[Run, None] = {}
@@ -293,16 +305,21 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="with --report: put the tables between the marks in this file")
     arguments = common.parse(parser)
     files = [word for word in arguments.settings if word.endswith(".yaml") and "=" not in word]
-    study = yaml.safe_load(Path(files[0] if files else STUDY).read_text())
+    study = read_study(Path(files[0]) if files else STUDY)
+    if arguments.jobs < 1:
+        raise common.UserError("--jobs has to be at least 1")
+    if arguments.readme and not (arguments.readme.is_file() and all(mark in arguments.readme.read_text() for mark in MARKS)):
+        raise common.UserError(f"{arguments.readme} has no lines {' and '.join(mark.strip() for mark in MARKS)} to put the tables between")
     file = arguments.results or Path(study["folder"], "results.csv")
     if not arguments.report:
+        settings = [word for word in arguments.settings if word not in files]
+        runs = plan(study, arguments.seeds or study["seeds"], arguments.only, settings)
         if Path(study["root"]) == toy.FOLDER:
             toy.render(toy.FOLDER)
         for experiment in study["experiments"].values():
             if "videos" in experiment:
                 write_subset(study, experiment["videos"])
-        settings = [word for word in arguments.settings if word not in files]
-        run_all(plan(study, arguments.seeds or study["seeds"], arguments.only, settings), file, arguments.jobs)
+        run_all(runs, file, arguments.jobs)
     rows = read_results(file)
     tables = report(study, rows)
     print(tables)
