@@ -233,7 +233,7 @@ def list_entries(root: str, selection: str) -> list[Entry]:
 
     selection: empty for everything below `root`, or the name, below `root`, of
     - a folder: every video below it; its own folder's name is its label (Kinetics, UCF101 and HMDB51 unpacked);
-    - a list file: lines `path [number]` or `path,number`, paths relative to `root` (UCF101's trainlist and testlist);
+    - a list file: lines `path [label]` or `path,label`, paths relative to `root` (UCF101's trainlist and testlist);
     - a .json list of objects with `id` and `template` or `label` (Something-Something V2);
     - a .csv file with the columns label, youtube_id, time_start, time_end (Kinetics);
     - files with lines `name flag`, one for each class, as `*_test_split1.txt=FLAG`: those with this flag (HMDB51).
@@ -286,8 +286,13 @@ def _read_list(root: str, file: Path) -> list[Entry]:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{file} is not a list of videos in a form that data.list_entries describes ({what})") from None
     entries = []
+    video = "|".join(map(re.escape, SUFFIXES))
     for number, line in lines:
-        path, label = re.fullmatch(r"(.*?)(?:[\s,]+(\d+))?", line).groups()
+        # a name may hold blanks: what follows the suffix is the label
+        match = re.fullmatch(rf"(.*?(?:{video}))(?:[\s,]+(.+))?", line, re.IGNORECASE) or re.fullmatch(r"(.*?)(?:[\s,]+(\d+))?", line)
+        path, label = match.groups()
+        if label and label.startswith("-"):
+            raise UserError(f"{file}, line {number}: label {label} for {path}; labels count from 0")
         entries.append(Entry(Path(root, path), label or Path(path).parent.name, f"{file}, line {number}"))
     return entries
 
@@ -331,7 +336,10 @@ class Classes:
             self.where = "the training videos"
             labels = {entry.label for entry in entries if entry.label}
             if all(label.isdigit() for label in labels):
-                numbered = [(number, str(number)) for number in range(max(map(int, labels), default=-1) + 1)]
+                numbered = [(number, str(number)) for number in sorted({int(label) for label in labels})]
+                if numbered and numbered[-1][0] >= len(numbered):
+                    used = f"{len(numbered)} different labels, and {numbered[-1][0]} is one of them"
+                    raise UserError(f"the training videos have {used}; labels count from 0, or data.classes names a file with all classes")
             else:
                 numbered = list(enumerate(sorted(labels)))
         self.names = [name for _, name in numbered]
@@ -399,7 +407,11 @@ def labelled(
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The source of all randomness of one sample: independent for every (seed, epoch, index)."""
+    """The source of all randomness of one sample: independent for every (seed, epoch, index).
+
+    Below 0 are an epoch's order of samples (index -1), the masks of pictures (epoch -1), and of process R what is
+    drawn on the device (index -2 - R): drop path, mixup.
+    """
     digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -114,6 +114,12 @@ def test_plain_list(tmp_path):
     assert val == [(root / "w.mp4", 2)] and names == ["0", "1", "2"]
 
 
+def test_plain_list_with_names_of_classes(tmp_path):
+    root = tree(tmp_path, train_txt="a b.mp4 arm wrestling\nc.mp4,abseiling\n", val_txt="d.mp4 Arm_Wrestling\n")
+    train, val, names = data.labelled(str(root), "train.txt", "val.txt", "")
+    assert names == ["abseiling", "arm wrestling"] and train == [(root / "c.mp4", 0), (root / "a b.mp4", 1)] and val == [(root / "d.mp4", 1)]
+
+
 def test_folders_named_by_numbers(tmp_path):
     root = tree(tmp_path, "train/00/a.mp4", "train/01/b.mp4", "val/01/c.mp4")
     train, val, names = data.labelled(str(root), "train", "val", "")
@@ -155,6 +161,9 @@ JSON = '[{"id": "1", "template": "one"}]'
         ({"wave_split1_txt": "a.avi 1\na.avi 1\n"}, "*_split1.txt=1", "", "wave_split1.txt, line 2: ROOT/wave/a.avi is named a second time"),
         ({"wave_split1_txt": "a.avi 1\n"}, "*_split1.txt=2", "", "no videos found in *_split1.txt"),
         ({"wave_split1_txt": "a.avi 1\n"}, "*_split1.txt=1", "names.txt", "wave_split1.txt, line 1: unknown class 'wave' for a.avi"),
+        ({"train_txt": "a.mp4 0\nb.mp4 -1\n"}, "train.txt", "", "train.txt, line 2: label -1 for b.mp4; labels count from 0"),
+        ({"train_txt": "a.mp4 0\nb.mp4 99\n"}, "train.txt", "", "the training videos have 2 different labels, and 99 is one of them"),
+        ({"train_txt": "a.mp4 three\n"}, "train.txt", "names.txt", "train.txt, line 1: unknown class 'three' for a.mp4"),
         ({}, "nowhere", "", "there is no folder or list file nowhere: set data.root, and data.train or data.val below it"),
     ],
 )  # fmt: skip
