@@ -33,13 +33,22 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # a DataLoader's worker passes on its own traceback with the sentence at the end
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).rpartition('UserError: ')[2].strip()}")
+        _stop(str(error).rpartition("UserError: ")[2].strip())
     except OSError as error:  # a folder that is a file, no permission, a full disk
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}; give another path, or mend this one")
+        _stop(f"{error}; give another path, or mend this one")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+        sys.exit("interrupted: the same command goes on from the last checkpoint, or begins anew if there is none yet")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _stop(sentence: str) -> None:
+    """End the process with the sentence, and have torchrun, if it started this one, repeat it at the end of its own report."""
+    sentence = f"{Path(sys.argv[0]).name}: {sentence}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": sentence, "extraInfo": details}}))
+    sys.exit(sentence)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -76,15 +85,19 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
             continue
         key, separator, value = setting.partition("=")
         if not separator:
-            raise UserError(f"'{setting}' is neither a .yaml file nor key=value")
+            raise UserError(f"'{setting}' is neither a .yaml file nor key=value, which is written without spaces")
         try:
             values[key] = yaml.safe_load(value), "command line"
         except yaml.YAMLError:
             raise UserError(f"command line: the value in '{setting}' is not valid YAML") from None
-    for key, (value, where) in values.items():
-        if key not in schema:
-            nearest = difflib.get_close_matches(key, schema, n=1, cutoff=0)[0]
-            raise UserError(f"{where}: unknown key '{key}'; the nearest valid key is '{nearest}'")
+    unknown = [key for key in values if key not in schema]
+    for key in unknown:
+        where = values[key][1]
+        meant = [valid for valid in schema if valid.startswith(f"{key}.") or key in valid.split(".")[-1]]
+        meant = meant or difflib.get_close_matches(key, schema, n=1, cutoff=0)
+        others = sum(values[other][1] == where for other in unknown) - 1
+        stage = f"; {others} others are unknown too, as if it were another stage's" if others > 2 else ""
+        raise UserError(f"{where}: unknown key '{key}'; the nearest valid key is {' or '.join(map(repr, meant))}{stage}")
     for key in schema:
         if key not in values:
             raise UserError(f"{name}: '{key}' is missing; a file without 'base:' gives every key")
@@ -93,6 +106,23 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
         *group, item = key.split(".")
         (nested.setdefault(group[0], {}) if group else nested)[item] = _as_type_of(example, *values[key], key)
     return json.loads(json.dumps(nested), object_hook=lambda group: SimpleNamespace(**group))
+
+
+# What the numbers of some keys may be, in whatever stage has them; no other key's may be negative either.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    key: (valid, words)
+    for keys, valid, words in (
+        ("model.decoder_depth model.cube data.actions data.frames data.stride data.size data.repeats data.test_clips data.test_crops", lambda x: x >= 1, "at least 1"),
+        ("optim.batch_size optim.epochs run.batch_per_device run.log_every run.checkpoint_every", lambda x: x >= 1, "at least 1"),
+        ("model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
+        ("mask.ratio", lambda x: 0 <= x <= 1, "a share such as 0.9"),
+        ("data.erase", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        ("data.scales data.crop_area", lambda x: 0 < x <= 1, "above 0, and 1 at most"),
+        ("data.crop_aspect data.rate", lambda x: 0 < x < math.inf, "above 0"),
+        ("run.seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
+    )
+    for key in keys.split()
+}
 
 
 def as_dict(config: SimpleNamespace) -> dict:
@@ -120,7 +150,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path} has to hold groups of 'key: value' lines")
     if "base" not in config:
         return config
-    base = _flatten(_read_yaml(path.parent / config.pop("base"), (*above, path.resolve())))
+    base = _flatten(_read_yaml(path.parent / str(config.pop("base")), (*above, path.resolve())))
     return base | _flatten(config)
 
 
@@ -145,8 +175,10 @@ def _as_type_of(example: Any, value: Any, where: str, key: str) -> Any:
         return ""
     if type(value) is not type(example):
         raise UserError(f"{where}: {key} expects {type(example).__name__}, as in {example!r}, but is {value!r}")
-    if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # no key of any stage may be negative
-        raise UserError(f"{where}: {key}={value} has to be a number from 0 on")
+    if isinstance(value, (int, float)):
+        valid, words = RANGES.get(key, (lambda number: 0 <= number < math.inf, "a number from 0 on"))
+        if not valid(value):
+            raise UserError(f"{where}: {key}={value} has to be {words}")
     return value
 
 
@@ -197,14 +229,6 @@ def share_batch(batch_size: int, samples: int, world_size: int, at_most: int) ->
     return per_device, batch_size // world_size // per_device
 
 
-def at_least_one(config: SimpleNamespace, *keys: str) -> None:
-    """UserError for the first of the keys whose value is below 1."""
-    values = _flatten(as_dict(config))
-    for key in keys:
-        if values[key] < 1:
-            raise UserError(f"{key} has to be at least 1")
-
-
 # ---- schedule, checkpoints, log ----
 
 
@@ -223,11 +247,17 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
 def save_checkpoint(path: Path, **content: Any) -> None:
     """Write beside and rename, so that a kill at any moment leaves a whole checkpoint: the old one or the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk
+        beside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written ({reason}): make room, and the same command goes on from the last checkpoint") from None
+    os.replace(beside, path)
 
 
 def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
@@ -256,16 +286,24 @@ _locks: dict[Path, Any] = {}  # open files: a lock lasts until its file is close
 
 def open_folder(config: SimpleNamespace) -> tuple[Path, dict | None]:
     """The run's folder, locked for this run alone, and the checkpoint in it, if any. UserError if another run is at work there."""
-    folder = Path(config.run.folder)
+    if not config.run.folder:
+        raise UserError("run.folder is empty: name the folder of this run")
+    folder, refusal = Path(config.run.folder), [""]
     checkpoint = load_checkpoint(folder / "checkpoint.pt", config)
     if position()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _locks.setdefault(folder.resolve(), open(folder / ".lock", "w"))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _locks.setdefault(folder.resolve(), open(folder / ".lock", "w"))
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder") from None
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+            (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+        except BlockingIOError:
+            refusal = [f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder"]
+        except OSError as error:
+            refusal = [f"{error}; give another run.folder, or mend this one"]
+    if dist.is_initialized():  # all processes end with the sentence, not only the one that found it
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise UserError(refusal[0])
     return folder, checkpoint
 
 
@@ -306,7 +344,11 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        path.with_suffix(".tmp").write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} holds a line that is none of a run's log: mend it or move the file away") from None
+        path.with_suffix(".tmp").write_text("".join(kept))
         os.replace(path.with_suffix(".tmp"), path)
         self.file = open(path, "a", buffering=1)
 

@@ -57,7 +57,7 @@ import data
 import toy
 from common import UserError, say
 from data import BrokenVideo
-from finetune import encoder_options, parameter_groups
+from finetune import check_init, encoder_options, parameter_groups
 from model import Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks, truncated_normal
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
@@ -880,8 +880,10 @@ def find_test(config: SimpleNamespace, root: Path) -> TestSet:
     excluded = read_exclusions(root / config.data.val_exclude) if config.data.val_exclude else set()
     ground_truth = read_ground_truth(root / config.data.val, config.data.actions)
     persons = find_persons(root / config.data.boxes, config, root, movies)
-    persons = [frame for frame in persons if (frame.video, frame.second) not in excluded]
-    return TestSet(movies, persons, ground_truth, actions, excluded)
+    tested = [frame for frame in persons if (frame.video, frame.second) not in excluded]
+    if not tested:
+        raise UserError(f"{root / config.data.val_exclude} leaves out all {len(persons)} key frames with persons: nothing is left to test")
+    return TestSet(movies, tested, ground_truth, actions, excluded)
 
 
 def find_persons(path: Path, config: SimpleNamespace, root: Path, movies: dict[str, Path]) -> list[KeyFrame]:
@@ -902,13 +904,7 @@ def find_persons(path: Path, config: SimpleNamespace, root: Path, movies: dict[s
 
 def check(config: SimpleNamespace) -> None:
     """Most mistakes in a configuration are found here, before any work."""
-    common.at_least_one(
-        config, "data.actions", "data.frames", "data.stride", "data.size",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    if config.data.rate <= 0:
-        raise UserError(f"data.rate={config.data.rate} has to be above 0")
     if config.data.size > config.data.short_side:
         frames = f"frames whose short side is data.short_side={config.data.short_side}"
         raise UserError(f"data.size={config.data.size} cannot be cropped from {frames}")
@@ -917,6 +913,7 @@ def check(config: SimpleNamespace) -> None:
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
     check(config)
+    check_init(config.init, "scratch")
     bf16, compiled = common.numerics(config.run)
     rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
@@ -1172,6 +1169,8 @@ def main() -> None:
     if arguments.predict and not arguments.boxes:
         rows = "rows video,second,x1,y1,x2,y2,,score in fractions of width and height"
         raise UserError(f"--predict needs --boxes FILE, where the persons are: {rows}")
+    if arguments.weights and not (arguments.test or arguments.predict):
+        raise UserError("--weights goes with --test or --predict; training starts from weights with init=FILE")
     if arguments.evaluate:
         evaluate(arguments)
     elif arguments.predict:

@@ -45,12 +45,20 @@ DEFAULT = CONFIGS / "toy.yaml"
 
 def check(config: SimpleNamespace) -> None:
     """Most mistakes in a configuration are found here, before any work."""
-    common.at_least_one(
-        config, "data.frames", "data.stride", "data.size", "data.repeats", "data.test_clips", "data.test_crops",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
+    for key, (least, most) in (("data.crop_area", config.data.crop_area), ("data.crop_aspect", config.data.crop_aspect)):
+        if least > most:
+            raise UserError(f"{key}=[{least}, {most}] has to name the smaller number first")
+
+
+def check_init(init: str, *others: str) -> None:
+    """UserError unless `init` is a file of weights, or one of the other words that the stage knows."""
+    if init in others or Path(init).is_file():
+        return
+    what = f"init={init} is a folder, not a file of weights" if init and Path(init).is_dir() else f"no weights at init={init}"
+    start = f", name another file, or start with init={others[0]}" if others else ", or name another file"
+    raise UserError(f"{what}: make them with pretrain.py{start}")
 
 
 def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
@@ -58,10 +66,8 @@ def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
     sizes = common.pick(SIZES, config.model.size, "model.size")
     if config.init == "scratch":
         clip_size = [config.data.frames, config.data.size, config.data.size]
-    elif Path(config.init).is_file():
-        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", config.model.pretrained_clip)
     else:
-        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, name another file, or start with init=scratch")
+        clip_size = read_checkpoint(config.init)[1].get("model_options", {}).get("clip_size", config.model.pretrained_clip)
     return {name: sizes[name] for name in ("width", "depth", "heads")} | dict(clip_size=clip_size, cube=config.model.cube)
 
 
@@ -79,7 +85,7 @@ def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Number of the layer that a parameter belongs to: 0 the cube embedding, 1 to `depth` the blocks, then norm and head."""
+    """Number of the layer that a parameter belongs to: 0 the cube embedding, then the blocks (`blocks.7` is 8), norm and head."""
     if name.startswith("encoder.patch_embed."):
         return 0
     if name.startswith("encoder.blocks."):
@@ -220,13 +226,18 @@ def find_videos(
     if known and val:
         table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
         names = known if sorted(known) == sorted(table.names) else table.names  # in the order of the model's outputs
-        return [], [(entry.path, names.index(table.names[table.index(entry)])) for entry in data.list_entries(root, val)], names
-    return data.labelled(root, train, val, classes, config.data.per_class)
+        videos, val_videos = [], [(entry.path, names.index(table.names[table.index(entry)])) for entry in data.list_entries(root, val)]
+    else:
+        videos, val_videos, names = data.labelled(root, train, val, classes, config.data.per_class)
+    if not any(path.exists() for path, _ in val_videos):  # known now, not after days of training
+        raise UserError(f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}: look at data.root and data.val")
+    return videos, val_videos, names
 
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
     check(config)
+    check_init(config.init, "scratch")
     bf16, compiled = common.numerics(config.run)
     rank, world_size, device = common.start_processes(config.data.workers)
     chief = rank == 0
@@ -453,6 +464,8 @@ def main() -> None:
     arguments = common.parse(parser)
     if (arguments.test or arguments.predict) and not arguments.weights:
         raise UserError("--test and --predict need --weights FILE, a fine-tuned checkpoint such as runs/finetune/toy/checkpoint.pt")
+    if arguments.weights and not (arguments.test or arguments.predict):
+        raise UserError("--weights goes with --test or --predict; training starts from weights with init=FILE")
     if arguments.compare:
         compare(arguments.compare, arguments.out or arguments.compare[1].parent)
     elif arguments.predict:

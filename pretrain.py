@@ -120,7 +120,6 @@ def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
 
 def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch.Generator], Tensor]]:
     """The model, its objective and the function that draws a mask (N,). Most mistakes in a configuration are found here."""
-    common.at_least_one(config, "data.stride", "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every")
     objective = Objective(config)
     torch.manual_seed(config.run.seed)
     model = VideoMAE(
@@ -327,7 +326,6 @@ def draw_videos(arguments: argparse.Namespace) -> None:
         stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
     config = common.load_config(DEFAULT, arguments.settings, stored)
     model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
-    common.at_least_one(config, "data.stride")
     if Objective(config).cube[0] != model.options["frames_per_token"]:
         raise UserError(f"{arguments.weights} was trained for another target than target.frames={config.target.frames}: leave that key out")
     if model.options["clip_size"] != [config.data.frames, config.data.size, config.data.size]:
@@ -351,6 +349,8 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95; default: mask.ratio")
     parser.add_argument("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the drawings")
     arguments = common.parse(parser)
+    if arguments.weights and not arguments.reconstruct:
+        raise UserError("--weights goes with --reconstruct; a run goes on from its own checkpoint by the same command")
     if arguments.reconstruct:
         draw_videos(arguments)
     else:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 import finetune
-from common import UserError, say
+from common import say
 from model import Encoder, cube_grid, load_weights
 
 CONFIGS = Path(__file__).parent / "configs" / "probe"
@@ -60,8 +60,6 @@ class LinearProbe(nn.Module):
 
 def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
     """The probes to train side by side: of the pre-trained encoder and, if wanted, of a random one."""
-    if not Path(config.init).is_file():
-        raise UserError(f"no weights at init={config.init}: make them with pretrain.py, or name another file")
     options = finetune.encoder_options(config)
     probes = {}
     for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
@@ -73,10 +71,7 @@ def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
-    common.at_least_one(
-        config, "data.frames", "data.stride", "data.size", "data.test_clips", "data.test_crops",
-        "optim.batch_size", "optim.epochs", "run.batch_per_device", "run.log_every", "run.checkpoint_every"
-    )  # fmt: skip
+    finetune.check_init(config.init)
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
     bf16, compiled = common.numerics(config.run)

@@ -1,7 +1,10 @@
 """Configuration errors teach, the schedule is the paper's, checkpoints and logs survive."""
 
+import fcntl
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 import common
 from common import UserError
+from conftest import ENVIRONMENT, ROOT, run
 
 CONFIGS = Path(common.__file__).parent / "configs" / "pretrain"
 TOY = CONFIGS / "toy.yaml"
@@ -28,12 +32,22 @@ TOY = CONFIGS / "toy.yaml"
         ("model.cube=2", "model.cube expects list"),
         ("model.cube=[2, 16]", "model.cube expects a list such as [2, 16, 16], not [2, 16]"),
         ("data.scales=[]", "data.scales expects a list such as [1.0], not []"),
-        ("mask.ratio=.nan", "mask.ratio=nan has to be a number from 0 on"),
+        ("mask.ratio=.nan", "mask.ratio=nan has to be a share such as 0.9"),
+        ("mask.ratio=90", "mask.ratio=90.0 has to be a share such as 0.9"),
+        ("optim.base_lr=.inf", "optim.base_lr=inf has to be a number from 0 on"),
+        ("optim.betas=[0.9, 1.5]", "optim.betas=1.5 has to be from 0 to below 1"),
+        ("data.scales=[0]", "data.scales=0.0 has to be above 0, and 1 at most"),
+        ("model.cube=[2, 0, 8]", "model.cube=0 has to be at least 1"),
+        ("optim.epochs=0", "optim.epochs=0 has to be at least 1"),
+        ("run.seed=5000000000", "run.seed=5000000000 has to be from 0 to 4294967295"),
         ("data.workers=-1", "data.workers=-1 has to be a number from 0 on"),
-        ("optim.betas=[0.9, -1]", "optim.betas=-1.0 has to be a number from 0 on"),
-        ("optim=3", "unknown key 'optim'"),
+        ("optim.betas=[0.9, -1]", "optim.betas=-1.0 has to be from 0 to below 1"),
+        ("optim=3", "unknown key 'optim'; the nearest valid key is 'optim.batch_size' or 'optim.base_lr' or"),
+        ("lr=3", "the nearest valid key is 'optim.base_lr' or 'optim.min_lr'"),
         ("mask.ratio=[", "is not valid YAML"),
-        ("mask.ratio", "neither a .yaml file nor key=value"),
+        ("mask.ratio", "neither a .yaml file nor key=value, which is written without spaces"),
+        ("configs/finetune/toy.yaml", "configs/finetune/toy.yaml: unknown key 'init'; "),
+        ("configs/finetune/toy.yaml", " others are unknown too, as if it were another stage's"),
         ("none.yaml", "no configuration can be read from none.yaml"),
     ],
 )
@@ -61,6 +75,9 @@ def test_base_and_missing_keys(tmp_path):
     (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
     with pytest.raises(UserError, match="leads back"):
         common.load_config(TOY, [str(tmp_path / "loop.yaml")])
+    (tmp_path / "number.yaml").write_text("base: 3\n")
+    with pytest.raises(UserError, match="no configuration can be read from .*3"):
+        common.load_config(TOY, [str(tmp_path / "number.yaml")])
     (tmp_path / "wrong.yaml").write_text(f"base: {TOY}\nmask:\n  ratoi: 0.5\n")
     with pytest.raises(UserError, match="wrong.yaml: unknown key 'mask.ratoi'"):
         common.load_config(TOY, [str(tmp_path / "wrong.yaml")])
@@ -94,6 +111,14 @@ def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
 
 
+@pytest.mark.parametrize("line", ["no json", "[]", '{"loss": 1}'])
+def test_a_foreign_log_ends_in_a_sentence(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="holds a line that is none of a run's log"):
+        common.Log(tmp_path / "log.jsonl", 20)
+    assert (tmp_path / "log.jsonl").read_text() == f"{line}\n"
+
+
 def test_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
     config = common.load_config(TOY, [])
     path = tmp_path / "checkpoint.pt"
@@ -107,6 +132,27 @@ def test_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
         common.load_checkpoint(path, common.load_config(TOY, ["mask.ratio=0.9"]))
 
 
+def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # bytes that a file may have
+    path = tmp_path / "checkpoint.pt"
+    save = f"import common, torch; from pathlib import Path; save = lambda n: common.save_checkpoint(Path({str(path)!r}), weight=torch.ones(n))"
+    mean = f"{limit}; {save}; common.launch(lambda: (save(10), save(100_000)))"
+    done = subprocess.run([sys.executable, "-c", mean], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"{path} cannot be written (" in done.stderr and "make room, and the same command goes on" in done.stderr
+    assert list(tmp_path.iterdir()) == [path] and len(torch.load(path, weights_only=True)["weight"]) == 10
+
+
+def test_all_processes_end_with_the_sentence_and_torchrun_repeats_it_at_the_end_of_its_report(toy_videos, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # as a run at work there would
+        settings = [f"data.root={toy_videos}", "optim.batch_size=8", f"run.folder={tmp_path}"]
+        done = run("pretrain.py", *settings, processes=2, ok=False)
+    sentence = f"pretrain.py: another run is at work in {tmp_path}: wait for it, stop it, or give this one another run.folder"
+    assert done.returncode != 0 and "Error:" not in done.stderr.replace("ChildFailedError:", "")
+    assert f"  traceback : {sentence}" in done.stderr.splitlines()[-3:]
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", "a list"])
 def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
@@ -118,5 +164,5 @@ def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, conte
 def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["stage.py"])
-    with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; give another path, or mend this one$"):
+    with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; give another run.folder, or mend this one$"):
         common.launch(lambda: common.open_folder(common.load_config(TOY, [f"run.folder={tmp_path / 'file'}"])))

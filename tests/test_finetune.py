@@ -497,8 +497,8 @@ def test_missing_weights_are_one_sentence_that_names_pretrain_py(tmp_path):
         (["init="], "no weights at init="),
         (["optim.layer_decai=1"], "unknown key 'optim.layer_decai'; the nearest valid key is 'optim.layer_decay'"),
         (["mask.ratio=0.5"], "unknown key 'mask.ratio'"),
-        (["data.repeats=0"], "data.repeats has to be at least 1"),
-        (["data.test_clips=0"], "data.test_clips has to be at least 1"),
+        (["data.repeats=0"], "data.repeats=0 has to be at least 1"),
+        (["data.test_clips=0"], "data.test_clips=0 has to be at least 1"),
         (["data.sampling=tsn"], "data.sampling=tsn is not known; choose one of dense, uniform"),
         (["data.size=40"], "40 pixels of height is not a whole number of cubes"),
         (["model.size=XL"], "model.size=XL is not known; choose one of tiny, S, B, L, H"),
@@ -506,15 +506,20 @@ def test_missing_weights_are_one_sentence_that_names_pretrain_py(tmp_path):
         (["data.randaugment=no"], "data.randaugment expects list"),
         (["data.randaugment=[2]"], "data.randaugment"),
         (["data.crop_area=[0.5]"], "data.crop_area"),
+        (["data.crop_area=[1, 0.5]"], "data.crop_area=[1.0, 0.5] has to name the smaller number first"),
         (["optim.batch_size=25"], "24 videos are fewer than one batch: set optim.batch_size to 24 or less"),
         (["data.val=train/none.txt"], "there is no folder or list file"),
         (["data.classes=none.txt"], "data.classes: no class names can be read from none.txt"),
         (["run.precision=fp16"], "run.precision=fp16 is not known"),
+        (["data.val=nowhere.txt"], "none of the 1 test videos is there, the first one being"),
+        (["init=configs"], "init=configs is a folder, not a file of weights"),
+        (["run.folder="], "run.folder is empty"),
+        (["--weights", "FINETUNED"], "--weights goes with --test or --predict; training starts from weights with init=FILE"),
         (["--test"], "--test and --predict need --weights FILE"),
         (["--predict", "a.mp4"], "--test and --predict need --weights FILE"),
         (["--test", "--weights", "none.pt"], "no weights at none.pt"),
         (["--test", "--weights", "PRETRAINED"], "is not a fine-tuned checkpoint"),
-        (["--test", "--weights", "FINETUNED", "data.test_crops=0"], "data.test_crops has to be at least 1"),
+        (["--test", "--weights", "FINETUNED", "data.test_crops=0"], "data.test_crops=0 has to be at least 1"),
         (["--test", "--weights", "FINETUNED", "data.sampling=tsn"], "data.sampling=tsn is not known"),
         (["--test", "--weights", "FINETUNED", "data.size=40"], "40 pixels of height is not a whole number of cubes"),
         (["--test", "--weights", "FINETUNED", "data.root=OTHER", "data.train=.", "data.val=."], "unknown class 'one' for a.mp4"),
@@ -526,6 +531,7 @@ def test_mistakes_end_in_one_sentence_before_any_work(more, sentence, lists, pre
     for name in ("one", "two"):
         (tmp_path / "other" / name).mkdir(parents=True)
         (tmp_path / "other" / name / "a.mp4").touch()
+    (lists / "nowhere.txt").write_text("nowhere.mp4 1\n")
     places = {"PRETRAINED": pretrained, "FINETUNED": plain_run / "checkpoint.pt", "data.root=OTHER": f"data.root={tmp_path / 'other'}"}
     more = [places.get(word, word) for word in more]
     known = [] if str(more[0]).startswith("--") else settings(lists, pretrained, tmp_path / "run", "data.workers=0")

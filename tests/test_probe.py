@@ -213,7 +213,7 @@ def test_weights_in_other_namings_are_probed_alike(coloured_videos, pretrained, 
         ("optim.batch_size=13", "12 videos are fewer than one batch: set optim.batch_size to 12 or less"),
         ("data.size=40", "40 pixels of height is not a whole number of cubes"),
         ("data.sampling=tsn", "data.sampling=tsn is not known"),
-        ("optim.epochs=0", "optim.epochs has to be at least 1"),
+        ("optim.epochs=0", "optim.epochs=0 has to be at least 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(more, sentence, coloured_videos, pretrained, tmp_path, monkeypatch):
