@@ -102,8 +102,9 @@ def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float) 
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         layer, decays = layer_of(name, depth), parameter.ndim > 1
-        group = dict(params=[], lr_scale=layer_decay ** (depth + 1 - layer), weight_decay=weight_decay if decays else 0.0)
-        groups.setdefault((layer, decays), group)["params"].append(parameter)
+        options = dict(params=[], lr_scale=layer_decay ** (depth + 1 - layer), weight_decay=weight_decay if decays else 0.0)
+        group = groups.setdefault((layer, decays), options)
+        group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -116,10 +117,10 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def mixing(mixup: float, cutmix: float) -> v2.Transform:
-    """Mixup or cutmix, chosen at random for each batch; one whose alpha is 0 is left out.
+    """Mixup or cutmix, chosen at random for each piece of a batch (see `train`); one whose alpha is 0 is left out.
 
-    Called with clips (B, 3, T, H, W) as a Video and targets (B, classes). Each clip is mixed with its neighbour in the
-    batch. A cutmix box is the same in all frames.
+    Called with clips (B, 3, T, H, W) as a Video, of which only the batch and the last two axes matter here, and targets
+    (B, classes). Each clip is mixed with its neighbour in the piece. A cutmix box is the same in all frames.
     """
     chosen = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     return v2.RandomChoice(chosen) if chosen else v2.Identity()
@@ -226,7 +227,10 @@ def find_videos(
     if known and val:
         table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
         names = known if sorted(known) == sorted(table.names) else table.names  # in the order of the model's outputs
-        videos, val_videos = [], [(entry.path, names.index(table.names[table.index(entry)])) for entry in data.list_entries(root, val)]
+        videos, val_videos = [], []
+        for entry in data.list_entries(root, val):
+            name = table.names[table.index(entry)]
+            val_videos.append((entry.path, names.index(name)))
     else:
         videos, val_videos, names = data.labelled(root, train, val, classes, config.data.per_class)
     if not any(path.exists() for path, _ in val_videos):  # known now, not after days of training

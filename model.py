@@ -398,7 +398,7 @@ def _rename(key: str) -> str:
 
 
 def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()) -> None:
-    """Load a checkpoint file, in any naming that `read_checkpoint` knows, into a `VideoMAE` or `VideoClassifier`.
+    """Load a checkpoint file, in any naming that `read_checkpoint` knows, into any of this project's models.
 
     Every parameter has to be found, with its shape, except those whose name starts with one of `fresh`: they keep
     their initialisation. Every tensor of the file has to be used, except the parts that the model `discards`.

@@ -71,11 +71,11 @@ class Objective:
             return frames, frames[:, middle : middle + 1]
         return frames, frames
 
-    def places(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+    def target_index(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         """For each masked token the index of its cube among the target's, and whether it has one there: both (B, N_mask)."""
-        place = masked - self.tokens.start
-        has_target = (place >= 0) & (place < len(self.tokens))
-        return place.clamp(0, len(self.tokens) - 1), has_target  # without a target: any index, its error does not count
+        index = masked - self.tokens.start
+        has_target = (index >= 0) & (index < len(self.tokens))
+        return index.clamp(0, len(self.tokens) - 1), has_target  # without a target: any index, its error does not count
 
     def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
         """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over the masked cubes p in Omega and the pixels of each.
@@ -83,8 +83,8 @@ class Objective:
         prediction (B, N_mask, pixels), target uint8 (B, T_target, 3, H, W), masked (B, N_mask).
         """
         prediction = prediction.float()
-        place, has_target = self.places(masked)
-        cubes = take(to_cubes(target, self.cube).flatten(2), place)  # (B, N_mask, pixels), uint8, channel fastest
+        index, has_target = self.target_index(masked)
+        cubes = take(to_cubes(target, self.cube).flatten(2), index)  # (B, N_mask, pixels), uint8, channel fastest
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
         if self.normalize:
             mean, deviation = cube_statistics(cubes)
@@ -248,28 +248,28 @@ def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Ten
     prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
 
     cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
-    place, has_target = objective.places(masked[0])
-    place, prediction = place[has_target], prediction[has_target]
+    index, has_target = objective.target_index(masked[0])
+    index, prediction = index[has_target], prediction[has_target]
 
     def video(hidden_cubes: Tensor) -> Tensor:
         shown = cubes.clone()
-        shown[place] = hidden_cubes
+        shown[index] = hidden_cubes
         return (from_cubes(shown[None], objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()  # (T, 3, H, W)
 
-    views = {"original": video(cubes[place]), "masked": video(torch.full_like(cubes[place], 0.5))}
+    views = {"original": video(cubes[index]), "masked": video(torch.full_like(cubes[index], 0.5))}
     if not objective.normalize:
         return views | {"reconstruction": video(prediction)}
     mean, deviation = cube_statistics(cubes)  # (N, 1, 3)
     nearness = cube_nearness(len(cubes), model.grid[1:], device)  # (N, N)
-    nearness[:, place] = 0  # nothing is taken from hidden cubes
-    weights = nearness[place] / nearness[place].sum(dim=1, keepdim=True)  # (N_mask, N)
-    if len(place) == len(cubes):  # no cube of the target is visible to guess from: mid-grey, and a contrast as usual
+    nearness[:, index] = 0  # nothing is taken from hidden cubes
+    if len(index) == len(cubes):  # no cube of the target is visible to guess from: mid-grey, and a contrast as usual
         guessed = torch.full_like(prediction, 0.5), torch.full_like(prediction, 0.2)
     else:
+        weights = nearness[index] / nearness[index].sum(dim=1, keepdim=True)  # (N_mask, N)
         guessed = tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, deviation))
     return views | {
         "reconstruction (mean and deviation guessed from visible cubes)": video(prediction * guessed[1] + guessed[0]),
-        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[place] + mean[place]),
+        "reconstruction (mean and deviation borrowed from the original)": video(prediction * deviation[index] + mean[index]),
     }
 
 
@@ -333,7 +333,7 @@ def draw_videos(arguments: argparse.Namespace) -> None:
     draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
     for number, video in enumerate(arguments.reconstruct):
         masks = {
-            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, 0, number))
+            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, -1, number))
             for ratio in arguments.ratios or [config.mask.ratio]
         }
         try:

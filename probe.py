@@ -3,7 +3,7 @@
     laptop:   torchrun probe.py                         # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
 
-An encoder with random weights can be probed beside it, on the same clips: what pre-training adds is the difference.
+An encoder with random weights, PyTorch's own initialisation, can be probed beside it, on the same clips.
 The same command again goes on from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 

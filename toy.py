@@ -76,7 +76,7 @@ def _write_once(path: Path, frames: Tensor) -> None:
 
 
 def find(data: SimpleNamespace, world_size: int) -> tuple[str, str, str]:
-    """`data.root`, `data.train` and `data.val` of a configuration; the toy videos, rendered if need be, without a root."""
+    """`data.root`, `data.train` and `data.val` of a configuration as they are; without a root the toy videos, rendered if need be."""
     if data.root:
         return data.root, data.train, data.val
     return on_first_use(render, FOLDER, world_size), "train", "val"

@@ -195,7 +195,7 @@ def test_report_of_results_computed_by_hand(tmp_path):
     rows += [("base", seed, "pretrain", "", loss) for seed, loss in enumerate((0.61, 0.63))]
     rows += [("scratch", 0, "finetune", 12.5, ""), ("probe", 0, "probe", 14.0, ""), ("probe", 0, "probe of random weights", 13.0, "")]
     rows += [("labels_200", 0, "finetune", 40.0, "")]
-    toy_study.add_results(file, [dict(experiment=e, seed=s, stage=t, top1=a, loss=x, seconds=1800, torch="2.15", commit="abc") for e, s, t, a, x in rows])
+    toy_study.add_results(file, [dict(experiment=e, seed=s, stage=t, top1=a, loss=x, seconds=1800, torch="2.15", commit="abc", command=f"{e} {s} {t.split()[0]}") for e, s, t, a, x in rows])
     text = toy_study.report(STUDY, results(file))
     assert "| 4,000, VideoMAE | – | 0.620 | **93.0** (90.0, 93.0, 96.0) | 80.0 |\n" in text
     assert "| 4,000, from scratch | init=scratch | – | **12.5** (12.5) | 68.8 (K400, 240k) |\n" in text.replace("`", "")
@@ -203,7 +203,7 @@ def test_report_of_results_computed_by_hand(tmp_path):
     assert "| linear probe | – | 0.620 | **14.0** (14.0) | 38.9 |\n" in text
     assert "| probe of random weights | – | – | **13.0** (13.0) | – |\n" in text
     assert "ratio_90" not in text and "tube 90" not in text  # no result yet
-    assert "9 results of commit abc with torch 2.15; the runs' own times sum up to 4.5 hours." in text
+    assert "9 results of commit abc with torch 2.15; the runs' own times sum up to 4.0 hours." in text
     # Table 1a's panel is the third; its first bar is that of the base, its first line from 90 to 96
     picture, middle = toy_study.draw(STUDY, results(file)), toy_study.PANEL[1] + toy_study.TOP + 22
     unit = (toy_study.PANEL[0] - toy_study.LEFT - 50) / 100

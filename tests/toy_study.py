@@ -233,11 +233,12 @@ def report(study: dict, rows: list[dict]) -> str:
                 result = f"**{statistics.mean(found):.1f}** ({', '.join(f'{top1:.1f}' for top1 in found)})"
                 lines.append(f"| {row['case']} | {overrides(experiment)} | {f'{statistics.mean(loss):.3f}' if loss else '–'} | {result} | {row.get('paper', '–')} |\n")
         if lines:
-            head = f"| {table['title']} | overrides | pre-training loss | top-1: mean (each seed) | paper: {table['paper']} |\n|---|---|---|---|---|\n"
+            head = f"| {table['title']} | overrides | pre-training loss | top-1: mean (seeds in order) | paper: {table['paper']} |\n|---|---|---|---|---|\n"
             parts.append(head + "".join(lines) + (f"\n{table['why']}\n" if table["why"] else ""))
     if rows:
         versions, commits = (", ".join(sorted({row[column] for row in rows})) for column in ("torch", "commit"))
-        hours = sum(float(row["seconds"] or 0) for row in rows) / 3600
+        seconds = {row["command"]: float(row["seconds"] or 0) for row in rows}  # a probe's two rows are one command
+        hours = sum(seconds.values()) / 3600
         parts.append(f"{len(rows)} results of commit {commits} with torch {versions}; the runs' own times sum up to {hours:.1f} hours.\n")
     return "\n".join(parts)
 
