@@ -1,6 +1,6 @@
 """The paper's claims on the toy videos: runs the experiments of configs/study/toy.yaml and reports them beside the paper.
 
-    python tests/toy_study.py --jobs 2 data.workers=0                    # two and a half hours on two cores; the same again goes on
+    python tests/toy_study.py --jobs 2 data.workers=0                    # three hours on two cores; the same again goes on
     python tests/toy_study.py --seeds 0 --only base scratch              # some experiments, with what they start from
     python tests/toy_study.py --report                                   # tables and picture of what is there so far
     python tests/toy_study.py --report --results assets/toy_study/results.csv --readme README.md      # what is published
