@@ -19,6 +19,7 @@ import re
 import signal
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -569,7 +570,7 @@ def _statistics(device: torch.device, mean: tuple[float, ...], std: tuple[float,
 # ---- datasets and batches ----
 
 
-class TrainingVideos(Dataset):
+class TrainingVideos(Dataset, ABC):
     """Samples by (epoch, index). A broken video is replaced by another one, chosen by the sample's own generator.
 
     A sample is what `sample` makes of a video, followed by a list with the reasons why others could not be read.
@@ -594,8 +595,9 @@ class TrainingVideos(Dataset):
                     raise UserError(f"{TRIES} videos in a row could not be read; look at data.root and at the last one, {error}") from None
                 index = pick_below(len(self), generator)
 
+    @abstractmethod
     def sample(self, video: Any, generator: torch.Generator) -> tuple:
-        raise NotImplementedError
+        """What a batch takes of one video. Raises BrokenVideo."""
 
 
 class PretrainingClips(TrainingVideos):
