@@ -28,18 +28,12 @@ The same command again goes on from the last checkpoint. Any value of the YAML f
 import argparse
 import json
 import math
-import os
-import re
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,56 +46,67 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-import common
 import data
-import toy
-from common import UserError, say
-from data import BrokenVideo
 from finetune import check_init, encoder_options, parameter_groups
-from model import Encoder, build_from, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks, truncated_normal
+from model import (
+    Encoder,
+    cube_grid,
+    recompute_blocks,
+    truncated_normal,
+)
+from support import toy
+from support.ava import (
+    ACTIONS,
+    Action,
+    Frame,
+    KeyFrame,
+    Row,
+    average_precisions,
+    key_frames,
+    list_movies,
+    movie_size,
+    read_actions,
+    read_detections,
+    read_exclusions,
+    read_ground_truth,
+    read_person_boxes,
+    show,
+    summarize,
+    to_rows,
+    write_rows,
+)
+from support.config import UserError, as_dict, load_config, parse
+from support.pictures import draw_persons
+from support.run import (
+    Progress,
+    gather,
+    launch,
+    numerics,
+    open_folder,
+    pick_below,
+    position,
+    sample_generator,
+    save_checkpoint,
+    say,
+    share_batch,
+    start_processes,
+    warmup_cosine,
+)
+from support.video import (
+    BrokenVideo,
+    Excerpt,
+    read_clip,
+    write_mp4,
+)
+from support.weights import (
+    build_from,
+    load_weights,
+    read_checkpoint,
+    read_options,
+)
 
 CONFIGS = Path(__file__).parent / "configs" / "detect"
 DEFAULT = CONFIGS / "toy.yaml"
-ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated (Sec. 4.3)
-RATE = 30  # frames a second that a stride counts, whatever the movie's own rate
-START = 900  # second of each movie at which AVA's 15 minutes begin
-
-Frame = tuple[str, int]  # a key frame: video, second
-Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
-
-
-# ---- what AVA consists of ----
-
-
-class Row(NamedTuple):
-    """A row of AVA's csv files."""
-
-    frame: Frame
-    box: Box
-    action: int  # from 1; 0 where the file states none
-    score: float  # 1 where the file states none
-
-
-@dataclass
-class KeyFrame:
-    """A frame with M persons: what the rows of a (video, second) say together."""
-
-    video: str
-    second: int
-    boxes: Tensor  # (M, 4) x1 y1 x2 y2 as fractions of width and height, float64
-    labels: Tensor  # (M, actions) 1.0 for each action that the person does, 0.0 otherwise; in a prediction, probabilities
-    scores: Tensor  # (M,) of the person detector, float64; 1 for ground truth
-
-
-@dataclass
-class Action:
-    """An entry of AVA's list of actions."""
-
-    name: str
-    group: str  # one of GROUPS; empty if unknown
-
-
-GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, 15 to 63, 64 to 80
 
 
 @dataclass
@@ -113,219 +118,6 @@ class TestSet:
     ground_truth: list[Row]
     actions: dict[int, Action]  # those evaluated
     excluded: set[Frame]
-
-
-# ---- AVA's csv files: rows, and key frames made of them ----
-
-
-def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
-    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
-    return _read_rows(path, actions)
-
-
-def read_detections(path: Path, actions: int = ACTIONS) -> list[Row]:
-    """Detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
-    return _read_rows(path, actions, scored=True, any_box=True)
-
-
-def read_person_boxes(
-    path: Path, threshold: float, file_list: Path | None = None, sizes: Mapping[str, tuple[int, int]] | None = None
-) -> list[KeyFrame]:
-    """Boxes of persons that a detector found with a score of at least `threshold`, in the paper 0.8 (Sec. B).
-
-    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it. This numbers
-    the movies by their place in AVA's file list and measures in pixels, so it needs the width and height of each movie;
-    boxes of movies whose size is not given are left out. Raises UserError.
-    """
-    if path.suffix in (".pkl", ".pickle"):  # unpickling would run whatever code the file holds
-        load = f"pickle.load(open('{path}', 'rb'))"
-        convert = f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in {load}.items() for row in rows]"
-        raise UserError(f'{path} is a pickle, which could run any code: if you trust it, convert it with python -c "{convert}" > boxes.csv')
-    if path.suffix == ".json":
-        rows = _read_aia_boxes(path, file_list, sizes)
-    else:
-        rows = _read_rows(path, ACTIONS, scored=True, unlabelled=True)
-    kept = [row for row in rows if row.score >= threshold]
-    if not kept:
-        highest = max(row.score for row in rows)
-        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; the highest is {highest:.3f}")
-    return key_frames(kept)
-
-
-def _read_rows(path: Path, actions: int, *, scored: bool = False, unlabelled: bool = False, any_box: bool = False) -> list[Row]:
-    """scored: column 8 is a score, otherwise a person's number, which nothing needs. unlabelled: the action may be empty.
-
-    any_box: boxes may have their edges in the wrong order; the evaluation drops them.
-    """
-    rows: list[Row] = []
-    known: dict[tuple[Frame, Box], tuple[Frame, Box]] = {}  # boxes stand in many rows: one copy saves memory
-    for number, line in _lines(path):
-        try:
-            columns = line.split(",")
-            if len(columns) not in (7, 8):
-                raise ValueError(f"{len(columns)} columns")
-            video, second, *edges, action = columns[:7]
-            x1, y1, x2, y2 = box = tuple(map(float, edges))
-            if not video or not second.isdecimal():
-                raise ValueError("no video, or a second that is not a whole number")
-            if not all(-10 < edge < 10 for edge in box):
-                raise ValueError("a box in pixels, or with numbers that are not finite")
-            if not any_box and (x1 > x2 or y1 > y2):
-                raise ValueError("a box whose left or upper edge lies beyond the other")
-            label = 0 if unlabelled and not action.strip() else int(action)
-            if not (0 if unlabelled else 1) <= label <= actions:
-                raise ValueError(f"unknown action {label}, known are 1 to {actions}")
-            score = float(columns[7]) if scored and len(columns) == 8 else 1.0
-            if not math.isfinite(score):
-                raise ValueError("a score that is not finite")
-        except ValueError as error:
-            form = "video,second,x1,y1,x2,y2,action" + (",score" if scored else ",person")
-            raise UserError(f"{path}, line {number}: {error}; a row is {form}, the box in fractions of width and height") from None
-        place = (video, int(second)), box
-        rows.append(Row(*known.setdefault(place, place), label, score))
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return rows
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers, blank ones left out. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, line
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"no rows can be read from {path}: {error}") from None
-
-
-def key_frames(rows: list[Row], actions: int = ACTIONS) -> list[KeyFrame]:
-    """Rows put together by key frame and, within it, by box; in the order of video and second."""
-    rows_of: dict[tuple[Frame, Box], list[Row]] = {}
-    for row in rows:
-        rows_of.setdefault((row.frame, row.box), []).append(row)
-    persons = sorted(rows_of)  # by video, second and box
-    boxes = torch.tensor([box for _, box in persons], dtype=torch.float64)  # (P, 4)
-    scores = torch.tensor([max(row.score for row in rows_of[person]) for person in persons], dtype=torch.float64)  # (P,)
-    labels = torch.zeros(len(persons), actions + 1)  # (P, 1 + actions), column 0 for rows without an action
-    for person, of_person in zip(persons, labels):
-        of_person[[row.action for row in rows_of[person]]] = 1.0
-    counts = Counter(frame for frame, _ in persons)  # persons in each frame
-    # Views of three tensors: where loader processes are not forked, they cannot be handed thousands of separate ones.
-    pieces = zip(counts, *(column.split([*counts.values()]) for column in (boxes, labels[:, 1:], scores)))
-    return [KeyFrame(*frame, *tensors) for frame, *tensors in pieces]
-
-
-# ---- the clip around a key frame: time, not a frame's number, decides ----
-
-
-def clip_times(second: int, frames: int, stride: int, rate: float = RATE) -> list[Fraction]:
-    """When, in seconds, the frames of the clip around `second` are shown; the key frame is the first of the second half.
-
-    Frames are `stride` frames apart at the nominal `rate`: 16 x 4 at 30 a second reach from -32/30 s to +28/30 s.
-    """
-    return [second + Fraction((i - frames // 2) * stride) / Fraction(rate) for i in range(frames)]
-
-
-def read_clip(path: Path, second: int, *, frames: int, stride: int, rate: float = RATE, starts_at: int = START) -> Tensor:
-    """The clip of T = `frames` frames around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
-
-    path: a movie file, or a folder of frames extracted at 30 a second, as SlowFast has them: <video>_000001.jpg, ...
-    starts_at: the second of the movie at which the file or folder starts: 900 if it was cut to AVA's part, 0 if it is whole.
-    Before the start and after the end the first and the last frame stand in.
-    """
-    times = [time - starts_at for time in clip_times(second, frames, stride, rate)]
-    too_far = f"{path}: second {second} lies outside, if it starts at second {starts_at}; is the movie cut or whole?"
-    if path.is_dir():
-        numbers = [1 + math.ceil(time * 30 - Fraction(1, 2)) for time in times]  # the nearest frame, of two the earlier
-        last = _last_frame(path)
-        if not 1 <= numbers[frames // 2] <= last + 15:
-            raise BrokenVideo(too_far)
-        return torch.stack([_read_frame(path, min(max(number, 1), last)) for number in numbers])  # (T, 3, H, W)
-    if second < starts_at:
-        raise BrokenVideo(too_far)
-    with Excerpt(path, times[0], times[-1]) as excerpt:
-        if second - starts_at > excerpt.times[-1] + Fraction(1, 2):
-            raise BrokenVideo(too_far)
-        return excerpt.frames([nearest(excerpt.times, time) for time in times])  # (T, 3, H, W)
-
-
-def nearest(times: list[Fraction], time: Fraction) -> int:
-    """Index of the nearest to `time` of the sorted `times`, the earlier of two equally near."""
-    right = bisect_left(times, time)
-    neighbours = range(max(right - 1, 0), min(right + 1, len(times)))
-    return min(neighbours, key=lambda index: abs(times[index] - time))
-
-
-class Excerpt(data.Video):
-    """The part of a movie around the times from `begin` to `end`, in seconds from its start; the rest of the file is not read.
-
-    `excerpt.times` says when each of its frames is shown, `excerpt.frames(indices)` decodes some. Raises BrokenVideo.
-    """
-
-    def __init__(self, path: Path, begin: Fraction, end: Fraction) -> None:
-        self.begin, self.end = begin, end
-        super().__init__(path)
-
-    def _index_packets(self) -> None:
-        self.stream = self.container.streams.best("video")
-        if self.stream is None:
-            raise BrokenVideo(f"{self.path}: no video stream")
-        if self.container.format.name not in self.TIMED:
-            raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; encode it anew as one of them")
-        self.stream.thread_type, self.stream.thread_count = "NONE", 1  # loader workers are the parallelism
-        self.timed, unit = True, self.stream.time_base
-        origin = Fraction(self.container.start_time or 0, 1_000_000)
-        begin, end = (origin + self.begin) / unit, (origin + self.end) / unit  # on the file's own clock
-        start, back = self.stream.start_time or 0, 0
-        # A key frame decoded at or before the target may be shown after it: then seek again, 1, 3, 7, ... seconds further back.
-        while True:
-            target = max(int(begin - back / unit), start)
-            self.container.seek(target, stream=self.stream)
-            self.packets = self._read_until(end)
-            if target == start or self.packets and self.packets[0].pts <= begin:
-                break
-            back = 2 * back + 1
-        if not self.packets:
-            raise BrokenVideo(f"{self.path}: no frames around {float(self.begin):.1f} s")
-        first = self.packets[0].pts  # what is shown before this key frame needs frames that have not been read
-        shown = [position for position, packet in enumerate(self.packets) if not packet.is_discard and packet.pts >= first]
-        self.positions = sorted(shown, key=lambda position: self.packets[position].pts)
-        self.times = [self.packets[position].pts * unit - origin for position in self.positions]
-
-    def _read_until(self, end: Fraction) -> list:
-        """Packets from the next key frame on, in the order of decoding: a frame at or after `end` and all shown before it."""
-        packets, after = [], math.inf
-        for packet in self.container.demux(self.stream):
-            if not packet.size or not packets and not packet.is_keyframe:
-                continue
-            if packet.pts is None:
-                raise BrokenVideo(f"{self.path}: frames without a time; encode it anew")
-            if packet.dts is not None and packet.dts >= after:  # nothing is shown before it is decoded
-                break
-            packets.append(packet)
-            if packet.pts >= end:
-                after = min(after, packet.pts)
-        return packets
-
-
-@cache  # a folder may hold 27,000 frames
-def _last_frame(folder: Path) -> int:
-    """The highest number of a frame in a folder of extracted frames."""
-    pattern = re.compile(re.escape(folder.name) + r"_(\d{6})\.jpg")
-    numbers = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match]
-    if not numbers:
-        raise BrokenVideo(f"{folder}: no frames named {folder.name}_000001.jpg and so on")
-    return max(numbers)
-
-
-def _read_frame(folder: Path, number: int) -> Tensor:
-    """A frame in a folder of extracted frames, uint8 (3, H, W)."""
-    path = folder / f"{folder.name}_{number:06d}.jpg"
-    try:
-        return TF.pil_to_tensor(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise BrokenVideo(f"{path}: {error}") from None
 
 
 # ---- boxes in pixels: they go with the frames through every change of the picture ----
@@ -428,10 +220,10 @@ class KeyFrameClips(data.TrainingVideos):
         clip, boxes = resized_clip(frame, self.movies, s)  # (T, 3, H, W), (M, 4)
         if s.jitter_boxes:
             boxes = jitter_boxes(boxes, generator)
-        top, left = (data.pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
+        top, left = (pick_below(side - s.size + 1, generator) for side in clip.shape[-2:])
         # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
         clip, boxes = crop(clip, boxes, top, left, s.size, s.size)  # (T, 3, size, size)
-        if s.flip and data.pick_below(2, generator):
+        if s.flip and pick_below(2, generator):
             clip, boxes = flip(clip, boxes)
         if s.jitter_colours:
             clip = jitter_colours(clip, generator)
@@ -575,8 +367,8 @@ def detect(
 ) -> tuple[list[KeyFrame], list[str]]:
     """`persons` with the probabilities of all actions as labels, for every process, and why some key frames could not be read."""
     device = next(model.parameters()).device
-    bf16, _ = common.numerics(config.run)
-    rank, world_size = common.position()
+    bf16, _ = numerics(config.run)
+    rank, world_size = position()
     share = batches_by_movie(persons, config.run.batch_per_device)[rank::world_size]
     batches = data.loader(TestClips(persons, movies, config.data), config.data.workers, batch_sampler=share, collate_fn=collate_test)
     model.eval()
@@ -591,14 +383,14 @@ def detect(
                 found.append((indices, logits.float().sigmoid()))
             bar.update(len(indices) + len(reasons))
     predictions = []
-    for indices, probabilities in common.gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
+    for indices, probabilities in gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
         asked = [persons[index] for index in indices]
         for frame, labels in zip(asked, probabilities.split([len(frame.boxes) for frame in asked])):  # (M, classes)
             if config.data.person_score:
                 labels = labels * frame.scores[:, None].float()
             predictions.append(replace(frame, labels=labels))
     predictions.sort(key=lambda frame: (frame.video, frame.second))
-    return predictions, sorted(set(common.gather(broken)))
+    return predictions, sorted(set(gather(broken)))
 
 
 def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, title: str) -> tuple[list[KeyFrame], dict, list[str]]:
@@ -617,28 +409,10 @@ def test(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, titl
     return predictions, summarize(precisions, test_set.actions), broken
 
 
-def to_rows(frames: list[KeyFrame]) -> list[Row]:
-    """The reverse of `key_frames`: a row for every label above 0, with the label, 1 or a probability, as its score."""
-    rows = []
-    for frame in frames:
-        for box, labels in zip(frame.boxes.tolist(), frame.labels.tolist()):
-            place = (frame.video, frame.second), tuple(box)
-            rows += [Row(*place, action, score) for action, score in enumerate(labels, 1) if score > 0]
-    return rows
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
-    with open(path, "w") as file:
-        for (video, second), box, action, score in rows:
-            edges = ",".join(f"{edge:.9g}" for edge in box)
-            file.write(f"{video},{second:04d},{edges},{action},{score:.9g}\n")
-
-
 def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNamespace, folder: Path) -> float:
     """The paper's test of a model: prints and returns mAP, writes detections.csv, mAP.json and pictures into `folder`."""
     predictions, summary, broken = test(model, test_set, config, "testing")
-    if common.position()[0] == 0:
+    if position()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "detections.csv", to_rows(predictions))
         (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -649,202 +423,6 @@ def test_and_write(model: ActionDetector, test_set: TestSet, config: SimpleNames
         persons = sum(len(frame.boxes) for frame in predictions)
         print(f"{persons:,} persons in {len(predictions):,} frames: {folder / 'detections.csv'}", flush=True)
     return summary["mAP"]
-
-
-# ---- frame-mAP at IoU 0.5 (Sec. 4.3), the official evaluator's to the digit ----
-
-
-def average_precisions(
-    ground_truth: list[Row], detections: list[Row], actions: Iterable[int], excluded: Container[Frame] = (), *,
-    skip_frames_without_ground_truth: bool = False
-) -> dict[int, float]:  # fmt: skip
-    """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
-
-    The rules of AVA's own evaluator: a detection looks only at the ground-truth box that it overlaps most, and is wrong
-    if a detection with a higher score has taken that one, even where a second box overlaps enough. Rows of other actions,
-    excluded frames and detections without area count for nothing. Detections in frames without ground truth are wrong,
-    unless such frames are skipped, as mmaction2 does by default.
-
-    Where two scores or two overlaps are equal, the official result depends on the order of rows. Here frame and box decide.
-    """
-    truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
-    for frame, box, action, _ in sorted(ground_truth):
-        if action in truth and frame not in excluded:
-            truth[action].setdefault(frame, []).append(box)
-    frames_with_truth = {frame for frames in truth.values() for frame in frames}
-
-    found: dict[int, list[tuple[float, Frame, Box]]] = {action: [] for action in truth}
-    for frame, box, action, score in detections:
-        has_area = box[0] < box[2] and box[1] < box[3]
-        if action in found and frame not in excluded and has_area:
-            if frame in frames_with_truth or not skip_frames_without_ground_truth:
-                found[action].append((-score, frame, box))
-
-    precisions = {}
-    for action, true_boxes in truth.items():
-        taken: set[tuple[Frame, Box]] = set()  # ground-truth boxes that a detection with a higher score has found
-        correct = []
-        for _, frame, box in sorted(found[action]):  # highest score first
-            best = max(true_boxes.get(frame, ()), key=lambda true_box: iou(box, true_box), default=None)
-            correct.append(best is not None and iou(box, best) >= 0.5 and (frame, best) not in taken)  # IoU 0.5: Sec. 4.3
-            if correct[-1]:
-                taken.add((frame, best))
-        precisions[action] = _average_precision(torch.tensor(correct, dtype=torch.bool), sum(map(len, true_boxes.values())))
-    return precisions
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
-    both = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
-    return both / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both)
-
-
-def _average_precision(correct: Tensor, positives: int) -> float:
-    """Area under the precision-recall curve of detections (D,), best first; precision made non-increasing in recall."""
-    if not positives:
-        return math.nan
-    precision = correct.cumsum(0).double() / torch.arange(1, len(correct) + 1)  # (D,)
-    envelope = precision.flip(0).cummax(0).values.flip(0) if len(correct) else precision  # (D,)
-    return float(envelope[correct].sum() / positives)  # recall grows by 1 / positives at every correct detection
-
-
-def mean_of(precisions: Iterable[float]) -> float:
-    """The mean of those that are numbers."""
-    numbers = [precision for precision in precisions if not math.isnan(precision)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def summarize(precisions: dict[int, float], actions: dict[int, Action]) -> dict:
-    """mAP, the mean of each group that the list of actions knows, and AP by action, in percent; None without ground truth."""
-
-    def percent(value: float) -> float | None:
-        return None if math.isnan(value) else 100 * value
-
-    groups: dict[str, list[float]] = {}
-    for number, action in actions.items():
-        if action.group:
-            groups.setdefault(action.group.replace("_", " ").lower(), []).append(precisions[number])
-    return {
-        "mAP": percent(mean_of(precisions.values())),
-        "groups": {group: percent(mean_of(values)) for group, values in groups.items()},
-        "actions": [{"id": number, "name": actions[number].name, "AP": percent(precision)} for number, precision in precisions.items()],
-    }
-
-
-def show(summary: dict) -> None:
-    """Print AP by action, the mean of each group, and the mAP."""
-
-    def number(value: float | None) -> str:
-        return "  none" if value is None else f"{value:6.2f}"
-
-    for action in summary["actions"]:
-        print(f"{number(action['AP'])}  {action['id']:3d} {action['name']}")
-    for group, value in summary["groups"].items():
-        print(f"{number(value)}  mean of {group}")
-    print(f"{number(summary['mAP'])}  mAP at IoU 0.5", flush=True)
-
-
-# ---- AVA's other files: actions, excluded frames, AIA's boxes, movies ----
-
-
-def read_actions(path: Path) -> dict[int, Action]:
-    """A list of actions in AVA's pbtxt form, by id: blocks with name and id or label_id, and label_type or none.
-
-    The list of the 60 evaluated actions states no types; if its names show that they are AVA's, the ids tell the groups.
-    Raises UserError with file and line.
-    """
-    try:
-        text = re.sub(r"^[ \t]*#.*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # without comments
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"no list of actions can be read from {path}: {error}") from None
-    form = 'a list of actions is made of blocks such as item { name: "sit" id: 11 }'
-    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
-    block = rf"\w+\s*:?\s*\{{((?:{string}|[^{{}}\"])*)\}}"
-    actions: dict[int, Action] = {}
-    for match in re.finditer(block, text):
-        line = 1 + text.count("\n", 0, match.start())
-        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1]))
-        name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
-        if not name.startswith('"') or not number.isdecimal():
-            raise UserError(f"{path}, line {line}: {form}")
-        if int(number) in (0, *actions):
-            raise UserError(f"{path}, line {line}: action {number} is listed twice, or is 0; ids start at 1")
-        actions[int(number)] = Action(re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", ""))
-    rest = re.sub(block, lambda match: "\n" * match[0].count("\n"), text).rstrip()
-    if rest or not actions:
-        line = 1 + rest.count("\n")
-        raise UserError(f"{path}, line {line}: {form}")
-    firsts_and_lasts = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # of AVA's groups
-    is_ava = all(number in actions and actions[number].name == name for number, name in firsts_and_lasts.items())
-    if is_ava and not any(action.group for action in actions.values()):
-        for number, action in actions.items():
-            action.group = GROUPS[(number > 14) + (number > 63)]
-    return actions
-
-
-def read_exclusions(path: Path) -> set[Frame]:
-    """Key frames that are not evaluated, as AVA lists them: rows video,second. Raises UserError with file and line."""
-    excluded = set()
-    for number, line in _lines(path):
-        video, _, second = line.strip().partition(",")
-        if not video or not second.isdecimal():
-            raise UserError(f"{path}, line {number}: a row of excluded frames is video,second, not {line.strip()}")
-        excluded.add((video, int(second)))
-    return excluded
-
-
-def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
-    """A list of {"image_id": 10000 * number of the movie + second, "bbox": [x, y, width, height], "score"}."""
-    if file_list is None or sizes is None:
-        raise UserError(f"{path} numbers its movies: give AVA's list of file names too, such as ava_file_names_trainval_v2.1.txt")
-    try:
-        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text(encoding="utf-8").split()]
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of boxes")
-    rows = []
-    for number, entry in enumerate(entries, 1):
-        try:
-            movie, second = divmod(int(entry["image_id"]), 10000)
-            x, y, box_width, box_height = map(float, entry["bbox"])
-            score = float(entry["score"])
-            if not 0 <= movie < len(videos):
-                raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-            if videos[movie] not in sizes:  # the movie is missing
-                continue
-            width, height = sizes[videos[movie]]
-            if not (box_width >= 0 and box_height >= 0 and abs(score) < math.inf):
-                raise ValueError("a box of negative size, or a number that is not finite")
-            if not (-0.1 * width < x and x + box_width < 1.1 * width and -0.1 * height < y and y + box_height < 1.1 * height):
-                raise ValueError(f"a box that lies outside a movie of {width} x {height} pixels: it was found in one of another size")
-        except (KeyError, TypeError, ValueError) as error:
-            form = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
-            raise UserError(f"{path}, entry {number}: {error}; {form}") from None
-        box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
-        rows.append(Row((videos[movie], second), box, 0, score))
-    if not rows:
-        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies and at {file_list}")
-    return rows
-
-
-def list_movies(root: Path) -> dict[str, Path]:
-    """The movie of each video id: a file of any video suffix, or a folder of frames, in the folder `root`. Raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: set data.root to the folder of AVA's movies, or of folders with their frames")
-    paths = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix.lower() in data.SUFFIXES)
-    movies = {path.name if path.is_dir() else path.stem: path for path in paths}
-    if not movies:
-        raise UserError(f"no movies and no folders of frames found in {root}")
-    return movies
-
-
-def movie_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a movie file or a folder of frames. Raises BrokenVideo."""
-    height, width = read_clip(path, 0, frames=2, stride=1, starts_at=0).shape[-2:]
-    return width, height
 
 
 # ---- clips to train on, and what a model is tested on ----
@@ -914,8 +492,8 @@ def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
     check(config)
     check_init(config.init, "scratch")
-    bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes(config.data.workers)
+    bf16, compiled = numerics(config.run)
+    rank, world_size, device = start_processes(config.data.workers)
     chief = rank == 0
     root = find_root(config, world_size)
     frames, movies = find_training(config, root)
@@ -927,14 +505,14 @@ def train(config: SimpleNamespace) -> None:
     clips[0, 0]  # stops here if no movie can be read
 
     batch_size = config.optim.batch_size
-    per_device, accumulation = common.share_batch(batch_size, len(frames), world_size, config.run.batch_per_device)
+    per_device, accumulation = share_batch(batch_size, len(frames), world_size, config.run.batch_per_device)
     steps_per_epoch = len(frames) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
 
     groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)  # Table 12
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
-    folder, checkpoint = common.open_folder(config)
+    folder, checkpoint = open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -957,11 +535,11 @@ def train(config: SimpleNamespace) -> None:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     size = dict(batch_size=batch_size, per_device=per_device)
     batches = data.training_batches(clips, config.data.workers, **size, start=start, steps=steps, collate_fn=collate)
-    progress = common.Progress(config.run, start, steps, batch_size, device)
+    progress = Progress(config.run, start, steps, batch_size, device)
 
     model.train()
     for step in progress:
-        learning_rate = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
+        learning_rate = warmup_cosine(step, steps, warmup, peak_lr, end_lr)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         for piece in range(accumulation):
@@ -970,7 +548,7 @@ def train(config: SimpleNamespace) -> None:
             clip, rois, labels = (x.to(device, non_blocking=True) for x in tensors)  # (B, T, 3, H, W), (M, 5), (M, classes)
             clip = data.normalize(clip, config.data.mean, config.data.std)  # (B, 3, T, H, W)
             # Drop path: a function of the step, so that a resumed run repeats it.
-            torch.manual_seed(data.pick_below(2**62, data.sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
+            torch.manual_seed(pick_below(2**62, sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
             with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     logits = predict(clip, rois)  # (M, classes)
@@ -989,8 +567,8 @@ def train(config: SimpleNamespace) -> None:
                 names = {number: action.name for number, action in test_set.actions.items()}
                 # `positions` are no parameter and usually computed, but those of image weights are not
                 content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, actions=names)
-                state = dict(optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
-                common.save_checkpoint(folder / "checkpoint.pt", **content, **state)
+                state = dict(optimizer=optimizer.state_dict(), step=done, config=as_dict(config))
+                save_checkpoint(folder / "checkpoint.pt", **content, **state)
         if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
             progress.flush()
             epoch = done // steps_per_epoch
@@ -1005,27 +583,6 @@ def train(config: SimpleNamespace) -> None:
     mean_ap = test_and_write(model, test_set, config, folder)
     if chief:
         progress.log.write(step=steps, test_mAP=mean_ap)
-
-
-# ---- pictures ----
-
-
-def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes and the up to four most probable actions of each, if above 0.3."""
-    zoom = max(1, round(400 / image.shape[1]))
-    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
-    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
-    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
-        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        scores, actions = labels.topk(min(4, len(labels)))
-        for row, (score, action) in enumerate(zip(scores.tolist(), (actions + 1).tolist())):
-            if score > 0.3:
-                text = str(names.get(action, action)) + (f" {score:.2f}" if score < 1 else "")
-                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + row * line
-                draw.rectangle(draw.textbbox(where, text, font), fill="black")
-                draw.text(where, text, colour, font)
-    return picture
 
 
 def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
@@ -1065,8 +622,8 @@ def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
     stored = read_checkpoint(weights)[1].get("config")
     if stored and "actions" not in stored["data"]:
         raise UserError(f"{weights} was trained by another stage: make a checkpoint of action detection with detect_ava.py")
-    stored = stored or common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
-    config = common.load_config(DEFAULT, settings, stored)
+    stored = stored or as_dict(load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = load_config(DEFAULT, settings, stored)
     check(config)
     return config
 
@@ -1074,7 +631,7 @@ def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the mAP of any checkpoint of action detection, its detections and pictures beside it or in `--out`."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, world_size, device = common.start_processes(config.data.workers)
+    _, world_size, device = start_processes(config.data.workers)
     test_set = find_test(config, find_root(config, world_size))
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     if model.options["classes"] != config.data.actions:
@@ -1087,7 +644,7 @@ def predict_video(arguments: argparse.Namespace) -> None:
     """`--predict`: a video as mp4 with the persons' boxes, one set of them a second, and what they do."""
     video, out = arguments.predict, arguments.out or Path("runs/detections") / f"{arguments.predict.stem}.mp4"
     config = stored_config(arguments.weights, arguments.settings)
-    device = common.start_processes(config.data.workers)[2]
+    device = start_processes(config.data.workers)[2]
     model = build_detector(arguments.weights, config.model.pretrained_clip).to(device)
     names = read_checkpoint(arguments.weights)[1].get("actions", {})
     persons = find_persons(arguments.boxes, config, Path(config.data.root), {video.stem: video})
@@ -1097,7 +654,7 @@ def predict_video(arguments: argparse.Namespace) -> None:
         only = f"only of {others}, ...: its first column has to be the name of the file"
         raise UserError(f"{arguments.boxes} has no boxes of video {video.stem}, {only}")
     predictions, broken = detect(model, mine, {video.stem: video}, config, "predicting")
-    if common.position()[0] > 0:
+    if position()[0] > 0:
         return
     for reason in broken:
         say(f"no detections: {reason}")
@@ -1105,7 +662,7 @@ def predict_video(arguments: argparse.Namespace) -> None:
         with Excerpt(video, Fraction(0), Fraction(10**6)) as movie:
             out.parent.mkdir(parents=True, exist_ok=True)
             pictures = tqdm(annotated(movie, predictions, names, config.data.starts_at), "drawing", len(movie), unit="frame")
-            data.write_mp4(out, pictures, movie.stream.average_rate)
+            write_mp4(out, pictures, movie.stream.average_rate)
     except BrokenVideo as error:
         raise UserError(f"the video cannot be read: {error}") from None
     print(f"{sum(len(frame.boxes) for frame in predictions)} persons in {len(predictions)} key frames: {out}")
@@ -1163,7 +720,7 @@ def main() -> None:
         help="folder of --test, default that of the weights; file of --predict, default runs/detections/VIDEO.mp4, "
         "and of --evaluate, default DETECTIONS_mAP.json",
     )  # fmt: skip
-    arguments = common.parse(parser)
+    arguments = parse(parser)
     if (arguments.test or arguments.predict) and not arguments.weights:
         raise UserError("--test and --predict need --weights FILE, a checkpoint of action detection such as runs/detect/toy/checkpoint.pt")
     if arguments.predict and not arguments.boxes:
@@ -1178,8 +735,8 @@ def main() -> None:
     elif arguments.test:
         test_weights(arguments)
     else:
-        train(common.load_config(DEFAULT, arguments.settings))
+        train(load_config(DEFAULT, arguments.settings))
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

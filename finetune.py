@@ -29,12 +29,43 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import common
 import data
-import toy
-from common import UserError, say
-from data import LabelledVideos
-from model import SIZES, VideoClassifier, build_classifier, cube_grid, load_weights, read_checkpoint, read_options, recompute_blocks
+from model import (
+    SIZES,
+    VideoClassifier,
+    cube_grid,
+    recompute_blocks,
+)
+from support import toy
+from support.config import UserError, as_dict, load_config, parse, pick
+from support.datasets import (
+    Classes,
+    Entry,
+    LabelledVideos,
+    labelled,
+    list_entries,
+)
+from support.run import (
+    Progress,
+    gather,
+    launch,
+    numerics,
+    open_folder,
+    pick_below,
+    position,
+    sample_generator,
+    save_checkpoint,
+    say,
+    share_batch,
+    start_processes,
+    warmup_cosine,
+)
+from support.weights import (
+    build_classifier,
+    load_weights,
+    read_checkpoint,
+    read_options,
+)
 
 CONFIGS = Path(__file__).parent / "configs" / "finetune"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -46,7 +77,7 @@ DEFAULT = CONFIGS / "toy.yaml"
 def check(config: SimpleNamespace) -> None:
     """Most mistakes in a configuration are found here, before any work."""
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
+    pick(data.SAMPLING, config.data.sampling, "data.sampling")
     for key, (least, most) in (("data.crop_area", config.data.crop_area), ("data.crop_aspect", config.data.crop_aspect)):
         if least > most:
             raise UserError(f"{key}=[{least}, {most}] has to name the smaller number first")
@@ -63,7 +94,7 @@ def check_init(init: str, *others: str) -> None:
 
 def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
     """The encoder's size, and the clips that its position table is made for: those that the weights `init` were trained on."""
-    sizes = common.pick(SIZES, config.model.size, "model.size")
+    sizes = pick(SIZES, config.model.size, "model.size")
     if config.init == "scratch":
         clip_size = [config.data.frames, config.data.size, config.data.size]
     else:
@@ -138,8 +169,8 @@ def test(
     Each process tests its share of the videos; all of them return the whole. An unreadable video's row is all nan.
     """
     device = next(model.parameters()).device
-    bf16, _ = common.numerics(config.run)
-    rank, world_size = common.position()
+    bf16, _ = numerics(config.run)
+    rank, world_size = position()
     dataset = data.TestViews(
         videos,
         frames=config.data.frames,
@@ -164,11 +195,11 @@ def test(
                 probabilities = logits.float().softmax(dim=1).unflatten(0, (len(indices), -1)).mean(dim=1)  # (B, classes)
                 found.append((indices, probabilities))
             bar.update(len(indices) + len(unreadable))
-    found = common.gather([(indices, probabilities.cpu()) for indices, probabilities in found])
+    found = gather([(indices, probabilities.cpu()) for indices, probabilities in found])
     scores = torch.full((len(videos), model.options["classes"]), float("nan"))
     for indices, probabilities in found:
         scores[indices] = probabilities
-    return scores, [reason for _, reason in sorted(common.gather(broken))]
+    return scores, [reason for _, reason in sorted(gather(broken))]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -202,7 +233,7 @@ def test_and_write(model: nn.Module, videos: LabelledVideos, names: list[str], c
     clips, crops = config.data.test_clips, config.data.test_crops
     scores, broken = test(model, [path for path, _ in videos], config, clips, crops, f"testing {clips} x {crops} views")
     top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
-    if common.position()[0] == 0:
+    if position()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder, videos, scores, names)
         for reason in broken:
@@ -225,14 +256,14 @@ def find_videos(
     root, train, val = toy.find(config.data, world_size)
     classes = config.data.classes if config.data.root else "classes.txt"
     if known and val:
-        table = data.Classes(root, classes, [data.Entry(Path(), name, "") for name in known])
+        table = Classes(root, classes, [Entry(Path(), name, "") for name in known])
         names = known if sorted(known) == sorted(table.names) else table.names  # in the order of the model's outputs
         videos, val_videos = [], []
-        for entry in data.list_entries(root, val):
+        for entry in list_entries(root, val):
             name = table.names[table.index(entry)]
             val_videos.append((entry.path, names.index(name)))
     else:
-        videos, val_videos, names = data.labelled(root, train, val, classes, config.data.per_class)
+        videos, val_videos, names = labelled(root, train, val, classes, config.data.per_class)
     if not any(path.exists() for path, _ in val_videos):  # known now, not after days of training
         raise UserError(f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}: look at data.root and data.val")
     return videos, val_videos, names
@@ -242,8 +273,8 @@ def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
     check(config)
     check_init(config.init, "scratch")
-    bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes(config.data.workers)
+    bf16, compiled = numerics(config.run)
+    rank, world_size, device = start_processes(config.data.workers)
     chief = rank == 0
     videos, val_videos, names = find_videos(config, world_size)
     model = build(config, len(names)).to(device)
@@ -269,7 +300,7 @@ def train(config: SimpleNamespace) -> None:
 
     batch_size = config.optim.batch_size
     at_most = max(1, config.run.batch_per_device // config.data.repeats)  # videos at a time on a device
-    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, at_most)
+    per_device, accumulation = share_batch(batch_size, len(videos), world_size, at_most)
     if per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
         raise UserError(
             "one video at a time has no other to be mixed with: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0"
@@ -280,7 +311,7 @@ def train(config: SimpleNamespace) -> None:
 
     groups = parameter_groups(model, config.optim.layer_decay, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
-    folder, checkpoint = common.open_folder(config)
+    folder, checkpoint = open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -300,11 +331,11 @@ def train(config: SimpleNamespace) -> None:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     mix = mixing(config.optim.mixup, config.optim.cutmix)
-    progress = common.Progress(config.run, start, steps, batch_size * config.data.repeats, device)
+    progress = Progress(config.run, start, steps, batch_size * config.data.repeats, device)
 
     model.train()
     for step in progress:
-        learning_rate = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
+        learning_rate = warmup_cosine(step, steps, warmup, peak_lr, end_lr)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         for piece in range(accumulation):
@@ -315,7 +346,7 @@ def train(config: SimpleNamespace) -> None:
             # First one augmentation of all videos, then the next: neighbours, which mixup mixes, are different videos.
             clip = data.normalize(rearrange(frames, "B repeats T c H W -> (repeats B) T c H W"))  # (repeats B, 3, T, H, W)
             # Mixup, drop path and dropout are a function of the step, so that a resumed run repeats them.
-            torch.manual_seed(data.pick_below(2**62, data.sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
+            torch.manual_seed(pick_below(2**62, sample_generator(config.run.seed, step * accumulation + piece, -2 - rank)))
             clip, targets = mix(tv_tensors.Video(clip), targets)
             with predict.no_sync() if world_size > 1 and piece < accumulation - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -334,8 +365,8 @@ def train(config: SimpleNamespace) -> None:
             if chief:
                 # Positions are no parameter. Most can be computed again, but not those that came with image weights.
                 content = dict(model=model.state_dict(), model_options=model.options, positions=model.encoder.pos_embed, classes=names)
-                content |= dict(optimizer=optimizer.state_dict(), step=done, config=common.as_dict(config))
-                common.save_checkpoint(folder / "checkpoint.pt", **content)
+                content |= dict(optimizer=optimizer.state_dict(), step=done, config=as_dict(config))
+                save_checkpoint(folder / "checkpoint.pt", **content)
         if config.run.validate_every and done % (config.run.validate_every * steps_per_epoch) == 0 and done < steps:
             progress.flush()
             scores, _ = test(model, [path for path, _ in val_videos], config, 1, 1, f"epoch {done // steps_per_epoch}, one view")
@@ -361,8 +392,8 @@ def stored_config(weights: Path, settings: list[str]) -> SimpleNamespace:
         raise UserError(f"{weights} is not a fine-tuned checkpoint, with its classes: make one with finetune.py")
     stored = read_checkpoint(weights)[1].get("config")
     if not stored:
-        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
-    config = common.load_config(DEFAULT, settings, stored)
+        stored = as_dict(load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = load_config(DEFAULT, settings, stored)
     check(config)
     return config
 
@@ -374,7 +405,7 @@ def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[st
     if own:
         names = own
     elif config.data.classes:
-        names = data.Classes(config.data.root, config.data.classes, []).names
+        names = Classes(config.data.root, config.data.classes, []).names
     elif beside.exists() and "id2label" in (content := json.loads(beside.read_text())):
         names = [content["id2label"][str(number)] for number in range(len(content["id2label"]))]
     else:
@@ -387,7 +418,7 @@ def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[st
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the accuracy of any fine-tuned checkpoint, the scores of each video beside it or in `--out`."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, world_size, device = common.start_processes(config.data.workers)
+    _, world_size, device = start_processes(config.data.workers)
     known = read_checkpoint(arguments.weights)[1].get("classes")
     _, videos, names = find_videos(config, world_size, known)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
@@ -401,14 +432,14 @@ def test_weights(arguments: argparse.Namespace) -> None:
 def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: the five most probable classes of each video."""
     config = stored_config(arguments.weights, arguments.settings)
-    _, _, device = common.start_processes(config.data.workers)
+    _, _, device = start_processes(config.data.workers)
     model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
     names = class_names(arguments.weights, config, model.options["classes"])
     scores, broken = test(model, arguments.predict, config, config.data.test_clips, config.data.test_crops, "predicting")
     for reason in broken:
         say(f"cannot be read: {reason}")
     for video, row in zip(arguments.predict, scores):
-        if common.position()[0] == 0 and not row.isnan().any():
+        if position()[0] == 0 and not row.isnan().any():
             print(video)
             for probability, index in zip(*(x.tolist() for x in row.topk(min(5, len(names))))):
                 print(f"  {100 * probability:5.1f} %  {names[index]}")
@@ -465,7 +496,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar="SCORES.csv", help="compare two tested models class by class")
     parser.add_argument("--weights", type=Path, help="fine-tuned checkpoint: this project's, official or Hugging Face's")
     parser.add_argument("--out", type=Path, help="folder for results; default: that of the weights, or of the second scores.csv")
-    arguments = common.parse(parser)
+    arguments = parse(parser)
     if (arguments.test or arguments.predict) and not arguments.weights:
         raise UserError("--test and --predict need --weights FILE, a fine-tuned checkpoint such as runs/finetune/toy/checkpoint.pt")
     if arguments.weights and not (arguments.test or arguments.predict):
@@ -477,8 +508,8 @@ def main() -> None:
     elif arguments.test:
         test_weights(arguments)
     else:
-        train(common.load_config(DEFAULT, arguments.settings))
+        train(load_config(DEFAULT, arguments.settings))
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

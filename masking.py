@@ -14,7 +14,7 @@ every clip of a batch keeps the same number of visible cubes and the batch stays
 import torch
 from torch import Tensor
 
-from common import UserError
+from support.config import UserError
 
 Grid = tuple[int, int, int]  # cubes in time, height, width: (8, 14, 14) for 16 x 224 x 224 and cubes of 2 x 16 x 16
 

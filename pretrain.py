@@ -19,17 +19,44 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.v2 import functional as TF
 
-import common
 import data
 import masking
-import toy
-from common import UserError, say
-from model import SIZES, VideoMAE, build_from_checkpoint, cube_grid, read_checkpoint, recompute_blocks, take
+from model import (
+    SIZES,
+    VideoMAE,
+    cube_grid,
+    recompute_blocks,
+    take,
+)
+from support import toy
+from support.config import UserError, as_dict, load_config, parse, pick
+from support.datasets import (
+    list_videos,
+)
+from support.pictures import save_pictures
+from support.run import (
+    Progress,
+    launch,
+    numerics,
+    open_folder,
+    sample_generator,
+    save_checkpoint,
+    say,
+    share_batch,
+    start_processes,
+    warmup_cosine,
+)
+from support.video import (
+    BrokenVideo,
+    Video,
+)
+from support.weights import (
+    build_from_checkpoint,
+    read_checkpoint,
+)
 
 CONFIGS = Path(__file__).parent / "configs" / "pretrain"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -54,13 +81,13 @@ class Objective:
             "center": (frames, stride, 1, range(middle, middle + height * width)),  # T x tau -> center
         }
         self.name = config.target.frames
-        self.load_frames, self.load_stride, frames_per_token, self.tokens = common.pick(targets, self.name, "target.frames")
+        self.load_frames, self.load_stride, frames_per_token, self.tokens = pick(targets, self.name, "target.frames")
         if self.name == "double" and stride % 2:
             raise UserError(f"target.frames=double halves the stride, so data.stride={stride} has to be even")
         self.cube = (frames_per_token, *cube[1:])
         self.share = len(self.tokens) / len(everywhere)  # of all tokens, those that have a target
         self.normalize = config.target.normalize
-        self.error = common.pick(LOSSES, config.target.loss, "target.loss")
+        self.error = pick(LOSSES, config.target.loss, "target.loss")
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Loaded frames (B, T', 3, H, W) to the encoder's input (B, T, 3, H, W) and the target (B, T_target, 3, H, W)."""
@@ -123,13 +150,13 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
     objective = Objective(config)
     torch.manual_seed(config.run.seed)
     model = VideoMAE(
-        **common.pick(SIZES, config.model.size, "model.size"),
+        **pick(SIZES, config.model.size, "model.size"),
         decoder_depth=config.model.decoder_depth,
         clip_size=(config.data.frames, config.data.size, config.data.size),
         cube=config.model.cube,
         frames_per_token=objective.cube[0],
     )
-    draw_mask = partial(common.pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
+    draw_mask = partial(pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
     draw_mask(torch.Generator())  # stops here if the ratio hides every cube or none
     return model, objective, draw_mask
 
@@ -144,13 +171,13 @@ def parameter_groups(model: VideoMAE, weight_decay: float) -> list[dict]:
 
 def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes: AdamW, warm-up, then half a cosine (Table 9)."""
-    bf16, compiled = common.numerics(config.run)
+    bf16, compiled = numerics(config.run)
     model, objective, draw_mask = build(config)
-    rank, world_size, device = common.start_processes(config.data.workers)
+    rank, world_size, device = start_processes(config.data.workers)
     chief = rank == 0
     root, train, val = toy.find(config.data, world_size)
-    videos = data.list_videos(root, train)
-    val_videos = data.list_videos(root, val) if val else videos
+    videos = list_videos(root, train)
+    val_videos = list_videos(root, val) if val else videos
     clips = data.PretrainingClips(
         videos,
         frames=objective.load_frames,
@@ -164,7 +191,7 @@ def train(config: SimpleNamespace) -> None:
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
 
     batch_size = config.optim.batch_size
-    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
+    per_device, accumulation = share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr, end_lr = config.optim.base_lr * batch_size / 256, config.optim.min_lr * batch_size / 256  # Sec. B
@@ -173,7 +200,7 @@ def train(config: SimpleNamespace) -> None:
     if config.run.recompute:
         recompute_blocks(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optim.weight_decay), betas=config.optim.betas, fused=True)
-    folder, checkpoint = common.open_folder(config)
+    folder, checkpoint = open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -191,11 +218,11 @@ def train(config: SimpleNamespace) -> None:
     if world_size > 1:
         predict = DistributedDataParallel(predict, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
-    progress = common.Progress(config.run, start, steps, batch_size, device)
+    progress = Progress(config.run, start, steps, batch_size, device)
 
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = common.warmup_cosine(step, steps, warmup, peak_lr, end_lr)
+            group["lr"] = warmup_cosine(step, steps, warmup, peak_lr, end_lr)
         for piece in range(accumulation):
             *tensors, broken = progress.next(batches)
             progress.report(broken)
@@ -218,16 +245,16 @@ def train(config: SimpleNamespace) -> None:
             progress.gather_broken()
             if chief:
                 content = dict(model=model.state_dict(), model_options=model.options, optimizer=optimizer.state_dict())
-                common.save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=common.as_dict(config))
+                save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=as_dict(config))
 
     if chief:
         if progress.broken:
             say(f"{len(progress.broken)} broken videos were replaced by others: {folder / 'broken_videos.txt'}")
         for index in torch.linspace(0, len(val_videos) - 1, min(config.run.pictures, len(val_videos))).long().tolist():
-            masks = {f"{config.mask.ratio:.0%} masked": draw_mask(data.sample_generator(config.run.seed, -1, index))}
+            masks = {f"{config.mask.ratio:.0%} masked": draw_mask(sample_generator(config.run.seed, -1, index))}
             try:
                 draw(val_videos[index], config, model, masks, folder / "pictures" / f"{index:05d}")
-            except data.BrokenVideo as error:
+            except BrokenVideo as error:
                 say(f"no picture of {error}")
         say(f"{folder}: {steps:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
 
@@ -280,34 +307,10 @@ def cube_nearness(count: int, plane: tuple[int, int], device: torch.device) -> T
     return 1 / (torch.cdist(position, position) ** 4 + 1e-6)
 
 
-def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
-    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames, _, height, width = next(iter(rows.values())).shape
-    zoom = max(1, round(128 / height))
-    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
-    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
-    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
-    panels = []
-    for row, (label, video) in enumerate(rows.items()):
-        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
-        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
-        for column, frame in enumerate(chosen):
-            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
-        heading = Image.new("RGB", (wide, line), "white")
-        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
-        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
-    movie = torch.cat(panels, dim=3)
-    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
-    sheet.save(path.with_name(f"{path.name}.png"))
-    data.write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
-    say(f"{path}.png and .mp4")
-
-
 def draw(video: Path, config: SimpleNamespace, model: VideoMAE, masks: dict[str, Tensor], path: Path) -> None:
-    """Picture the middle clip of a video, its central square, under each of the named masks. Raises data.BrokenVideo."""
+    """Picture the middle clip of a video, its central square, under each of the named masks. Raises BrokenVideo."""
     objective = Objective(config)
-    with data.Video(video) as opened:
+    with Video(video) as opened:
         frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))  # (T', 3, H, W)
     frames = data.center_crop(frames, config.data.size)
     rows = {}
@@ -323,22 +326,22 @@ def draw_videos(arguments: argparse.Namespace) -> None:
         raise UserError("--reconstruct needs --weights FILE, a pre-training checkpoint such as runs/pretrain/toy/checkpoint.pt")
     stored = read_checkpoint(arguments.weights)[1].get("config")
     if not stored:  # weights from elsewhere do not say how they were trained; assume Table 9
-        stored = common.as_dict(common.load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
-    config = common.load_config(DEFAULT, arguments.settings, stored)
+        stored = as_dict(load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
+    config = load_config(DEFAULT, arguments.settings, stored)
     model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
     if Objective(config).cube[0] != model.options["frames_per_token"]:
         raise UserError(f"{arguments.weights} was trained for another target than target.frames={config.target.frames}: leave that key out")
     if model.options["clip_size"] != [config.data.frames, config.data.size, config.data.size]:
         raise UserError(f"{arguments.weights} was trained on clips of {model.options['clip_size']}: leave data.frames and data.size out")
-    draw_mask = common.pick(masking.MASKS, config.mask.type, "mask.type")
+    draw_mask = pick(masking.MASKS, config.mask.type, "mask.type")
     for number, video in enumerate(arguments.reconstruct):
         masks = {
-            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, data.sample_generator(config.run.seed, -1, number))
+            f"{config.mask.type} mask {ratio:.0%}": draw_mask(model.grid, ratio, sample_generator(config.run.seed, -1, number))
             for ratio in arguments.ratios or [config.mask.ratio]
         }
         try:
             draw(video, config, model, masks, arguments.out / video.stem)
-        except data.BrokenVideo as error:
+        except BrokenVideo as error:
             raise UserError(f"no clip can be read from {error}") from None
 
 
@@ -348,14 +351,14 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="pre-training checkpoint: this project's, official or Hugging Face's")
     parser.add_argument("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95; default: mask.ratio")
     parser.add_argument("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the drawings")
-    arguments = common.parse(parser)
+    arguments = parse(parser)
     if arguments.weights and not arguments.reconstruct:
         raise UserError("--weights goes with --reconstruct; a run goes on from its own checkpoint by the same command")
     if arguments.reconstruct:
         draw_videos(arguments)
     else:
-        train(common.load_config(DEFAULT, arguments.settings))
+        train(load_config(DEFAULT, arguments.settings))
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -19,11 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import common
 import data
 import finetune
-from common import say
-from model import Encoder, cube_grid, load_weights
+from model import (
+    Encoder,
+    cube_grid,
+)
+from support.config import as_dict, load_config, parse, pick
+from support.run import (
+    Progress,
+    launch,
+    numerics,
+    open_folder,
+    save_checkpoint,
+    say,
+    share_batch,
+    start_processes,
+    warmup_cosine,
+)
+from support.weights import (
+    load_weights,
+)
 
 CONFIGS = Path(__file__).parent / "configs" / "probe"
 DEFAULT = CONFIGS / "toy.yaml"
@@ -73,9 +89,9 @@ def train(config: SimpleNamespace) -> None:
     """Run, or go on with, the experiment that `config` describes; test it at the end."""
     finetune.check_init(config.init)
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
-    common.pick(data.SAMPLING, config.data.sampling, "data.sampling")
-    bf16, compiled = common.numerics(config.run)
-    rank, world_size, device = common.start_processes(config.data.workers)
+    pick(data.SAMPLING, config.data.sampling, "data.sampling")
+    bf16, compiled = numerics(config.run)
+    rank, world_size, device = start_processes(config.data.workers)
     videos, val_videos, names = finetune.find_videos(config, world_size)
     probes = nn.ModuleDict(build(config, len(names))).to(device)
     clips = data.LabelledClips(
@@ -90,14 +106,14 @@ def train(config: SimpleNamespace) -> None:
     clips[0, 0]  # stops here if no video can be read
 
     batch_size = config.optim.batch_size
-    per_device, accumulation = common.share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
+    per_device, accumulation = share_batch(batch_size, len(videos), world_size, config.run.batch_per_device)
     steps_per_epoch = len(videos) // batch_size
     steps, warmup = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
     peak_lr = config.optim.base_lr * batch_size / 256  # Sec. B
 
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)  # Table 11
-    folder, checkpoint = common.open_folder(config)
+    folder, checkpoint = open_folder(config)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         heads.load_state_dict(checkpoint["heads"])
@@ -113,11 +129,11 @@ def train(config: SimpleNamespace) -> None:
     batches = data.training_batches(clips, config.data.workers, batch_size=batch_size, per_device=per_device, start=start, steps=steps)
     features = {name: torch.compile(probe.features) if compiled else probe.features for name, probe in probes.items()}
     predict = {name: DistributedDataParallel(head) if world_size > 1 else head for name, head in heads.items()}
-    progress = common.Progress(config.run, start, steps, batch_size, device)
+    progress = Progress(config.run, start, steps, batch_size, device)
 
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = common.warmup_cosine(step, steps, warmup, peak_lr, 0.0)
+            group["lr"] = warmup_cosine(step, steps, warmup, peak_lr, 0.0)
         for piece in range(accumulation):
             frames, labels, broken = progress.next(batches)  # (B, 1, T, 3, H, W), (B,)
             progress.report(broken)
@@ -141,7 +157,7 @@ def train(config: SimpleNamespace) -> None:
             progress.gather_broken()
             if rank == 0:
                 content = dict(heads=heads.state_dict(), optimizer=optimizer.state_dict(), classes=names)
-                common.save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=common.as_dict(config))
+                save_checkpoint(folder / "checkpoint.pt", **content, step=done, config=as_dict(config))
 
     for name, probe in probes.items():
         say(f"{name} encoder:")
@@ -152,8 +168,8 @@ def train(config: SimpleNamespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train(common.load_config(DEFAULT, common.parse(parser).settings))
+    train(load_config(DEFAULT, parse(parser).settings))
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -16,10 +16,10 @@ import torch
 from av.stream import Disposition
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import toy  # noqa: E402
+import support.run
+import support.video
+from support import toy
 
 # One thread everywhere: the losses of runs are compared to the bit.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -111,7 +111,8 @@ def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(*arguments: str, processes: int = 0) -> list[str]:
     """The command line that runs a stage: plain python, or torchrun with some processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
-    return [*launcher, *map(str, arguments)]
+    module = ["-m"] if "/" not in str(arguments[0]) and not str(arguments[0]).endswith(".py") else []
+    return [*launcher, *module, *map(str, arguments)]
 
 
 def run(script: str | Path, *arguments: str, processes: int = 0, cwd: Path = ROOT, ok: bool = True) -> subprocess.CompletedProcess:
@@ -119,12 +120,12 @@ def run(script: str | Path, *arguments: str, processes: int = 0, cwd: Path = ROO
     if processes:
         done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     else:
-        stage, out, err, status = importlib.import_module(Path(script).stem), io.StringIO(), io.StringIO(), 0
+        stage, out, err, status = importlib.import_module(Path(script).stem if str(script).endswith(".py") else str(script)), io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(cwd)
             patch.setattr("sys.argv", [str(script), *map(str, arguments)])
             try:
-                common.launch(stage.main)
+                support.run.launch(stage.main)
             except SystemExit as end:  # with its exit status, or with a sentence
                 status = end.code if isinstance(end.code, int) else 1
                 err.write("" if isinstance(end.code, int) else f"{end.code}\n")
@@ -136,7 +137,6 @@ def run(script: str | Path, *arguments: str, processes: int = 0, cwd: Path = ROO
 @pytest.fixture(scope="session")
 def coloured_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Videos of three classes that their colour tells: twelve for training, six for testing."""
-    import data
 
     folder, generator = tmp_path_factory.mktemp("coloured"), torch.Generator().manual_seed(0)
     for split, count in (("train", 4), ("val", 2)):
@@ -146,5 +146,5 @@ def coloured_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 colour = torch.randint(0, 40, (3,), generator=generator)
                 colour[number] += 180
                 frames = colour.view(1, 3, 1, 1) + torch.randint(0, 20, (8, 3, 32, 32), generator=generator)
-                data.write_mp4(folder / split / name / f"{i}.mp4", frames.byte(), rate=8)
+                support.video.write_mp4(folder / split / name / f"{i}.mp4", frames.byte(), rate=8)
     return folder

@@ -12,7 +12,10 @@ from conftest import SIZE, audio_only, number_of, turn_by_90, two_streams, write
 
 import data
 import masking
-from common import UserError
+import support.datasets
+import support.run
+import support.video
+from support.config import UserError
 
 COUNT = 70
 X264 = {
@@ -65,7 +68,7 @@ NAMES = [
 def test_frames_are_those_asked_for(videos, name):
     path = videos[name]
     everything = decode_everything(path)
-    with data.Video(path) as video:
+    with support.video.Video(path) as video:
         assert len(video) == COUNT == len(everything)
     if name == "rotated":  # clockwise: the left column becomes the top row
         everything = everything.rot90(-1, (2, 3))
@@ -74,7 +77,7 @@ def test_frames_are_those_asked_for(videos, name):
     requests = [[0], [COUNT - 1], [5, 5, 5], [40, 3, 41, 2], list(range(0, COUNT, 4)), list(range(COUNT))]
     requests += [sorted(torch.randint(COUNT, (8,), generator=generator).tolist()) for _ in range(12)]
     for indices in requests:
-        frames = data.read_frames(path, indices)
+        frames = support.video.read_frames(path, indices)
         assert frames.dtype == torch.uint8 and frames.shape == (len(indices), *everything.shape[1:])
         assert torch.equal(frames, everything[indices]), (name, indices)
         upright = frames if name != "rotated" else frames.rot90(1, (2, 3))
@@ -82,14 +85,14 @@ def test_frames_are_those_asked_for(videos, name):
 
 
 def test_the_same_video_serves_several_requests(videos):
-    with data.Video(videos["open_gop"]) as video:
+    with support.video.Video(videos["open_gop"]) as video:
         for indices in ([60, 61], [3], [30, 5]):
             assert [number_of(frame) for frame in video.frames(indices)] == indices
 
 
 def test_only_what_is_needed_is_decoded(videos):
     """Frames 50 to 53 of a file with a key frame every 25: nothing before 50, and no unreferenced frame among the rest."""
-    with data.Video(videos["b_frames"]) as video:
+    with support.video.Video(videos["b_frames"]) as video:
         fed = []
         class Codec:
             def __init__(self, codec): self.__dict__["codec"] = codec
@@ -109,7 +112,7 @@ def test_only_what_is_needed_is_decoded(videos):
 @pytest.mark.parametrize("index", [-1, COUNT])
 def test_frames_that_do_not_exist_are_refused(videos, index):
     with pytest.raises(IndexError, match="has frames 0 to 69"):
-        data.read_frames(videos["b_frames"], [0, index])
+        support.video.read_frames(videos["b_frames"], [0, index])
 
 
 # ---- broken files ----
@@ -134,8 +137,8 @@ def broken_files(folder: Path) -> dict[str, Path]:
 def test_broken_files_are_named_and_leave_nothing_open(tmp_path, name):
     path = broken_files(tmp_path / "broken")[name]
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(data.BrokenVideo, match=name):
-        data.read_frames(path, [0])
+    with pytest.raises(support.video.BrokenVideo, match=name):
+        support.video.read_frames(path, [0])
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -188,38 +191,38 @@ def test_videos_of_a_tree_and_of_a_list(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     tree = [tmp_path / "a/y.AVI", tmp_path / "b/arm wrestling/x 1.mp4"]
-    assert data.list_videos(str(tmp_path), "") == tree
-    assert data.list_videos(str(tmp_path), "b") == tree[1:]
+    assert support.datasets.list_videos(str(tmp_path), "") == tree
+    assert support.datasets.list_videos(str(tmp_path), "b") == tree[1:]
     (tmp_path / "train.txt").write_text("a/y.AVI 3\r\n\r\nb/arm wrestling/x 1.mp4 12\r\nb/other.mp4\r\n")
-    assert data.list_videos(str(tmp_path), "train.txt") == [*tree, tmp_path / "b/other.mp4"]
+    assert support.datasets.list_videos(str(tmp_path), "train.txt") == [*tree, tmp_path / "b/other.mp4"]
     (tmp_path / "kinetics.csv").write_text("b/arm wrestling/x 1.mp4,12\n/elsewhere/z.webm,0\n")
-    assert data.list_videos(str(tmp_path), str(tmp_path / "kinetics.csv")) == [tree[1], Path("/elsewhere/z.webm")]
+    assert support.datasets.list_videos(str(tmp_path), str(tmp_path / "kinetics.csv")) == [tree[1], Path("/elsewhere/z.webm")]
 
 
 def test_no_videos_ends_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="no videos found in"):
-        data.list_videos(str(tmp_path), "")
+        support.datasets.list_videos(str(tmp_path), "")
     with pytest.raises(UserError, match="no folder or list file"):
-        data.list_videos(str(tmp_path), "none.txt")
+        support.datasets.list_videos(str(tmp_path), "none.txt")
 
 
 # ---- clips ----
 
 
 def test_dense_clip_by_hand():
-    starts = Counter(data.dense_clip(70, 16, 4, data.sample_generator(0, 0, i))[0] for i in range(700))
+    starts = Counter(data.dense_clip(70, 16, 4, support.run.sample_generator(0, 0, i))[0] for i in range(700))
     assert set(starts) == set(range(7))  # 70 - 64 = 6 is the last start
     assert min(starts.values()) > 60
-    assert data.dense_clip(64, 16, 4, data.sample_generator(0, 0, 0)) == list(range(0, 64, 4))
-    assert data.dense_clip(10, 6, 4, data.sample_generator(0, 0, 0)) == [0, 4, 8, 8, 8, 8]  # repeats the last index reached
-    assert data.dense_clip(1, 4, 2, data.sample_generator(0, 0, 0)) == [0, 0, 0, 0]
-    assert data.dense_clip(63, 16, 4, data.sample_generator(0, 0, 0))[-1] == 60
+    assert data.dense_clip(64, 16, 4, support.run.sample_generator(0, 0, 0)) == list(range(0, 64, 4))
+    assert data.dense_clip(10, 6, 4, support.run.sample_generator(0, 0, 0)) == [0, 4, 8, 8, 8, 8]  # repeats the last index reached
+    assert data.dense_clip(1, 4, 2, support.run.sample_generator(0, 0, 0)) == [0, 0, 0, 0]
+    assert data.dense_clip(63, 16, 4, support.run.sample_generator(0, 0, 0))[-1] == 60
     assert data.dense_clip(74, 16, 4) == list(range(5, 69, 4))  # the middle
 
 
 def test_multi_scale_crop():
     scales = [1.0, 0.875, 0.75, 0.66]
-    boxes = [data.multi_scale_crop(256, 340, 224, scales, data.sample_generator(0, 0, i)) for i in range(4000)]
+    boxes = [data.multi_scale_crop(256, 340, 224, scales, support.run.sample_generator(0, 0, i)) for i in range(4000)]
     sides = Counter(box[2:] for box in boxes)
     # 256 * .875 = 224; 256 * .75 = 192; 256 * .66 = 168: pairs at most one scale apart
     assert set(sides) == {(a, b) for i, a in enumerate([256, 224, 192, 168]) for j, b in enumerate([256, 224, 192, 168]) if abs(i - j) <= 1}
@@ -228,7 +231,7 @@ def test_multi_scale_crop():
     y, x = (256 - 192) // 4, (340 - 192) // 4
     assert set(places) == {(a * y, b * x) for a in (0, 2, 4) for b in (0, 2, 4)} | {(a * y, b * x) for a in (1, 3) for b in (1, 3)}
     assert all(top + height <= 256 and left + width <= 340 for top, left, height, width in boxes)
-    assert data.multi_scale_crop(226, 300, 224, [1.0], data.sample_generator(0, 0, 0))[2:] == (224, 224)  # snaps within 2 pixels
+    assert data.multi_scale_crop(226, 300, 224, [1.0], support.run.sample_generator(0, 0, 0))[2:] == (224, 224)  # snaps within 2 pixels
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(videos):
@@ -253,7 +256,7 @@ def test_flip_happens_to_half_of_the_clips_and_to_whole_clips(videos):
 def test_resize_is_close_to_pil(videos):
     from PIL import Image
 
-    frame = data.read_frames(videos["b_frames"], [33])
+    frame = support.video.read_frames(videos["b_frames"], [33])
     ours = data.TF.resized_crop(frame, 3, 5, 50, 60, [32, 32], antialias=True)[0]
     image = Image.fromarray(frame[0].permute(1, 2, 0).contiguous().numpy()).crop((5, 3, 65, 53)).resize((32, 32), Image.BILINEAR)
     assert (ours.int() - data.TF.pil_to_tensor(image).int()).abs().max() <= 2

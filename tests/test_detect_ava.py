@@ -18,9 +18,12 @@ from conftest import number_of, numbered_frame, run, write_numbered
 
 import data
 import detect_ava
-import toy
-from common import UserError
-from data import BrokenVideo
+import support.ava
+import support.run
+import support.video
+from support import toy
+from support.config import UserError
+from support.video import BrokenVideo
 
 # ---- frame-mAP by hand ----
 
@@ -40,8 +43,8 @@ class Files:
         return path
 
     def __call__(self, truth: list[tuple], found: list[tuple], actions: tuple[int, ...] = (1,), **options) -> dict[int, float]:
-        truth, found = detect_ava.read_ground_truth(self.write("truth.csv", truth)), detect_ava.read_detections(self.write("found.csv", found))
-        return detect_ava.average_precisions(truth, found, actions, **options)
+        truth, found = support.ava.read_ground_truth(self.write("truth.csv", truth)), support.ava.read_detections(self.write("found.csv", found))
+        return support.ava.average_precisions(truth, found, actions, **options)
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def test_actions_without_ground_truth_or_detections_or_in_no_list(average_precis
     found = [(902, LEFT, 1, 0.9), (902, LEFT, 2, 0.9), (902, RIGHT, 79, 0.99)]
     result = average_precisions(truth, found, (1, 2, 3))
     assert result[1] == 1.0 and math.isnan(result[2]) and result[3] == 0.0
-    assert detect_ava.mean_of(result.values()) == 0.5
+    assert support.ava.mean_of(result.values()) == 0.5
 
 
 def test_actions_do_not_mix(average_precisions):
@@ -230,10 +233,10 @@ def test_equals_the_official_algorithm_on_random_rows(tmp_path, seed):
     actions, excluded = set(range(1, 4)), {("a", 903), ("b", 904), ("c", 917)}
     for skip in (False, True):
         expected = official(tmp_path / "truth", tmp_path / "found", actions, {f"{video},{second:04d}" for video, second in excluded}, skip)
-        ground_truth, detections = detect_ava.read_ground_truth(tmp_path / "truth"), detect_ava.read_detections(tmp_path / "found")
-        precisions = detect_ava.average_precisions(ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=skip)
+        ground_truth, detections = support.ava.read_ground_truth(tmp_path / "truth"), support.ava.read_detections(tmp_path / "found")
+        precisions = support.ava.average_precisions(ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=skip)
         assert precisions == pytest.approx(expected, abs=1e-12, nan_ok=True)
-    assert 0.05 < detect_ava.mean_of(precisions.values()) < 0.95
+    assert 0.05 < support.ava.mean_of(precisions.values()) < 0.95
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -245,8 +248,8 @@ def test_order_of_rows_is_of_no_consequence_even_with_ties(tmp_path, seed):
         random.Random(order).shuffle(found)
         for name, rows in (("truth", truth), ("found", found)):
             (tmp_path / name).write_text("\n".join(rows))
-        ground_truth, detections = detect_ava.read_ground_truth(tmp_path / "truth"), detect_ava.read_detections(tmp_path / "found")
-        results.append(detect_ava.average_precisions(ground_truth, detections, range(1, 5)))
+        ground_truth, detections = support.ava.read_ground_truth(tmp_path / "truth"), support.ava.read_detections(tmp_path / "found")
+        results.append(support.ava.average_precisions(ground_truth, detections, range(1, 5)))
     assert all(result == results[0] for result in results)
     # ... and it is what the official algorithm says if rows come in the order of frame and box.
     for name, rows in (("truth", truth), ("found", found)):
@@ -304,12 +307,12 @@ def test_ground_truth_becomes_key_frames_and_rows_again(tmp_path):
         "-bc,0903,0.5,0.1,0.9,0.8,12,1\r\n-bc,902,0.1,0.1,0.3,0.8,80,0\r\n\r\nab,0902,0.2,0.2,0.4,0.4,3,5\r\n"
         "-bc,0903,0.1,0.1,0.3,0.8,11,0\r\n-bc,0903,0.50,0.1,0.9,0.8,79,1\r\n"
     )
-    rows = detect_ava.read_ground_truth(tmp_path / "gt.csv")
-    frames = detect_ava.key_frames(rows)
+    rows = support.ava.read_ground_truth(tmp_path / "gt.csv")
+    frames = support.ava.key_frames(rows)
     assert [(frame.video, frame.second) for frame in frames] == [("-bc", 902), ("-bc", 903), ("ab", 902)]
     assert frames[1].boxes.tolist() == [[0.1, 0.1, 0.3, 0.8], [0.5, 0.1, 0.9, 0.8]] and frames[1].scores.tolist() == [1, 1]
     assert frames[1].labels.shape == (2, 80) and [(i, j + 1) for i, j in frames[1].labels.nonzero().tolist()] == [(0, 11), (1, 12), (1, 79)]
-    detect_ava.write_rows(tmp_path / "again.csv", detect_ava.to_rows(frames))
+    support.ava.write_rows(tmp_path / "again.csv", support.ava.to_rows(frames))
     assert (tmp_path / "again.csv").read_text().splitlines() == [
         "-bc,0902,0.1,0.1,0.3,0.8,80,1", "-bc,0903,0.1,0.1,0.3,0.8,11,1", "-bc,0903,0.5,0.1,0.9,0.8,12,1", "-bc,0903,0.5,0.1,0.9,0.8,79,1",
         "ab,0902,0.2,0.2,0.4,0.4,3,1",
@@ -319,15 +322,15 @@ def test_ground_truth_becomes_key_frames_and_rows_again(tmp_path):
 def test_predictions_evaluate_alike_in_memory_and_from_their_file(tmp_path):
     truth, _ = random_rows(0, None)
     (tmp_path / "truth").write_text("\n".join(truth))
-    rows = detect_ava.read_ground_truth(tmp_path / "truth")
-    frames = detect_ava.key_frames(rows)
+    rows = support.ava.read_ground_truth(tmp_path / "truth")
+    frames = support.ava.key_frames(rows)
     for frame in frames:
         frame.labels = (frame.labels + 0.8 * torch.rand(frame.labels.shape, generator=torch.Generator().manual_seed(frame.second))) / 2
-    detections = detect_ava.to_rows(frames)
-    detect_ava.write_rows(tmp_path / "found", detections)
-    in_memory = detect_ava.average_precisions(rows, detections, range(1, 5))
-    assert in_memory == detect_ava.average_precisions(rows, detect_ava.read_detections(tmp_path / "found"), range(1, 5))
-    assert 0.5 < detect_ava.mean_of(in_memory.values()) <= 1
+    detections = support.ava.to_rows(frames)
+    support.ava.write_rows(tmp_path / "found", detections)
+    in_memory = support.ava.average_precisions(rows, detections, range(1, 5))
+    assert in_memory == support.ava.average_precisions(rows, support.ava.read_detections(tmp_path / "found"), range(1, 5))
+    assert 0.5 < support.ava.mean_of(in_memory.values()) <= 1
 
 
 GOOD = "v,0902,0.1,0.1,0.3,0.8,12,1\n"
@@ -353,14 +356,14 @@ GOOD = "v,0902,0.1,0.1,0.3,0.8,12,1\n"
 def test_malformed_rows_are_refused_with_file_and_line(tmp_path, row, reason):
     (tmp_path / "gt.csv").write_text(GOOD + "\n" + GOOD + row + "\n")
     with pytest.raises(UserError, match=rf"gt.csv, line 4: .*{reason}.*; a row is video,second,x1,y1,x2,y2,action,person"):
-        detect_ava.read_ground_truth(tmp_path / "gt.csv")
+        support.ava.read_ground_truth(tmp_path / "gt.csv")
 
 
 @pytest.mark.parametrize("score", ["high", "inf", "nan"])
 def test_malformed_scores_are_refused(tmp_path, score):
     (tmp_path / "found.csv").write_text(f"{GOOD}v,0902,0.1,0.1,0.3,0.8,12,{score}\n")
     with pytest.raises(UserError, match=r"found.csv, line 2: .*; a row is video,second,x1,y1,x2,y2,action,score"):
-        detect_ava.read_detections(tmp_path / "found.csv")
+        support.ava.read_detections(tmp_path / "found.csv")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\x00\xff\xfe binary"])
@@ -368,32 +371,32 @@ def test_files_without_rows_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "gt.csv").write_bytes(content)
     with pytest.raises(UserError, match="gt.csv"):
-        detect_ava.read_ground_truth(tmp_path / "gt.csv")
+        support.ava.read_ground_truth(tmp_path / "gt.csv")
 
 
 def test_exclusions(tmp_path):
     (tmp_path / "x.csv").write_text("v,0902\n\nw,903\n")
-    assert detect_ava.read_exclusions(tmp_path / "x.csv") == {("v", 902), ("w", 903)}
+    assert support.ava.read_exclusions(tmp_path / "x.csv") == {("v", 902), ("w", 903)}
     (tmp_path / "x.csv").write_text("v,0902\nv,0902,1\n")
     with pytest.raises(UserError, match="x.csv, line 2: a row of excluded frames is video,second, not v,0902,1"):
-        detect_ava.read_exclusions(tmp_path / "x.csv")
+        support.ava.read_exclusions(tmp_path / "x.csv")
 
 
 def test_lists_of_actions(tmp_path):
     path = tmp_path / "list.pbtxt"
     path.write_text(LIST)
-    actions = detect_ava.read_actions(path)
-    assert list(actions) == [1, 2, 5, 6] and actions[2] == detect_ava.Action('read "{aloud}"', "OBJECT_MANIPULATION")
+    actions = support.ava.read_actions(path)
+    assert list(actions) == [1, 2, 5, 6] and actions[2] == support.ava.Action('read "{aloud}"', "OBJECT_MANIPULATION")
     path.write_text('item {\n  name: "sit"\n  id: 11\n}\nitem {\n  name: "stand"\n  id: 12\n}\n')
-    assert detect_ava.read_actions(path) == {11: detect_ava.Action("sit", ""), 12: detect_ava.Action("stand", "")}
-    assert detect_ava.summarize({11: 0.5, 12: math.nan}, detect_ava.read_actions(path)) == {
+    assert support.ava.read_actions(path) == {11: support.ava.Action("sit", ""), 12: support.ava.Action("stand", "")}
+    assert support.ava.summarize({11: 0.5, 12: math.nan}, support.ava.read_actions(path)) == {
         "mAP": 50, "groups": {}, "actions": [{"id": 11, "name": "sit", "AP": 50}, {"id": 12, "name": "stand", "AP": None}]
     }  # fmt: skip
     # The list of the 60 evaluated actions states no types, but its ids are AVA's: 14 poses, 49 with objects, 17 with persons.
     names = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}
     path.write_text("".join(f'item {{\n  name: "{names.get(i, i)}"\n  id: {i}\n}}\n' for i in range(1, 81)))
-    groups = [action.group for action in detect_ava.read_actions(path).values()]
-    assert [groups.count(group) for group in detect_ava.GROUPS] == [14, 49, 17] and groups == sorted(groups, key=list(detect_ava.GROUPS).index)
+    groups = [action.group for action in support.ava.read_actions(path).values()]
+    assert [groups.count(group) for group in support.ava.GROUPS] == [14, 49, 17] and groups == sorted(groups, key=list(support.ava.GROUPS).index)
 
 
 @pytest.mark.parametrize(
@@ -406,10 +409,10 @@ def test_lists_of_actions(tmp_path):
 def test_malformed_lists_of_actions_are_refused_with_file_and_line(tmp_path, text, line):
     (tmp_path / "list.pbtxt").write_text(text)
     with pytest.raises(UserError, match=f"list.pbtxt, line {line}"):
-        detect_ava.read_actions(tmp_path / "list.pbtxt")
+        support.ava.read_actions(tmp_path / "list.pbtxt")
     (tmp_path / "list.pbtxt").write_text("# a comment\n\n  # another\n" + text)
     with pytest.raises(UserError, match=f"list.pbtxt, line {line + 3 if text else 1}"):
-        detect_ava.read_actions(tmp_path / "list.pbtxt")
+        support.ava.read_actions(tmp_path / "list.pbtxt")
 
 
 def test_person_boxes_of_slowfast(tmp_path):
@@ -418,11 +421,11 @@ def test_person_boxes_of_slowfast(tmp_path):
         "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
         "v,0902,0.5,0.1,0.7,0.8,14,0.8\nw,0902,0,0,1,1,,0.7\n"
     )
-    frames = detect_ava.read_person_boxes(path, 0.8)
+    frames = support.ava.read_person_boxes(path, 0.8)
     assert [(frame.video, frame.second, frame.scores.tolist()) for frame in frames] == [("v", 902, [0.8]), ("v", 903, [0.95])]
     assert frames[0].labels.nonzero()[:, 1].tolist() == [11, 13] and frames[1].labels.sum() == 0 and frames[1].labels.shape == (1, 80)
     with pytest.raises(UserError, match="boxes.csv: none of 5 boxes has a score of 0.99 or more; the highest is 0.950"):
-        detect_ava.read_person_boxes(path, 0.99)
+        support.ava.read_person_boxes(path, 0.99)
 
 
 def test_person_boxes_of_aia(tmp_path):
@@ -435,12 +438,12 @@ def test_person_boxes_of_aia(tmp_path):
     ]
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps(entries))
-    frames = detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+    frames = support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
     assert [(frame.video, frame.second, frame.boxes.tolist(), frame.scores.tolist()) for frame in frames] == [
         ("2nd", 902, [[0.1, 0.1, 0.3, 0.6]], [0.9]), ("first-One", 1798, [[0.25, 0, 1, 1]], [0.85])
     ]  # fmt: skip
     with pytest.raises(UserError, match="give AVA's list of file names"):
-        detect_ava.read_person_boxes(path, 0.8)
+        support.ava.read_person_boxes(path, 0.8)
     for change, reason in (
         ({"image_id": 20902}, "names.txt lists 2"), ({"image_id": None}, "int"), ({"bbox": [1, 2, 3]}, "not enough values"),
         ({"score": math.nan}, "not finite"), ({"bbox": [900, 10, 20, 20]}, "of another size"),
@@ -448,16 +451,16 @@ def test_person_boxes_of_aia(tmp_path):
     ):  # fmt: skip
         path.write_text(json.dumps([entries[0], entries[1] | change]))
         with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}"):
-            detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+            support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
     path.write_text(json.dumps(entries))
-    frames = detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {"first-One": (400, 200)})
+    frames = support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {"first-One": (400, 200)})
     assert [frame.video for frame in frames] == ["first-One"]  # the other movie is missing
     with pytest.raises(UserError, match="a movie for none of its 3 boxes"):
-        detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {})
+        support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {})
     for content in ("{}", "[]", "not json", "[1]"):
         path.write_text(content)
         with pytest.raises(UserError, match="boxes.json"):
-            detect_ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+            support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
 
 
 def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
@@ -466,10 +469,10 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
     path = tmp_path / "ava_dense_proposals.pkl"
     path.write_bytes(pickle.dumps({"v,0902": [[0.1, 0.1, 0.3, 0.8, 0.95], [0.5, 0.1, 0.7, 0.8, 0.81]], "w,1798": [[0, 0, 1, 1, 0.9]]}))
     with pytest.raises(UserError, match="is a pickle, which could run any code") as refusal:
-        detect_ava.read_person_boxes(path, 0.8)
+        support.ava.read_person_boxes(path, 0.8)
     command = str(refusal.value).partition("convert it with python")[2]
     subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
-    frames = detect_ava.read_person_boxes(tmp_path / "boxes.csv", 0.8)
+    frames = support.ava.read_person_boxes(tmp_path / "boxes.csv", 0.8)
     assert [(frame.video, frame.second, frame.scores.tolist()) for frame in frames] == [("v", 902, [0.95, 0.81]), ("w", 1798, [0.9])]
 
 
@@ -571,14 +574,14 @@ def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clip_of(path: Path, second: int, **options) -> list[int]:
-    clip = detect_ava.read_clip(path, second, frames=16, stride=4, **options)
+    clip = support.video.read_clip(path, second, frames=16, stride=4, **options)
     assert clip.dtype == torch.uint8 and clip.shape[:2] == (16, 3)
     return [number_of(frame) for frame in clip]
 
 
 def test_clip_times():
-    assert detect_ava.clip_times(902, 16, 4) == [902 + Fraction(offset, 30) for offset in OFFSETS]
-    assert detect_ava.clip_times(902, 8, 2, rate=12) == [902 + Fraction(offset, 12) for offset in (-8, -6, -4, -2, 0, 2, 4, 6)]
+    assert support.video.clip_times(902, 16, 4) == [902 + Fraction(offset, 30) for offset in OFFSETS]
+    assert support.video.clip_times(902, 8, 2, rate=12) == [902 + Fraction(offset, 12) for offset in (-8, -6, -4, -2, 0, 2, 4, 6)]
 
 
 @pytest.mark.parametrize("name", ["cut30.mp4", "cut30.mkv", "one_key_frame.mp4", "all_key_frames.mp4", "late_start.mkv"])
@@ -646,7 +649,7 @@ def test_clips_from_a_folder_of_frames(tmp_path):
     assert clip_of(folder, 902) == [60 + offset for offset in OFFSETS]
     assert clip_of(folder, 900) == [max(offset, 0) for offset in OFFSETS]
     assert clip_of(folder, 903) == [min(90 + offset, 99) for offset in OFFSETS]
-    assert [number_of(frame) for frame in detect_ava.read_clip(folder, 902, frames=8, stride=2, rate=12)] == [40, 45, 50, 55, 60, 65, 70, 75]
+    assert [number_of(frame) for frame in support.video.read_clip(folder, 902, frames=8, stride=2, rate=12)] == [40, 45, 50, 55, 60, 65, 70, 75]
     for second in (899, 904):
         with pytest.raises(BrokenVideo, match="lies outside"):
             clip_of(folder, second)
@@ -662,11 +665,11 @@ def test_list_of_movies(tmp_path):
     for name in ("-5K.mkv", "b.MP4", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "frames").mkdir()
-    assert detect_ava.list_movies(tmp_path) == {"-5K": tmp_path / "-5K.mkv", "b": tmp_path / "b.MP4", "frames": tmp_path / "frames"}
+    assert support.ava.list_movies(tmp_path) == {"-5K": tmp_path / "-5K.mkv", "b": tmp_path / "b.MP4", "frames": tmp_path / "frames"}
     with pytest.raises(UserError, match="no folder"):
-        detect_ava.list_movies(tmp_path / "none")
+        support.ava.list_movies(tmp_path / "none")
     with pytest.raises(UserError, match="no movies"):
-        detect_ava.list_movies(tmp_path / "frames")
+        support.ava.list_movies(tmp_path / "frames")
 
 
 # ---- toy videos ----
@@ -678,23 +681,23 @@ def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_toy_annotations_are_read_as_ava_itself(toy_ava):
-    actions = detect_ava.read_actions(toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt")
+    actions = support.ava.read_actions(toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt")
     assert [action.name for action in actions.values()] == list(toy.ACTIONS)
-    movies = detect_ava.list_movies(toy_ava / "videos")
+    movies = support.ava.list_movies(toy_ava / "videos")
     assert len(movies) == 10
     for split in ("train", "val"):
-        truth = detect_ava.read_ground_truth(toy_ava / "annotations" / f"ava_{split}_v2.2.csv", len(toy.ACTIONS))
-        frames = detect_ava.key_frames(truth, len(toy.ACTIONS))
+        truth = support.ava.read_ground_truth(toy_ava / "annotations" / f"ava_{split}_v2.2.csv", len(toy.ACTIONS))
+        frames = support.ava.key_frames(truth, len(toy.ACTIONS))
         assert all(frame.video in movies and 901 <= frame.second <= 904 for frame in frames)
         assert all(1 <= count <= 2 for frame in frames for count in frame.labels.sum(dim=1).tolist())
         assert all((frame.boxes >= 0).all() and (frame.boxes <= 1).all() and (frame.boxes[:, :2] < frame.boxes[:, 2:]).all() for frame in frames)
-        excluded = detect_ava.read_exclusions(toy_ava / "annotations" / f"ava_{split}_excluded_timestamps_v2.2.csv")
+        excluded = support.ava.read_exclusions(toy_ava / "annotations" / f"ava_{split}_excluded_timestamps_v2.2.csv")
         assert all(video in movies for video, _ in excluded)
-        perfect = detect_ava.average_precisions(truth, detect_ava.to_rows(frames), actions)
+        perfect = support.ava.average_precisions(truth, support.ava.to_rows(frames), actions)
         assert all(math.isnan(value) or value == pytest.approx(1) for value in perfect.values())
-        found = detect_ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
+        found = support.ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
         assert 0.5 < sum(len(frame.boxes) for frame in found) / sum(len(frame.boxes) for frame in frames) < 1.3
-        clip = detect_ava.read_clip(movies[frames[0].video], frames[0].second, frames=8, stride=2, rate=toy.RATE)
+        clip = support.video.read_clip(movies[frames[0].video], frames[0].second, frames=8, stride=2, rate=toy.RATE)
         assert clip.shape == (8, 3, toy.AVA_HEIGHT, toy.AVA_WIDTH)
 
 
@@ -716,7 +719,7 @@ def test_toy_boxes_follow_the_motions_that_the_labels_say():
     """In frames without a change of motion, a wrap or a cut, the centre of a box goes where its label says."""
     checked = set()
     for seed in range(30):
-        _, shapes = toy.render_scene(data.sample_generator(0, 0, seed))
+        _, shapes = toy.render_scene(support.run.sample_generator(0, 0, seed))
         for motions, boxes in shapes:
             for frame in range(4, toy.AVA_FRAMES - 4):
                 before, after = boxes[frame - 4], boxes[frame + 4]

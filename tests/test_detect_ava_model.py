@@ -16,9 +16,12 @@ from torch import nn
 import data
 import detect_ava
 import model as m
-import toy
-from common import UserError, as_dict, load_config
+import support.ava
+import support.run
+import support.weights
 from finetune import parameter_groups
+from support import toy
+from support.config import UserError, as_dict, load_config
 
 DETECT = ROOT / "detect_ava.py"
 NO_PERSONS = torch.zeros(0, 12)  # labels
@@ -153,7 +156,7 @@ def test_training_starts_from_weights_of_every_stage(tmp_path, capfd, naming):
     elif naming == "official fine-tuning":
         content = {"module": {key.replace("encoder.", ""): value for key, value in state.items()}}
     else:
-        content = m.to_hugging_face(state)
+        content = support.weights.to_hugging_face(state)
     torch.save(content, tmp_path / "weights.pt")
     detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"), NO_PERSONS)
     assert torch.equal(detector.encoder.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
@@ -191,7 +194,7 @@ def test_training_clips_and_their_boxes(ava):
     config = configured(f"data.root={ava}", "data.flip=true", "data.jitter_boxes=true", "data.jitter_colours=true")
     frames, movies = detect_ava.find_training(config, ava)
     assert {frame.video for frame in frames} <= movies.keys()
-    excluded = detect_ava.read_exclusions(ava / config.data.train_exclude)
+    excluded = support.ava.read_exclusions(ava / config.data.train_exclude)
     assert not any((frame.video, frame.second) in excluded for frame in frames)
     clips = detect_ava.KeyFrameClips(frames, movies, config.data, seed=0)
     samples = [clips[0, index] for index in range(4)]
@@ -254,7 +257,7 @@ def test_detections_do_not_depend_on_batches(ava):
 
 def test_batches_hold_one_movie_each():
     nobody = torch.zeros(0, 4)
-    frames = [detect_ava.KeyFrame(video, second, nobody, nobody, nobody) for video, count in (("a", 3), ("b", 2), ("c", 1)) for second in range(count)]
+    frames = [support.ava.KeyFrame(video, second, nobody, nobody, nobody) for video, count in (("a", 3), ("b", 2), ("c", 1)) for second in range(count)]
     assert detect_ava.batches_by_movie(frames, 2) == [[0, 1], [2], [3, 4], [5]]
 
 
@@ -336,13 +339,13 @@ def test_a_run_goes_on_bit_for_bit(ava, reference_run, tmp_path):
     run(DETECT, *settings, f"run.folder={tmp_path / 'whole'}")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import common, detect_ava
-save = common.save_checkpoint
+import detect_ava
+save = detect_ava.save_checkpoint
 def save_and_die(path, **content):
     save(path, **content)
     if content["step"] == 3:
         raise SystemExit(9)
-common.save_checkpoint = save_and_die
+detect_ava.save_checkpoint = save_and_die
 sys.argv = ["detect_ava.py", *{[*settings, f"run.folder={tmp_path / 'cut'}"]!r}]
 detect_ava.main()
 """

@@ -15,10 +15,12 @@ from conftest import ROOT, command, run
 from test_pretrain import in_group
 from torchvision import tv_tensors
 
-import common
 import finetune
 import model as m
-from common import UserError, load_config
+import support.config
+import support.run
+import support.weights
+from support.config import UserError, load_config
 
 FINETUNE = ROOT / "finetune.py"
 RECIPES = sorted(finetune.CONFIGS.glob("*.yaml"))
@@ -264,7 +266,7 @@ def test_what_a_run_says_and_leaves(reference_run, pretrained):
     assert [line["step"] for line in lines if "top1" in line] == [6]
     assert lines[-1]["step"] == 9 and f"top-1 {lines[-1]['test_top1']:.2f} %" in printed
     warm = c.optim.warmup_epochs * 3
-    expected = [common.warmup_cosine(step, 9, warm, peak, c.optim.min_lr * 8 / 256) for step in range(9)]
+    expected = [support.run.warmup_cosine(step, 9, warm, peak, c.optim.min_lr * 8 / 256) for step in range(9)]
     assert [line["lr"] for line in steps] == pytest.approx(expected) and expected[0] == 0 and max(expected) == pytest.approx(peak)
     checkpoint = torch.load(reference_run / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 9 and len(checkpoint["classes"]) == 8 and checkpoint["model_options"]["clip_size"] == [8, 64, 64]
@@ -373,7 +375,7 @@ def test_test_weights_of_all_namings(lists, plain_run, tmp_path, monkeypatch, ca
     state, names = checkpoint["model"], checkpoint["classes"]
     (tmp_path / "hf").mkdir()
     torch.save({"module": {key.removeprefix("encoder."): value for key, value in state.items()}}, tmp_path / "official.pth")
-    torch.save(m.to_hugging_face(state), tmp_path / "hf/pytorch_model.bin")
+    torch.save(support.weights.to_hugging_face(state), tmp_path / "hf/pytorch_model.bin")
     (tmp_path / "hf/config.json").write_text(json.dumps({"id2label": {str(i): f"HF {name}" for i, name in enumerate(names)}}))
     c = configured()
     elsewhere = [f"data.root={lists}", "data.train=train.txt", "data.val=val.txt", "model.pretrained_clip=[8,64,64]", f"data.stride={c.data.stride}", *SMALL]
@@ -423,7 +425,7 @@ def test_every_initialisation_trains_and_says_so(start, lists, pretrained, plain
     elif start == "official":
         torch.save({"model": state, "epoch": 799}, path)
     elif start == "hugging face":
-        torch.save(m.to_hugging_face(state), path)
+        torch.save(support.weights.to_hugging_face(state), path)
     elif start == "image":
         image = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.") and not key.endswith(("q_bias", "v_bias"))}
         image |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(384) for i in range(4)}
@@ -451,7 +453,7 @@ def test_every_initialisation_trains_and_says_so(start, lists, pretrained, plain
     assert not torch.equal(after["model"][block], built[0][block])  # it has learned
     expected = [4, 32, 32] if start == "scratch" else [8, 64, 64]
     assert after["model_options"]["clip_size"] == expected
-    again = m.build_classifier(tmp_path / "run/checkpoint.pt")
+    again = support.weights.build_classifier(tmp_path / "run/checkpoint.pt")
     assert torch.equal(again.encoder.pos_embed, after["positions"]) and again.encoder.grid == m.cube_grid(expected, cube)
 
 
@@ -591,7 +593,7 @@ def test_comparison_of_two_models(tmp_path, monkeypatch, capsys):
 def test_a_models_classes_keep_their_order(toy_videos):
     """The toy's classes.txt is not in alphabetical order; without data.classes the checkpoint's own names say what an output means."""
     known = (toy_videos / "classes.txt").read_text().splitlines()
-    config = common.load_config(finetune.DEFAULT, [f"data.root={toy_videos}", "data.train=train", "data.val=val"])
+    config = support.config.load_config(finetune.DEFAULT, [f"data.root={toy_videos}", "data.train=train", "data.val=val"])
     _, videos, names = finetune.find_videos(config, 1, known)
     assert names == known != sorted(known)
     assert videos and all(path.parent.name == names[label] for path, label in videos)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, numbered_frame, run, write_numbered
+from conftest import numbered_frame, run, write_numbered
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from common import UserError
+import support.datasets
+import support.run
+import support.video
+from support.config import UserError
 
 # ---- the datasets as they are distributed ----
 
@@ -36,16 +39,16 @@ def relative(root: Path, videos: list[tuple[Path, int]]) -> list[tuple[str, int]
 def test_kinetics_folder_tree(tmp_path):
     root = tree(tmp_path, "train/riding a bike/b_000001_000011.mp4", "train/abseiling/a_000003_000013.mp4", "train/abseiling/c.MKV",
                 "val/abseiling/d.mp4", "val/riding_a_bike/e.mp4", "train/abseiling/readme.txt", "train/zumba/f.webm")  # fmt: skip
-    train, val, names = data.labelled(str(root), "train", "val", "")
+    train, val, names = support.datasets.labelled(str(root), "train", "val", "")
     assert names == ["abseiling", "riding a bike", "zumba"]
     assert relative(root, train) == [
         ("train/abseiling/a_000003_000013.mp4", 0), ("train/abseiling/c.MKV", 0), ("train/riding a bike/b_000001_000011.mp4", 1), ("train/zumba/f.webm", 2)
     ]  # fmt: skip
     assert relative(root, val) == [("val/abseiling/d.mp4", 0), ("val/riding_a_bike/e.mp4", 1)]
     (root / "names.txt").write_text("zumba\r\nriding a bike\r\nabseiling\r\n")  # the file's order, not the alphabet's
-    assert [label for _, label in data.labelled(str(root), "train", "val", "names.txt")[0]] == [0, 1, 2, 2]
-    assert Counter(label for _, label in data.labelled(str(root), "train", "val", "", per_class=1)[0]) == {0: 1, 1: 1, 2: 1}
-    assert len(data.labelled(str(root), "train", "val", "", per_class=1)[1]) == 2  # all are tested
+    assert [label for _, label in support.datasets.labelled(str(root), "train", "val", "names.txt")[0]] == [0, 1, 2, 2]
+    assert Counter(label for _, label in support.datasets.labelled(str(root), "train", "val", "", per_class=1)[0]) == {0: 1, 1: 1, 2: 1}
+    assert len(support.datasets.labelled(str(root), "train", "val", "", per_class=1)[1]) == 2  # all are tested
 
 
 def test_kinetics_csv(tmp_path):
@@ -55,7 +58,7 @@ def test_kinetics_csv(tmp_path):
         train_csv=head + "riding a bike,-abc_def,12,22,train\r\n" + '"cutting, pineapple",XYZ,100,110,train\r\n',
         val_csv="\ufeff" + head + "riding a bike,gone,7,17,validate\r\n",
     )  # fmt: skip
-    train, val, names = data.labelled(str(root), "train.csv", "val.csv", "")
+    train, val, names = support.datasets.labelled(str(root), "train.csv", "val.csv", "")
     assert names == ["cutting, pineapple", "riding a bike"]
     assert relative(root, train) == [("somewhere/else/XYZ_000100_000110.mkv", 0), ("train/-abc_def_000012_000022.mp4", 1)]
     assert [path.name for path, _ in val] == ["gone_000007_000017"]  # not downloaded: to be counted as wrong, not forgotten
@@ -72,12 +75,12 @@ def test_something_something_json(tmp_path):
         labels__validation_json=json.dumps([entry(20, "Approaching [something] with your camera"), entry(21, "Closing [something]")]),
         labels__test_json=json.dumps([{"id": "1"}]),
     )  # fmt: skip
-    train, val, names = data.labelled(str(root), "labels/train.json", "labels/validation.json", "labels/labels.json")
+    train, val, names = support.datasets.labelled(str(root), "labels/train.json", "labels/validation.json", "labels/labels.json")
     assert names == ["Holding something next to something", "Closing something", "Approaching something with your camera"]
     assert relative(root, train) == [("20bn-something-something-v2/78687.webm", 0), ("20bn-something-something-v2/1.webm", 1)]
     assert [(path.stem, label) for path, label in val] == [("20", 2), ("21", 1)]
     with pytest.raises(UserError, match="test.json: id 1: no label for 1.webm"):
-        data.labelled(str(root), "labels/train.json", "labels/test.json", "labels/labels.json")
+        support.datasets.labelled(str(root), "labels/train.json", "labels/test.json", "labels/labels.json")
 
 
 def test_ucf101_lists(tmp_path):
@@ -87,7 +90,7 @@ def test_ucf101_lists(tmp_path):
         trainlist01_txt="ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nYoYo/v_YoYo_g08_c01.avi 3\r\n",
         testlist01_txt="HandstandPushups/v_HandStandPushups_g01_c01.avi\r\nYoYo/v_YoYo_g01_c01.avi\r\n",
     )  # fmt: skip
-    train, val, names = data.labelled(str(root), "trainlist01.txt", "testlist01.txt", "classInd.txt")
+    train, val, names = support.datasets.labelled(str(root), "trainlist01.txt", "testlist01.txt", "classInd.txt")
     assert names == ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
     assert relative(root, train) == [("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", 0), ("YoYo/v_YoYo_g08_c01.avi", 2)]
     assert [label for _, label in val] == [1, 2]  # counted from 1 in the dataset's files
@@ -100,29 +103,29 @@ def test_hmdb51_splits(tmp_path):
         splits__wave_test_split1_txt="\ufeffe.avi 1 \nf.avi 2 \n\n",
         splits__wave_test_split2_txt="e.avi 2 \nf.avi 1 \n",
     )
-    train, val, names = data.labelled(str(root), "splits/*_test_split1.txt=1", "splits/*_test_split1.txt=2", "")
+    train, val, names = support.datasets.labelled(str(root), "splits/*_test_split1.txt=1", "splits/*_test_split1.txt=2", "")
     assert names == ["brush_hair", "wave"]
     assert relative(root, train) == [("brush_hair/a b (1).avi", 0), ("wave/e.avi", 1)]
     assert relative(root, val) == [("brush_hair/c.avi", 0), ("wave/f.avi", 1)]
-    assert relative(root, data.labelled(str(root), "splits/*_test_split2.txt=1", "splits/*_test_split2.txt=2", "")[0]) == [("wave/f.avi", 0)]
+    assert relative(root, support.datasets.labelled(str(root), "splits/*_test_split2.txt=1", "splits/*_test_split2.txt=2", "")[0]) == [("wave/f.avi", 0)]
 
 
 def test_plain_list(tmp_path):
     root = tree(tmp_path, train_txt="\ufeffb/arm wrestling/x 1.mp4 2\r\n\r\ny.AVI\t0\r\n/elsewhere/z, 3.webm,1\r\n", val_txt="w.mp4 02\n")
-    train, val, names = data.labelled(str(root), "train.txt", "val.txt", "")
+    train, val, names = support.datasets.labelled(str(root), "train.txt", "val.txt", "")
     assert train == [(root / "y.AVI", 0), (Path("/elsewhere/z, 3.webm"), 1), (root / "b/arm wrestling/x 1.mp4", 2)]
     assert val == [(root / "w.mp4", 2)] and names == ["0", "1", "2"]
 
 
 def test_plain_list_with_names_of_classes(tmp_path):
     root = tree(tmp_path, train_txt="a b.mp4 arm wrestling\nc.mp4,abseiling\n", val_txt="d.mp4 Arm_Wrestling\n")
-    train, val, names = data.labelled(str(root), "train.txt", "val.txt", "")
+    train, val, names = support.datasets.labelled(str(root), "train.txt", "val.txt", "")
     assert names == ["abseiling", "arm wrestling"] and train == [(root / "c.mp4", 0), (root / "a b.mp4", 1)] and val == [(root / "d.mp4", 1)]
 
 
 def test_folders_named_by_numbers(tmp_path):
     root = tree(tmp_path, "train/00/a.mp4", "train/01/b.mp4", "val/01/c.mp4")
-    train, val, names = data.labelled(str(root), "train", "val", "")
+    train, val, names = support.datasets.labelled(str(root), "train", "val", "")
     assert len(names) == 2 and [label for _, label in train] == [0, 1] and [label for _, label in val] == [1]
 
 
@@ -148,7 +151,7 @@ JSON = '[{"id": "1", "template": "one"}]'
         ({"train_txt": b"\x80\x81.mp4 0\n"}, "train.txt", "", "train.txt is not a list of videos"),
         ({"train_txt": "\n"}, "train.txt", "", "no videos found in ROOT/train.txt"),
         ({"train_json": "[{"}, "train.json", "", "train.json is not a list of videos"),
-        ({"train_json": '[{"template": "one"}]'}, "train.json", "", "train.json is not a list of videos in a form that data.list_entries describes (KeyError: 'id')"),
+        ({"train_json": '[{"template": "one"}]'}, "train.json", "", "train.json is not a list of videos in a form that support/datasets.py describes (KeyError: 'id')"),
         ({"train_json": '{"one": "0"}'}, "train.json", "", "train.json is not a list of videos"),
         ({"train_json": JSON, "names_txt": "two\n"}, "train.json", "names.txt", "train.json: id 1: unknown class 'one'"),
         ({"train_json": '[{"id": "1"}, {"id": "2", "template": "one"}]'}, "train.json", "", "train.json: id 1: no label for 1"),
@@ -170,31 +173,31 @@ JSON = '[{"id": "1", "template": "one"}]'
 def test_malformed_lists_end_in_a_sentence_with_file_and_line(tmp_path, files, train, classes, sentence):
     root = tree(tmp_path, **{**GOOD, **files})
     with pytest.raises(UserError) as error:
-        data.labelled(str(root), train, "val.txt", classes)
+        support.datasets.labelled(str(root), train, "val.txt", classes)
     assert sentence.replace("ROOT", str(root)) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_test_videos_every_fifth_of_each_class_is_kept(tmp_path):
     root = tree(tmp_path, *(f"{name}/{i:02}.mp4" for name, count in (("many", 11), ("few", 4)) for i in range(count)))
-    train, val, names = data.labelled(str(root), "", "", "")
+    train, val, names = support.datasets.labelled(str(root), "", "", "")
     assert names == ["few", "many"] and relative(root, val) == [("many/04.mp4", 1), ("many/09.mp4", 1)]
     assert len(train) == 13 and not set(train) & set(val)
-    assert data.labelled(str(root), "", "", "", per_class=3)[1] == val and len(data.labelled(str(root), "", "", "", per_class=3)[0]) == 6
+    assert support.datasets.labelled(str(root), "", "", "", per_class=3)[1] == val and len(support.datasets.labelled(str(root), "", "", "", per_class=3)[0]) == 6
     with pytest.raises(UserError, match="no class in .* has five videos, so none can be kept for testing: name test videos by data.val"):
-        data.labelled(str(tree(tmp_path / "other", "a/1.mp4")), "", "", "")
+        support.datasets.labelled(str(tree(tmp_path / "other", "a/1.mp4")), "", "", "")
 
 
 def test_a_video_outside_of_the_class_folders_has_no_label(tmp_path):
     root = tree(tmp_path, "train/one/a.mp4", "train/stray.mp4", "val/one/b.mp4")
     with pytest.raises(UserError, match="train: no label for stray.mp4"):
-        data.labelled(str(root), "train", "val", "")
+        support.datasets.labelled(str(root), "train", "val", "")
 
 
 # ---- which frames: by hand, and from the authors' words in facts.md ----
 
 
 def draws(function, *arguments: int, count: int = 600) -> list[list[int]]:
-    return [function(*arguments, data.sample_generator(0, 0, number)) for number in range(count)]
+    return [function(*arguments, support.run.sample_generator(0, 0, number)) for number in range(count)]
 
 
 def test_dense_training_clip_by_hand():
@@ -301,7 +304,7 @@ def test_test_crops_after_resizing(height, width, resized):
         assert torch.equal(crop, whole[..., start : start + 224, :] if height > width else whole[..., start : start + 224])
 
 
-class Counted(data.Video):
+class Counted(support.video.Video):
     """A video that counts how often its frames are asked for, and which are converted."""
 
     asked, converted = 0, 0
@@ -328,12 +331,12 @@ def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, co
     views = data.TestViews([video], frames=8, stride=3, sampling=sampling, size=64, clips=clips, crops=3)
     index, pixels, reason = views[0]
     assert (index, reason, pixels.shape) == (0, "", (clips * 3, 8, 3, 64, 64))
-    everything = data.read_frames(video, list(range(40)))  # 96 x 64: nothing is resized
+    everything = support.video.read_frames(video, list(range(40)))  # 96 x 64: nothing is resized
     counts = counted.asked, counted.converted
     indices = data.SAMPLING[sampling][1](40, 8, 3, clips)
     expected = [everything[clip][..., start : start + 64] for clip in indices for start in (0, 16, 32)]
     assert torch.equal(pixels, torch.stack(expected))
-    assert counts == (1 + 1, len(set(sum(indices, []))) + 40)  # the views' own, and those of this test
+    assert counts == (1, len(set(sum(indices, []))))
 
 
 def test_an_unreadable_video_is_no_view_and_no_other_stands_in(tmp_path):
@@ -363,19 +366,19 @@ def moving() -> torch.Tensor:
 
 
 def test_without_augmentation_a_square_clip_stays_as_it_is(moving):
-    assert torch.equal(augmentation()(moving[..., :64, :64][..., ::2, ::2].contiguous(), data.sample_generator(0, 0, 0)), moving[..., :64:2, :64:2])
+    assert torch.equal(augmentation()(moving[..., :64, :64][..., ::2, ::2].contiguous(), support.run.sample_generator(0, 0, 0)), moving[..., :64:2, :64:2])
 
 
 def test_one_augmentation_for_all_frames(moving):
     """A still video stays still; and each frame comes out as if it had been alone."""
     augment, seen = augmentation(**FULL), set()
     for number in range(60):
-        still = augment(moving[:1].expand(6, -1, -1, -1), data.sample_generator(0, 0, number))
+        still = augment(moving[:1].expand(6, -1, -1, -1), support.run.sample_generator(0, 0, number))
         assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
         assert torch.equal(still, still[:1].expand_as(still)), number
-        clip = augment(moving, data.sample_generator(0, 0, number))
+        clip = augment(moving, support.run.sample_generator(0, 0, number))
         for t in (0, 3, 5):
-            assert torch.equal(clip[t], augment(moving[t : t + 1], data.sample_generator(0, 0, number))[0])
+            assert torch.equal(clip[t], augment(moving[t : t + 1], support.run.sample_generator(0, 0, number))[0])
         seen.add(clip.numpy().tobytes())
     assert len(seen) == 60
 
@@ -395,7 +398,7 @@ def test_randaugment_by_its_numbers(monkeypatch, moving):
     small = moving[:1, :, ::4, ::4]
     for number in range(300):
         before = len(magnitudes)
-        augment(small, data.sample_generator(0, 0, number))
+        augment(small, support.run.sample_generator(0, 0, number))
         per_clip[len(magnitudes) - before] += 1
     assert set(per_clip) == {0, 1, 2, 3, 4} and len(magnitudes) == pytest.approx(600, abs=60)
     values = torch.tensor(magnitudes, dtype=torch.float64)
@@ -405,7 +408,7 @@ def test_randaugment_by_its_numbers(monkeypatch, moving):
 def test_flip_is_of_half_of_the_clips_and_whole_clips():
     clip, augment, flipped = columns(32, 32), augmentation(flip=True), 0
     for number in range(80):
-        result = augment(clip, data.sample_generator(0, 0, number))
+        result = augment(clip, support.run.sample_generator(0, 0, number))
         assert torch.equal(result, clip) or torch.equal(result, clip.flip(-1))
         flipped += not torch.equal(result, clip)
     assert 25 < flipped < 55
@@ -416,7 +419,7 @@ def test_random_resized_crop_by_its_numbers():
     clip, augment = columns(240, 240, 1), augmentation(area=(0.08, 1.0), aspect=(0.75, 1.3333))
     areas, aspects, lefts = [], [], []
     for number in range(200):
-        result = augment(clip, data.sample_generator(0, 0, number))[0].float()
+        result = augment(clip, support.run.sample_generator(0, 0, number))[0].float()
         width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
         areas.append(width * height / 240**2)
         aspects.append(width / height)
@@ -428,7 +431,7 @@ def test_random_resized_crop_by_its_numbers():
 def test_erasing_is_one_box_of_noise_in_all_frames():
     clip, augment, erased = torch.full((5, 3, 32, 32), 7, dtype=torch.uint8), augmentation(erase=0.25), 0
     for number in range(200):
-        result = augment(clip, data.sample_generator(0, 0, number))
+        result = augment(clip, support.run.sample_generator(0, 0, number))
         changed = (result != 7).any(dim=1)  # (5, 32, 32)
         if changed.any():
             erased += 1
@@ -483,7 +486,7 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_numbered(tmp_path / name, 5)
     dataset = [f"data.root={tmp_path}", "data.train=train", "data.val=val", "data.workers=1"]
-    done = run(ROOT / "data.py", "check", *dataset)
+    done = run("support.datasets", *dataset)
     assert "3 videos for training in train, 2 classes, 0 wrong labels, 0 unreadable" in done.stdout
     assert re.search(r"\b2  a\n +1  b\n", done.stdout)
 
@@ -491,10 +494,10 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
     (tmp_path / "val" / "c").mkdir()
     write_numbered(tmp_path / "val/c/6.mp4", 5)
     (tmp_path / "list.txt").write_text("train/a/1.mp4 0\nval/c/6.mp4 7\n")
-    done = run(ROOT / "data.py", "check", *dataset, ok=False)
+    done = run("support.datasets", *dataset, ok=False)
     assert done.returncode == 1
     assert "3 videos for testing in val, 2 classes, 1 wrong labels, 1 unreadable" in done.stdout
     assert "unknown class 'c' for 6.mp4" in done.stdout and str(tmp_path / "val/a/5.mp4") in done.stdout
 
-    done = run(ROOT / "data.py", "check", dataset[0], "data.train=train", "data.val=list.txt", "data.workers=1", ok=False)
+    done = run("support.datasets", dataset[0], "data.train=train", "data.val=list.txt", "data.workers=1", ok=False)
     assert "label 7 is out of range for 6.mp4" in done.stdout and "1 videos are for training as well" in done.stdout

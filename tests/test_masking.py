@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import UserError
 from masking import frame_mask, random_mask, split, tube_mask
+from support.config import UserError
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in cubes of 2 x 16 x 16
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masking
 import model as m
-from common import UserError
+import support.weights
+from support.config import UserError, load_config
 
 SMALL = dict(width=48, depth=3, heads=4, decoder_width=24, decoder_depth=2, decoder_heads=2, eps=1e-5)  # Hugging Face's decoder.norm has 1e-5
 
@@ -52,7 +53,7 @@ def test_prediction_and_loss_equal_transformers_both_ways(tmp_path, clip_size, c
     import pretrain
 
     own = randomize(m.VideoMAE(**SMALL, clip_size=clip_size, cube=cube))
-    m.export_hugging_face(own, tmp_path)
+    support.weights.export_hugging_face(own, tmp_path)
     theirs, report = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in own.parameters())
@@ -65,7 +66,7 @@ def test_prediction_and_loss_equal_transformers_both_ways(tmp_path, clip_size, c
         prediction = own(clip, visible, masked)
         expected = theirs.eval()(clip.transpose(1, 2), bool_masked_pos=mask)
     assert relative(prediction, expected.logits) < 1e-5
-    config = pretrain.common.load_config(
+    config = load_config(
         pretrain.CONFIGS / "toy.yaml", [f"data.frames={clip_size[0]}", f"data.size={clip_size[1]}", f"model.cube={list(cube)}"]
     )
     loss = pretrain.Objective(config).loss(prediction, frames, masked)
@@ -75,7 +76,7 @@ def test_prediction_and_loss_equal_transformers_both_ways(tmp_path, clip_size, c
     theirs = randomize(hugging_face(own))
     torch.save(theirs.state_dict(), tmp_path / "theirs.bin")
     own = m.VideoMAE(**SMALL, clip_size=clip_size, cube=cube)
-    m.load_weights(own, tmp_path / "theirs.bin")
+    support.weights.load_weights(own, tmp_path / "theirs.bin")
     with torch.no_grad():
         assert relative(own(clip, visible, masked), theirs(clip.transpose(1, 2), bool_masked_pos=mask).logits) < 1e-5
 
@@ -84,7 +85,7 @@ def test_safetensors_files_load(tmp_path):
     theirs = randomize(hugging_face(m.VideoMAE(**SMALL, clip_size=(4, 32, 32))))
     theirs.save_pretrained(tmp_path)
     own = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
-    m.load_weights(own, tmp_path / "model.safetensors")
+    support.weights.load_weights(own, tmp_path / "model.safetensors")
     assert torch.equal(own.encoder.blocks[1].attn.qkv.weight[48:96], theirs.videomae.encoder.layer[1].attention.attention.key.weight)
 
 
@@ -99,17 +100,17 @@ def test_classifier_equals_transformers(tmp_path, clip_size, cube, naming):
     theirs = randomize(transformers.VideoMAEForVideoClassification(config))
     torch.save(theirs.state_dict(), tmp_path / "file.bin")
     own = m.VideoClassifier(width=48, depth=2, heads=4, classes=7, clip_size=clip_size, cube=cube, eps=1e-5, drop_path=0.3, dropout=0.5).eval()
-    m.load_weights(own, tmp_path / "file.bin")
+    support.weights.load_weights(own, tmp_path / "file.bin")
     hub = {key.replace("query.bias", "q_bias").replace("value.bias", "v_bias") for key in theirs.state_dict()}
-    assert set(m.to_hugging_face(own.state_dict())) == hub
+    assert set(support.weights.to_hugging_face(own.state_dict())) == hub
     if naming != "theirs":
         state = own.state_dict()
         official = {key.removeprefix("encoder."): value for key, value in state.items()}
         own_file = {"model": state, "model_options": own.options, "positions": own.encoder.pos_embed, "classes": list("abcdefg")}
-        files = {"hub": m.to_hugging_face(state), "official": official, "official under module": {"module": official, "epoch": 3}, "own": own_file}
+        files = {"hub": support.weights.to_hugging_face(state), "official": official, "official under module": {"module": official, "epoch": 3}, "own": own_file}
         torch.save(files[naming], tmp_path / "file.bin")
         own = m.VideoClassifier(width=48, depth=2, heads=4, classes=7, clip_size=clip_size, cube=cube, eps=1e-5).eval()
-        m.load_weights(own, tmp_path / "file.bin")
+        support.weights.load_weights(own, tmp_path / "file.bin")
     clip = torch.randn(2, 3, *clip_size)
     with torch.no_grad():
         logits, expected = own(clip), theirs(clip.transpose(1, 2)).logits
@@ -227,7 +228,7 @@ def test_official_pretraining_checkpoint(tmp_path):
     source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
     torch.save(official_pretraining(source.state_dict()), tmp_path / "official.pth")
     model = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
-    m.load_weights(model, tmp_path / "official.pth")
+    support.weights.load_weights(model, tmp_path / "official.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
 
 
@@ -241,7 +242,7 @@ def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
         state[key if key.startswith(("head.", "fc_norm.")) and prefix == "encoder." else prefix + key] = value
     torch.save({wrapper: state} if wrapper else state, tmp_path / "official.pth")
     model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
-    m.load_weights(model, tmp_path / "official.pth")
+    support.weights.load_weights(model, tmp_path / "official.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
 
 
@@ -257,7 +258,7 @@ def test_mmaction2_checkpoint(tmp_path):
         state[key.replace("mlp.fc1", "mlp.layers.0.0").replace("mlp.fc2", "mlp.layers.1")] = value
     torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mm.pth")
     model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
-    m.load_weights(model, tmp_path / "mm.pth")
+    support.weights.load_weights(model, tmp_path / "mm.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
 
 
@@ -265,7 +266,7 @@ def test_pretrained_encoder_into_classifier_says_what_is_fresh(tmp_path, capsys)
     source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
     torch.save(official_pretraining(source.state_dict()), tmp_path / "official.pth")
     model = m.VideoClassifier(width=48, depth=3, heads=4, classes=5, clip_size=(4, 32, 32))
-    m.load_weights(model, tmp_path / "official.pth", fresh=("fc_norm.", "head."))
+    support.weights.load_weights(model, tmp_path / "official.pth", fresh=("fc_norm.", "head."))
     said = capsys.readouterr().err
     assert "start fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in said
     assert "not used: decoder.blocks" in said and "encoder.norm" in said and "mask_token" in said
@@ -276,8 +277,8 @@ def test_a_head_for_other_classes_starts_fresh_only_if_allowed(tmp_path):
     torch.save(m.VideoClassifier(width=48, depth=1, heads=4, classes=5, clip_size=(4, 32, 32)).state_dict(), tmp_path / "five.pth")
     model = m.VideoClassifier(width=48, depth=1, heads=4, classes=3, clip_size=(4, 32, 32))
     with pytest.raises(UserError, match=r"head.bias is \(5,\), the model's \(3,\)"):
-        m.load_weights(model, tmp_path / "five.pth")
-    m.load_weights(model, tmp_path / "five.pth", fresh=("head.",))
+        support.weights.load_weights(model, tmp_path / "five.pth")
+    support.weights.load_weights(model, tmp_path / "five.pth", fresh=("head.",))
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -285,18 +286,18 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     torch.save(small.state_dict(), tmp_path / "three.pth")
     shallow = m.VideoMAE(**{**SMALL, "depth": 2}, clip_size=(4, 32, 32))
     with pytest.raises(UserError, match="encoder.blocks.2.attn.proj.bias is left over"):
-        m.load_weights(shallow, tmp_path / "three.pth")
+        support.weights.load_weights(shallow, tmp_path / "three.pth")
     deep = m.VideoMAE(**{**SMALL, "depth": 4}, clip_size=(4, 32, 32))
     with pytest.raises(UserError, match="encoder.blocks.3.attn.proj.bias is missing"):
-        m.load_weights(deep, tmp_path / "three.pth")
+        support.weights.load_weights(deep, tmp_path / "three.pth")
     with pytest.raises(UserError, match="no weights at"):
-        m.load_weights(small, tmp_path / "none.pth")
+        support.weights.load_weights(small, tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(UserError, match="cannot|safely"):
-        m.load_weights(small, tmp_path / "text.pth")
+        support.weights.load_weights(small, tmp_path / "text.pth")
     torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds no tensors"):
-        m.load_weights(small, tmp_path / "empty.pth")
+        support.weights.load_weights(small, tmp_path / "empty.pth")
 
 
 class Evil:
@@ -307,18 +308,18 @@ class Evil:
 def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
     torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="safely"):
-        m.read_checkpoint(tmp_path / "evil.pth")
+        support.weights.read_checkpoint(tmp_path / "evil.pth")
     assert "code from a file" not in capsys.readouterr().out
 
 
 def test_build_from_official_checkpoint_reads_the_sizes(tmp_path):
     torch.save(official_pretraining(m.VideoMAE(**m.SIZES["S"], decoder_depth=2).state_dict()), tmp_path / "official.pth")
-    model = m.build_from_checkpoint(tmp_path / "official.pth")
+    model = support.weights.build_from_checkpoint(tmp_path / "official.pth")
     assert model.options["heads"] == 6 and model.options["decoder_depth"] == 2 and model.grid == (8, 14, 14)
     classifier = m.VideoClassifier(width=384, depth=1, heads=6, classes=4)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     with pytest.raises(UserError, match="not a pre-training checkpoint"):
-        m.build_from_checkpoint(tmp_path / "classifier.pth")
+        support.weights.build_from_checkpoint(tmp_path / "classifier.pth")
 
 
 def test_indivisible_sizes_are_refused():
@@ -354,7 +355,7 @@ def test_weights_of_one_clip_size_run_at_another(tmp_path):
     small = randomize(m.VideoClassifier(**TINY, clip_size=(4, 48, 48)))
     torch.save({"module": {key.removeprefix("encoder."): value for key, value in small.state_dict().items()}}, tmp_path / "official.pth")
     model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48)).eval()
-    m.load_weights(model, tmp_path / "official.pth")
+    support.weights.load_weights(model, tmp_path / "official.pth")
     clip = torch.randn(2, 3, 8, 80, 64)
     with torch.no_grad():
         x = small.encoder.patch_embed(clip) + m.interpolate_positions(small.encoder.pos_embed, (2, 3, 3), (4, 5, 4))
@@ -365,11 +366,11 @@ def test_weights_of_one_clip_size_run_at_another(tmp_path):
     # built for the larger clips, the model gives the same: what a checkpoint of this project keeps is enough for that
     torch.save({"model": small.state_dict(), "model_options": small.options, "positions": small.encoder.pos_embed}, tmp_path / "own.pt")
     large = m.VideoClassifier(**TINY, clip_size=(8, 80, 64)).eval()
-    m.load_weights(large, tmp_path / "own.pt")
-    assert m.read_options(tmp_path / "own.pt")["clip_size"] == [4, 48, 48]
+    support.weights.load_weights(large, tmp_path / "own.pt")
+    assert support.weights.read_options(tmp_path / "own.pt")["clip_size"] == [4, 48, 48]
     with torch.no_grad():
         assert relative(large(clip), small(clip)) < 1e-6
-        assert torch.equal(m.build_classifier(tmp_path / "own.pt").eval()(clip), small(clip))
+        assert torch.equal(support.weights.build_classifier(tmp_path / "own.pt").eval()(clip), small(clip))
 
 
 def image_vit(naming: str, side: int = 3) -> dict[str, torch.Tensor]:
@@ -404,7 +405,7 @@ def test_inflated_image_weights(tmp_path, capsys, naming, cube_frames):
     torch.save(image_state if naming == "timm" else {"model": image_state}, tmp_path / "image.pth")
     model = m.VideoClassifier(**TINY, clip_size=(8, 48, 48), cube=(cube_frames, 16, 16)).eval()
     fresh_head = model.head.weight.clone()
-    m.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
+    support.weights.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
     said = capsys.readouterr().err
     assert "weights of an image model, inflated" in said and "start fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in said
     left_over = said.partition("not used: ")[2]
@@ -440,7 +441,7 @@ def test_image_positions_of_another_size_are_interpolated(tmp_path):
     state["pos_embed"] = state["pos_embed"][:, :1].expand(-1, 10, -1)  # the same everywhere
     torch.save(state, tmp_path / "image.pth")
     model = m.VideoClassifier(**TINY, clip_size=(2, 80, 64))
-    m.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
+    support.weights.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
     assert torch.allclose(model.encoder.pos_embed, state["pos_embed"][0, 0].expand(20, -1), atol=1e-5)  # one slice of time: nothing is added
 
 
@@ -451,7 +452,7 @@ def test_weights_of_another_width_are_refused_in_a_sentence(tmp_path, kind):
     torch.save(content[kind], tmp_path / "file.pth")
     model = m.VideoClassifier(width=96, depth=3, heads=4, classes=5, clip_size=(4, 48, 48))
     with pytest.raises(UserError, match="does not fit this VideoClassifier"):
-        m.load_weights(model, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+        support.weights.load_weights(model, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
 
 
 def test_classifier_initialisation():

@@ -14,7 +14,6 @@ import av
 import pytest
 import torch
 from conftest import (
-    ROOT,
     command,
     number_of,
     turn_by_90,
@@ -23,8 +22,10 @@ from conftest import (
 )
 from torchvision.transforms.v2 import functional as TF
 
-import data
-from common import UserError
+import support.datasets
+import support.prepare
+import support.video
+from support.config import UserError
 
 COUNT = 40
 
@@ -44,12 +45,12 @@ def write_smooth(path: Path, width: int, height: int, count: int = COUNT, codec:
 
 def prepare(root: Path, *words: str, out: str = "prepared", processes: int = 1) -> tuple[Path, str]:
     """The folder prepared beside `root`, and what was said."""
-    words = ["data.py", "prepare", f"data.root={root}", "--to", str(root.parent / out), "--processes", str(processes), *words]
+    words = ["prepare.py", f"data.root={root}", "--to", str(root.parent / out), "--processes", str(processes), *words]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr("sys.argv", words)
         try:
-            data.main()
+            support.prepare.main()
         except UserError as error:
             return root.parent / out, str(error)
     return root.parent / out, said.getvalue()
@@ -95,16 +96,16 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
     sizes = {"large": (256, 340), "tall": (456, 256), "odd": (254, 340), "phone": (96, 64), "ten_bits": (180, 320)}
     for original in (*numbered, turned, *others):
         prepared = (out / original.relative_to(root)).with_suffix(".mp4")
-        frames = data.read_frames(prepared, list(range(COUNT)))
-        with data.Video(prepared) as video:
+        frames = support.video.read_frames(prepared, list(range(COUNT)))
+        with support.video.Video(prepared) as video:
             assert len(video) == COUNT and video.timed
-        expected = data.read_frames(original, list(range(COUNT)))
+        expected = support.video.read_frames(original, list(range(COUNT)))
         if original.stem in sizes:
             assert tuple(frames.shape[2:]) == sizes[original.stem]
         expected = TF.resize(expected, list(frames.shape[2:]), antialias=True)
         for index in range(COUNT):
-            assert data.psnr(frames[index], expected[index]) > 30, (original.name, index)
-            assert index == 0 or data.psnr(frames[index], expected[index]) > data.psnr(frames[index], expected[index - 1]) + 1
+            assert support.prepare.psnr(frames[index], expected[index]) > 30, (original.name, index)
+            assert index == 0 or support.prepare.psnr(frames[index], expected[index]) > support.prepare.psnr(frames[index], expected[index - 1]) + 1
         if original in numbered:
             assert [number_of(frame) for frame in frames] == list(range(COUNT))
         if original.suffix not in (".avi", ".MPG"):  # these state no times
@@ -113,7 +114,7 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
             assert rate_of(prepared) == pytest.approx(rate_of(original), rel=1e-3)
     prepared = [line for line in (out / "prepared.txt").read_text().splitlines()]
     assert len(prepared) == 14 and "a b/ü/ucf (1).mp4" in prepared
-    assert [entry.path for entry in data.list_entries(str(out), "prepared.txt")] == sorted(out / name for name in prepared)
+    assert [entry.path for entry in support.datasets.list_entries(str(out), "prepared.txt")] == sorted(out / name for name in prepared)
 
 
 def test_few_frames_are_decoded_for_a_clip(tmp_path):
@@ -121,7 +122,7 @@ def test_few_frames_are_decoded_for_a_clip(tmp_path):
     (tmp_path / "videos").mkdir()
     write_smooth(tmp_path / "videos" / "one.mp4", 64, 64, 100, g="1000")
     out, _ = prepare(tmp_path / "videos")
-    with data.Video(out / "one.mp4") as video:
+    with support.video.Video(out / "one.mp4") as video:
         times = sorted(packet.pts for packet in video.packets)
         assert [times.index(packet.pts) for packet in video.packets if packet.is_keyframe] == [0, 32, 64, 96]
         video.stream.codec_context.skip_frame = "NONREF"
@@ -138,7 +139,7 @@ def video(path: Path, **options) -> None:
 
 
 def labels(root: Path, *selections: str) -> list[list[tuple[str, int]]]:
-    train, val, _ = data.labelled(str(root), *selections)
+    train, val, _ = support.datasets.labelled(str(root), *selections)
     assert all(path.exists() for path, _ in train + val)
     return [[(path.relative_to(root).with_suffix("").as_posix(), label) for path, label in videos] for videos in (train, val)]
 
@@ -184,7 +185,7 @@ def test_the_same_configuration_serves_the_prepared_folder(tmp_path, name):
     out, said = prepare(root, f"data.train={selections[0]}", f"data.val={selections[1]}", f"data.classes={selections[2]}")
     assert f"{len(videos)} of {len(videos)} videos are in {out}" in said
     assert labels(out, *selections) == labels(root, *selections)
-    assert sorted(path.suffix for path in out.rglob("*") if path.suffix.lower() in data.SUFFIXES) == [".mp4"] * len(videos)
+    assert sorted(path.suffix for path in out.rglob("*") if path.suffix.lower() in support.datasets.SUFFIXES) == [".mp4"] * len(videos)
     assert not (out / "readme.md").exists()
 
 
@@ -195,7 +196,7 @@ def test_a_list_alone_from_elsewhere_is_prepared_and_mended(tmp_path):
     (tmp_path / "mine.txt").write_text(f"{root}/b.avi 3\n")
     out, _ = prepare(root, f"data.train={tmp_path}/mine.txt")
     assert (out / "b.mp4").exists() and not (out / "a.mp4").exists()
-    assert data.list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
+    assert support.datasets.list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
 
 
 # ---- what goes wrong ----
@@ -228,7 +229,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     first = write_smooth(root / "00.mp4", 320, 240, 60)
     for number in range(1, 16):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
-    words = [ROOT / "data.py", "prepare", f"data.root={root}", "--to", out, "--processes", "2"]
+    words = ["support.prepare", f"data.root={root}", "--to", out, "--processes", "2"]
     process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(list(out.glob("*.mp4"))) < 3 or not list(out.glob("*.part")):
         assert process.poll() is None
@@ -238,7 +239,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert 3 <= len(there) < 16
     for name in there:  # whole, each of them
-        assert len(data.read_frames(out / name, [0, 30, 59])) == 3
+        assert len(support.video.read_frames(out / name, [0, 30, 59])) == 3
     (out / "07.mp4.1.part").write_text("left by the kill")
     _, said = prepare(root)
     assert "16 of 16 videos" in said and not list(out.glob("*.part"))
@@ -276,9 +277,9 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, words, sentence):
     names = {"ROOT": root, "OTHER": other, "LINK": tmp_path / "link", "NEW": tmp_path / "new"}
     for name, path in names.items():
         words = [word.replace(name, str(path)) for word in words]
-    monkeypatch.setattr("sys.argv", ["data.py", "prepare", *words])
+    monkeypatch.setattr("sys.argv", ["prepare.py", *words])
     with pytest.raises(UserError) as error:
-        data.main()
+        support.prepare.main()
     assert sentence.replace("OTHER", str(other)) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists() and sorted(path.name for path in other.iterdir()) == ["file.txt"]
 

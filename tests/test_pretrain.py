@@ -18,7 +18,10 @@ import data
 import masking
 import model as m
 import pretrain
-from common import UserError, load_config, warmup_cosine
+import support.datasets
+import support.video
+from support.config import UserError, load_config
+from support.run import warmup_cosine
 
 PRETRAIN = ROOT / "pretrain.py"
 
@@ -116,8 +119,8 @@ def test_four_clips_can_be_overfitted(toy_videos, normalize):
     objective = pretrain.Objective(configured(f"target.normalize={normalize}", "data.frames=8", "data.size=32", "model.cube=[2,8,8]"))
     model = m.VideoMAE(**m.SIZES["tiny"], decoder_depth=2, clip_size=(8, 32, 32), cube=(2, 8, 8))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
-    videos = data.list_videos(str(toy_videos), "train")[::6]
-    frames = torch.stack([data.center_crop(data.read_frames(path, list(range(0, 16, 2))), 32) for path in videos])  # (4, 8, 3, 32, 32)
+    videos = support.datasets.list_videos(str(toy_videos), "train")[::6]
+    frames = torch.stack([data.center_crop(support.video.read_frames(path, list(range(0, 16, 2))), 32) for path in videos])  # (4, 8, 3, 32, 32)
     visible, masked = (x.expand(4, -1) for x in masking.split(masking.tube_mask(model.grid, 0.75, torch.Generator().manual_seed(0))))
     clip = data.normalize(frames)
     hidden = m.take(pretrain.to_cubes(frames, (2, 8, 8)).flatten(2), masked) / 255
@@ -161,7 +164,7 @@ def test_a_run_leaves_log_checkpoint_configuration_and_pictures(reference_run):
     assert load_config(pretrain.CONFIGS / "toy.yaml", [str(reference_run / "config.yaml")]).optim.epochs == 7
     pictures = sorted((reference_run / "pictures").iterdir())
     assert [path.suffix for path in pictures] == [".mp4", ".png"]
-    assert len(data.Video(pictures[0])) == 8
+    assert len(support.video.Video(pictures[0])) == 8
     assert not list(reference_run.glob("*.tmp"))
 
 
@@ -326,7 +329,7 @@ def test_reconstruct_own_video_with_own_and_official_weights(reference_run, tmp_
     video = write_numbered(tmp_path / "mine.mp4", 40)
     run(PRETRAIN, "--reconstruct", video, "--weights", reference_run / "checkpoint.pt", "--out", tmp_path / "own", "--ratios", 0.5, 0.75, "mask.type=random")
     assert picture_of(tmp_path / "own/mine.png") == (1024, (128 + 18) * 7)  # the original, and for both ratios masked, guessed and borrowed
-    assert len(data.Video(tmp_path / "own/mine.mp4")) == 8
+    assert len(support.video.Video(tmp_path / "own/mine.mp4")) == 8
 
     torch.manual_seed(0)
     official = m.VideoMAE(**m.SIZES["S"], decoder_depth=1)
@@ -343,7 +346,7 @@ def test_reconstruct_own_video_with_own_and_official_weights(reference_run, tmp_
 def test_a_perfect_prediction_gives_the_original_back(toy_videos):
     """With the borrowed statistics; and the honest reconstruction uses nothing of the hidden cubes."""
     objective = pretrain.Objective(configured("data.frames=16", "model.cube=[2,16,16]"))
-    frames = data.read_frames(data.list_videos(str(toy_videos), "val")[0], list(range(16)))
+    frames = support.video.read_frames(support.datasets.list_videos(str(toy_videos), "val")[0], list(range(16)))
     mask = masking.tube_mask((8, 4, 4), 0.75, torch.Generator().manual_seed(0))
     _, masked = masking.split(mask)
     cubes = pretrain.to_cubes(frames[None] / 255, (2, 16, 16))[0, masked]
@@ -369,7 +372,7 @@ def test_a_perfect_prediction_gives_the_original_back(toy_videos):
 def test_exported_folder_opens_in_transformers(reference_run, tmp_path):
     import transformers
 
-    done = run(ROOT / "model.py", reference_run / "checkpoint.pt", tmp_path / "exported")
+    done = run("support.weights", reference_run / "checkpoint.pt", tmp_path / "exported")
     assert "from_pretrained" in done.stdout
     theirs, report = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.config.num_frames == 8

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import common
 import data
 import model as m
 import probe
-from common import UserError, load_config
+import support.datasets
+import support.run
+import support.weights
+from support.config import UserError, load_config
 
 PROBE = ROOT / "probe.py"
 
@@ -83,7 +85,7 @@ def test_colours_are_linearly_separable(reference_run):
 def test_the_schedule_is_table_11s(reference_run):
     c = configured()
     warm, peak = 2 * c.optim.warmup_epochs, 2 * 6 / 256
-    assert [line["lr"] for line in log(reference_run) if "loss" in line] == pytest.approx([common.warmup_cosine(step, 60, warm, peak, 0.0) for step in range(60)])
+    assert [line["lr"] for line in log(reference_run) if "loss" in line] == pytest.approx([support.run.warmup_cosine(step, 60, warm, peak, 0.0) for step in range(60)])
     ssv2 = configured(probe.CONFIGS / "ssv2_base.yaml")
     assert ssv2.optim.base_lr * ssv2.optim.batch_size / 256 == pytest.approx(0.4)
     assert (ssv2.optim.epochs, ssv2.optim.warmup_epochs, ssv2.optim.momentum, ssv2.optim.batch_size) == (100, 10, 0.9, 1024)
@@ -132,7 +134,7 @@ def test_the_encoder_is_frozen_and_always_in_eval_mode(coloured_videos, pretrain
         assert not any(module.training for module in each.encoder.modules()) and each.training and each.head.training
     assert not torch.equal(before["random"]["blocks.0.mlp.fc1.weight"], before["pre-trained"]["blocks.0.mlp.fc1.weight"])
 
-    full = m.build_from_checkpoint(pretrained)
+    full = support.weights.build_from_checkpoint(pretrained)
     clip = torch.randn(2, 3, 4, 32, 32)
     with torch.no_grad():
         assert torch.equal(built["pre-trained"].features(clip), full.encoder(clip).mean(dim=1))
@@ -144,7 +146,7 @@ def test_the_loss_is_that_of_softmax_regression_on_the_features(coloured_videos,
     more = ["data.scales=[1.0]", "optim.batch_size=12", "optim.epochs=3", "model.against_random=false"]
     in_process(monkeypatch, *settings(coloured_videos, pretrained, tmp_path), *more)
     c = configured(*settings(coloured_videos, pretrained, tmp_path), *more)
-    videos, _, names = data.labelled(str(coloured_videos), "train", "val", "")
+    videos, _, names = support.datasets.labelled(str(coloured_videos), "train", "val", "")
     each = probe.build(c, 3)["pre-trained"]
     clips = data.LabelledClips(videos, frames=4, stride=1, sampling="dense", augment=lambda frames, generator: data.center_crop(frames, 32), repeats=1, seed=0)
     weight, bias = each.head.weight.detach().clone(), each.head.bias.detach().clone()
@@ -156,7 +158,7 @@ def test_the_loss_is_that_of_softmax_regression_on_the_features(coloured_videos,
         probabilities = (features @ weight.T + bias).softmax(dim=1)
         expected.append(float(-probabilities[torch.arange(12), labels].log().mean()))
         error = (probabilities - torch.eye(3)[labels]) / 12
-        lr = common.warmup_cosine(step, 3, c.optim.warmup_epochs, 2 * 12 / 256, 0.0)
+        lr = support.run.warmup_cosine(step, 3, c.optim.warmup_epochs, 2 * 12 / 256, 0.0)
         for number, gradient in enumerate((error.T @ features, error.sum(dim=0))):
             velocity[number] = 0.9 * velocity[number] + gradient
         weight, bias = weight - lr * velocity[0], bias - lr * velocity[1]
@@ -165,7 +167,7 @@ def test_the_loss_is_that_of_softmax_regression_on_the_features(coloured_videos,
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(coloured_videos, pretrained, reference_run, tmp_path, monkeypatch):
-    save = common.save_checkpoint
+    save = support.run.save_checkpoint
 
     def save_and_stop(path, **content):
         save(path, **content)
@@ -173,7 +175,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(coloured_videos, pretrained, ref
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(common, "save_checkpoint", save_and_stop)
+        patched.setattr(probe, "save_checkpoint", save_and_stop)
         in_process(patched, *settings(coloured_videos, pretrained, tmp_path))
     assert len(losses(tmp_path)) == 30
     in_process(monkeypatch, *settings(coloured_videos, pretrained, tmp_path))
@@ -197,7 +199,7 @@ def test_weights_in_other_namings_are_probed_alike(coloured_videos, pretrained, 
     clip = torch.randn(1, 3, 4, 32, 32)
     c = configured(*settings(coloured_videos, pretrained, tmp_path))
     expected = probe.build(c, 3)["pre-trained"](clip)
-    for name, content in (("official.pth", {"model": state}), ("hugging_face.bin", m.to_hugging_face(state))):
+    for name, content in (("official.pth", {"model": state}), ("hugging_face.bin", support.weights.to_hugging_face(state))):
         torch.save(content, tmp_path / name)
         other = configured(*settings(coloured_videos, tmp_path / name, tmp_path), "model.pretrained_clip=[4,32,32]")
         assert torch.equal(probe.build(other, 3)["pre-trained"](clip), expected)

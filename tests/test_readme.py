@@ -6,15 +6,15 @@ import re
 import pytest
 from conftest import ROOT
 
-import common
 import detect_ava
 import finetune
 import pretrain
 import probe
+import support.config
 
 README = (ROOT / "README.md").read_text()
 STAGES = (pretrain, finetune, probe, detect_ava)
-KEYS = {key for stage in STAGES for key in common._flatten(common.as_dict(common.load_config(stage.DEFAULT, [])))}
+KEYS = {key for stage in STAGES for key in support.config._flatten(support.config.as_dict(support.config.load_config(stage.DEFAULT, [])))}
 
 
 @pytest.mark.parametrize("folder", [stage.CONFIGS.name for stage in STAGES])
@@ -56,7 +56,7 @@ def test_every_name_in_the_map_exists(of_paper, here):
     module, known = None, False
     for name in re.findall(r"`([^`]+)`", here):
         if name.endswith(".py"):
-            module = importlib.import_module(name.removesuffix(".py"))
+            module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
         elif name.endswith((".yaml", "/")):
             assert (ROOT / name).exists() or any((stage.CONFIGS / name).exists() for stage in STAGES), name
         elif name.startswith("--") or name.endswith("="):
@@ -76,7 +76,7 @@ def test_commands_name_existing_scripts_recipes_and_their_keys():
             assert (ROOT / name).exists(), words
         stage = next((stage for stage in STAGES if f"{stage.__name__}.py" in words), None)
         if stage:
-            valid = common._flatten(common.as_dict(common.load_config(stage.DEFAULT, [])))
+            valid = support.config._flatten(support.config.as_dict(support.config.load_config(stage.DEFAULT, [])))
             for key in re.findall(r"(?<![-\w.])(\w+(?:\.\w+)?)=", words):
                 assert key in valid, (key, words)
 

@@ -11,14 +11,15 @@ import torch
 from conftest import ROOT, run
 from torch import Tensor
 
-import common
 import detect_ava
 import finetune
 import masking
 import model as m
 import pretrain
-import toy
-from common import load_config
+import support.config
+import support.run
+from support import toy
+from support.config import load_config
 
 STAGES = {"pretrain": pretrain, "finetune": finetune, "detect_ava": detect_ava}
 
@@ -96,7 +97,7 @@ def test_a_trace_names_the_work_of_three_steps_and_changes_nothing(short_runs, t
 
 
 def test_a_checkpoint_older_than_a_key_of_run_can_still_be_used():
-    stored = common.as_dict(load_config(pretrain.DEFAULT, []))
+    stored = support.config.as_dict(load_config(pretrain.DEFAULT, []))
     del stored["run"]["recompute"], stored["run"]["profile"]
     config = load_config(pretrain.DEFAULT, [], stored)
     assert (config.run.recompute, config.run.profile) == (False, False)
@@ -112,14 +113,14 @@ def test_no_step_waits_for_the_gpu(stage, compiled, short_runs, tmp_path, monkey
 
     Not the compiled detector, which is compiled again for another number of persons.
     """
-    steps_of = common.Progress.__iter__
+    steps_of = support.run.Progress.__iter__
 
-    def strict(self: common.Progress) -> Iterator[int]:
+    def strict(self: support.run.Progress) -> Iterator[int]:
         for step in steps_of(self):
             torch.cuda.set_sync_debug_mode("error" if 2 <= step < self.bar.total - 1 else "default")
             yield step
 
-    monkeypatch.setattr(common.Progress, "__iter__", strict)
+    monkeypatch.setattr(support.run.Progress, "__iter__", strict)
     monkeypatch.delenv("RANK", raising=False)
     config = load_config(STAGES[stage].DEFAULT, [*short_runs[stage], f"run.compile={compiled}", "run.log_every=2", f"run.folder={tmp_path}"])
     try:

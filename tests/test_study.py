@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy_study
 import yaml
 from conftest import ROOT
 from PIL import Image
 
-import common
-import data
 import pretrain
+import support.config
+import support.datasets
+from support import study as toy_study
 
 PUBLISHED = ROOT / "assets" / "toy_study" / "results.csv"
 STUDY = yaml.safe_load(toy_study.STUDY.read_text())
@@ -29,13 +29,13 @@ def test_every_run_of_the_study_is_valid_and_differs_from_all_others():
     assert len(runs) == len({run.key for run in runs}) == len({run.folder for run in runs})
     chosen = set()
     for run in runs:
-        config = common.load_config(toy_study.STAGES[run.stage].DEFAULT, list(run.settings))
+        config = support.config.load_config(toy_study.STAGES[run.stage].DEFAULT, list(run.settings))
         assert config.run.seed == run.seed and config.run.folder == str(run.folder)
         if run.stage == "pretrain" and run.seed == 0:
             pretrain.build(config)
         chosen.add((run.stage, *(word for word in run.settings if not word.startswith("run.folder="))))
     assert len(chosen) == len(runs)
-    with pytest.raises(common.UserError, match="mask.ratio"):
+    with pytest.raises(support.config.UserError, match="mask.ratio"):
         toy_study.plan(STUDY, [0], ["base"], ["mask.ration=0.5"])
 
 
@@ -60,7 +60,7 @@ def test_every_experiment_is_in_a_table_and_every_row_names_one():
 def test_small_sets_have_as_many_steps_as_the_whole():
     """2,000 steps of fine-tuning for any number of labels; for fewer pre-training videos the 2,000 steps of all."""
     for run in toy_study.plan(STUDY, [0], [], []):
-        config = common.load_config(toy_study.STAGES[run.stage].DEFAULT, list(run.settings))
+        config = support.config.load_config(toy_study.STAGES[run.stage].DEFAULT, list(run.settings))
         if run.stage == "finetune":
             videos = 8 * config.data.per_class or 4000
             assert config.optim.epochs * (videos // config.optim.batch_size) == 2000
@@ -81,8 +81,8 @@ def test_small_sets_have_as_many_steps_as_the_whole():
 )
 def test_mistakes_end_in_a_sentence(arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["toy_study.py", *arguments])
-    with pytest.raises(common.UserError) as error:
+    monkeypatch.setattr("sys.argv", ["study.py", *arguments])
+    with pytest.raises(support.config.UserError) as error:
         toy_study.main()
     assert sentence in str(error.value)
 
@@ -92,13 +92,13 @@ def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
     paths = {}
     for count in (8, 16, 24):
         toy_study.write_subset(study, count)
-        entries = data.list_entries(study["root"], str(toy_study.subset_file(study, count)))
+        entries = support.datasets.list_entries(study["root"], str(toy_study.subset_file(study, count)))
         paths[count] = {entry.path for entry in entries}
         labels = [entry.label for entry in entries]
         assert len(entries) == count and all(labels.count(label) == count // 8 for label in set(labels)) and len(set(labels)) == 8
-    assert paths[8] < paths[16] < paths[24] == set(data.list_videos(study["root"], "train"))
+    assert paths[8] < paths[16] < paths[24] == set(support.datasets.list_videos(study["root"], "train"))
     # those that fine-tuning takes with data.per_class are nested likewise
-    videos, _, _ = data.labelled(study["root"], "train", "val", "classes.txt", per_class=2)
+    videos, _, _ = support.datasets.labelled(study["root"], "train", "val", "classes.txt", per_class=2)
     assert {path for path, _ in videos} == paths[16]
 
 
@@ -125,7 +125,7 @@ def test_a_study_goes_on_where_it_stopped_and_a_failure_stops_only_what_needs_it
 
     monkeypatch.setattr(toy_study, "execute", execute)
     runs = toy_study.plan({**STUDY, "folder": str(tmp_path)}, [0, 1], ["base", "scratch", "ratio_90", "probe"], [])
-    with pytest.raises(common.UserError, match="1 runs failed and 1 could not start"):
+    with pytest.raises(support.config.UserError, match="1 runs failed and 1 could not start"):
         toy_study.run_all(runs, file, jobs=2)
     assert set(started) == {run.key for run in runs} - {("ratio_90", "0", "finetune")} and len(results(file)) == len(runs) - 2
     broken.clear(), started.clear()
@@ -145,7 +145,7 @@ def test_a_tiny_study_from_the_command_to_the_picture(toy_videos, tmp_path):
     described = dict(root=str(toy_videos), folder=str(folder), seeds=[3, 4], settings={"pretrain": "run.pictures=0"}, experiments=experiments, tables=[table])
     study.write_text(yaml.safe_dump(described))
     settings = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=8", "data.workers=0"]
-    command = [sys.executable, ROOT / "tests" / "toy_study.py", study, *settings, "--only", "few", "--seeds", "3"]
+    command = [sys.executable, "-m", "support.study", study, *settings, "--only", "few", "--seeds", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     pretraining, finetuning = results(folder / "results.csv")

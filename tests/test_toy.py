@@ -10,19 +10,20 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
-import toy
-from common import UserError
+import support.datasets
+import support.video
+from support import toy
+from support.config import UserError
 
 
 def test_files_are_real_videos_and_reproducible(toy_videos, tmp_path):
-    videos = data.list_videos(str(toy_videos), "train")
+    videos = support.datasets.list_videos(str(toy_videos), "train")
     assert len(videos) == 24 and {path.parent.name for path in videos} == set(toy.CLASSES)
     assert (toy_videos / "classes.txt").read_text().splitlines() == list(toy.CLASSES)
     again = toy.render(tmp_path / "again", {"train": 24, "val": 8})
     for path in videos:
         assert path.read_bytes() == (again / path.relative_to(toy_videos)).read_bytes()
-    assert data.read_frames(videos[0], [0, toy.FRAMES - 1]).shape == (2, 3, toy.SIZE, toy.SIZE)
+    assert support.video.read_frames(videos[0], [0, toy.FRAMES - 1]).shape == (2, 3, toy.SIZE, toy.SIZE)
 
 
 def test_rendering_is_never_repeated_and_other_settings_are_refused(toy_videos):
@@ -35,7 +36,7 @@ def test_rendering_is_never_repeated_and_other_settings_are_refused(toy_videos):
 
 def test_an_interrupted_rendering_is_finished(tmp_path):
     folder = tmp_path / "videos"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toy; from pathlib import Path; toy.render(Path({str(folder)!r}), {{'train': 160, 'val': 8}})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support import toy; from pathlib import Path; toy.render(Path({str(folder)!r}), {{'train': 160, 'val': 8}})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     while len(list(folder.rglob("*.mp4"))) < 20:
         assert process.poll() is None
@@ -45,8 +46,8 @@ def test_an_interrupted_rendering_is_finished(tmp_path):
     whole = list(folder.rglob("*.mp4"))
     assert 20 <= len(whole) < 168 and not (folder / "classes.txt").exists()
     toy.render(folder, {"train": 160, "val": 8})
-    videos = data.list_videos(str(folder), "")
-    assert len(videos) == 168 and all(len(data.Video(path)) == toy.FRAMES for path in videos)
+    videos = support.datasets.list_videos(str(folder), "")
+    assert len(videos) == 168 and all(len(support.video.Video(path)) == toy.FRAMES for path in videos)
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted([*videos, folder / "classes.txt", folder / "settings.json"])
 
 

@@ -1,10 +1,10 @@
 """A step of this project's models against transformers' VideoMAE with sdpa: same numerics, same machine, one run.
 
-    python tests/bench_step.py                                   # pre-training: CPU, ViT-B, batch 4, one thread, float32 and bf16
-    python tests/bench_step.py --of finetune --batch 2           # a fine-tuning step
-    python tests/bench_step.py --of forward --batch 2            # the classifier's forward pass, as in testing
-    python tests/bench_step.py --of finetune --batch 2 --recompute # ours with run.recompute: less memory, more time
-    python tests/bench_step.py --device cuda --size S B L --batch 16 --numerics bf16 --compile --depths 1 2 4 8
+    python tests/benchmarks/bench_step.py                                   # pre-training: CPU, ViT-B, batch 4, one thread, float32 and bf16
+    python tests/benchmarks/bench_step.py --of finetune --batch 2           # a fine-tuning step
+    python tests/benchmarks/bench_step.py --of forward --batch 2            # the classifier's forward pass, as in testing
+    python tests/benchmarks/bench_step.py --of finetune --batch 2 --recompute # ours with run.recompute: less memory, more time
+    python tests/benchmarks/bench_step.py --device cuda --size S B L --batch 16 --numerics bf16 --compile --depths 1 2 4 8
 
 Interleaved; ratios are medians of paired runs, first on each line. Memory is measured in a process of its own for each model.
 """
@@ -20,16 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scale import empty_batch, forward_flops
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import data  # noqa: E402
-import finetune  # noqa: E402
-import masking  # noqa: E402
-import pretrain  # noqa: E402
-from common import load_config  # noqa: E402
-from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks  # noqa: E402
-from scale import empty_batch, forward_flops  # noqa: E402
+import data
+import finetune
+import masking
+import pretrain
+from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
+from support.config import load_config
 
 
 def ours(a: argparse.Namespace, size: str, depth: int):

@@ -1,7 +1,7 @@
 """The toy videos that every stage runs on by default: one shape on a smooth background, moving in one of eight directions.
 
-    python toy.py toy_videos        # renders what is not there yet; the stages do it by themselves on first use
-    python toy.py toy_ava --ava     # several shapes at a time, annotated as AVA is, for detect_ava.py
+    python -m support.toy toy_videos        # renders what is not there yet; the stages do it by themselves on first use
+    python -m support.toy toy_ava --ava     # several shapes at a time, annotated as AVA is, for detect_ava.py
 
 Motion alone decides the class, as in Something-Something: in every frame of every class the shape is anywhere with the
 same probability (it wraps around), so a single frame is worth chance. Backgrounds and shapes are smooth colour gradients:
@@ -24,8 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, launch
-from data import pick_below, sample_generator, write_mp4
+from support.config import UserError
+from support.run import (
+    launch,
+    pick_below,
+    sample_generator,
+)
+from support.video import (
+    write_mp4,
+)
 
 CLASSES = tuple(f"moving {way}" for way in ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right"))
 SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames a video, frames a second

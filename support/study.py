@@ -1,9 +1,9 @@
 """The paper's claims on the toy videos: runs the experiments of configs/study/toy.yaml and reports them beside the paper.
 
-    python tests/toy_study.py --jobs 2 data.workers=0                    # three hours on two cores; the same again goes on
-    python tests/toy_study.py --seeds 0 --only base scratch              # some experiments, with what they start from
-    python tests/toy_study.py --report                                   # tables and picture of what is there so far
-    python tests/toy_study.py --report --results assets/toy_study/results.csv --readme README.md      # what is published
+    python -m support.study --jobs 2 data.workers=0                    # three hours on two cores; the same again goes on
+    python -m support.study --seeds 0 --only base scratch              # some experiments, with what they start from
+    python -m support.study --report                                   # tables and picture of what is there so far
+    python -m support.study --report --results assets/toy_study/results.csv --readme README.md      # what is published
 
 Every run is a command of the project's own scripts and stands, with it, in results.csv once it is finished. A key=value
 given here goes to all runs: without loader processes two runs at a time keep two cores busy with 5 % less work.
@@ -28,14 +28,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
-import probe  # noqa: E402
-import toy  # noqa: E402
+import finetune
+import pretrain
+import probe
+import support.config
+import support.datasets
+import support.run
+from support import toy
 
 STUDY = ROOT / "configs" / "study" / "toy.yaml"
 STAGES = {"pretrain": pretrain, "finetune": finetune, "probe": probe}
@@ -74,9 +74,9 @@ def read_study(path: Path) -> dict:
         study = yaml.safe_load(path.read_text())
         missing = {"folder", "root", "seeds", "settings", "experiments", "tables"} - study.keys()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise common.UserError(f"no study can be read from {path}: {' '.join(str(error).split())}") from None
+        raise support.config.UserError(f"no study can be read from {path}: {' '.join(str(error).split())}") from None
     if missing:
-        raise common.UserError(f"{path} is no study: it lacks {', '.join(sorted(missing))}; {STUDY} has all")
+        raise support.config.UserError(f"{path} is no study: it lacks {', '.join(sorted(missing))}; {STUDY} has all")
     return study
 
 
@@ -85,7 +85,7 @@ def plan(study: dict, seeds: list[int], only: list[str], settings: list[str]) ->
     runs: dict[Run, None] = {}
     for seed in seeds:
         for name in only or study["experiments"]:
-            experiment = common.pick(study["experiments"], name, "--only")
+            experiment = support.config.pick(study["experiments"], name, "--only")
             init = experiment.get("init", name)
             source = None if init == "scratch" else make_run(study, init, seed, "pretrain", None, settings)
             last = make_run(study, name, seed, "probe" if "probe" in experiment else "finetune", source, settings)
@@ -102,7 +102,7 @@ def make_run(study: dict, name: str, seed: int, stage: str, source: Run | None, 
         words += [f"init={source.folder / 'checkpoint.pt' if source else 'scratch'}", "data.classes=classes.txt"]
     words += [*study["settings"].get(stage, "").split(), *experiment.get(stage, "").split(), *settings]
     words += [f"run.seed={seed}", f"run.folder={folder}"]
-    common.load_config(STAGES[stage].DEFAULT, words)
+    support.config.load_config(STAGES[stage].DEFAULT, words)
     return Run(name, seed, stage, folder, tuple(words), source)
 
 
@@ -113,7 +113,7 @@ def subset_file(study: dict, videos: int) -> Path:
 def write_subset(study: dict, videos: int) -> None:
     """List the first videos of each class, equally many: a smaller subset is part of every larger one."""
     by_class: dict[str, list[Path]] = {}
-    for entry in data.list_entries(study["root"], "train"):
+    for entry in support.datasets.list_entries(study["root"], "train"):
         by_class.setdefault(entry.label, []).append(entry.path.relative_to(study["root"]))
     chosen = [path for of_class in by_class.values() for path in of_class[: videos // len(by_class)]]
     file = subset_file(study, videos)
@@ -194,7 +194,7 @@ def run_all(runs: list[Run], file: Path, jobs: int) -> None:
                     add_results(file, future.result())
                 bar.update()
     if failed:
-        raise common.UserError(f"{len(failed)} runs failed and {len(waiting)} could not start; the same command tries again")
+        raise support.config.UserError(f"{len(failed)} runs failed and {len(waiting)} could not start; the same command tries again")
 
 
 # ---- tables and picture ----
@@ -304,13 +304,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="table of results; default: results.csv in the study's folder")
     parser.add_argument("--report", action="store_true", help="run nothing: print the tables and draw the picture beside the results")
     parser.add_argument("--readme", type=Path, help="with --report: put the tables between the marks in this file")
-    arguments = common.parse(parser)
+    arguments = support.config.parse(parser)
     files = [word for word in arguments.settings if word.endswith(".yaml") and "=" not in word]
     study = read_study(Path(files[0]) if files else STUDY)
     if arguments.jobs < 1:
-        raise common.UserError("--jobs has to be at least 1")
+        raise support.config.UserError("--jobs has to be at least 1")
     if arguments.readme and not (arguments.readme.is_file() and all(mark in arguments.readme.read_text() for mark in MARKS)):
-        raise common.UserError(f"{arguments.readme} has no lines {' and '.join(mark.strip() for mark in MARKS)} to put the tables between")
+        raise support.config.UserError(f"{arguments.readme} has no lines {' and '.join(mark.strip() for mark in MARKS)} to put the tables between")
     file = arguments.results or Path(study["folder"], "results.csv")
     if not arguments.report:
         settings = [word for word in arguments.settings if word not in files]
@@ -332,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    support.run.launch(main)

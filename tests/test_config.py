@@ -5,16 +5,16 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-import common
-from common import UserError
 from conftest import ENVIRONMENT, ROOT, run
 
-CONFIGS = Path(common.__file__).parent / "configs" / "pretrain"
+import support.config
+import support.run
+from support.config import UserError
+
+CONFIGS = ROOT / "configs" / "pretrain"
 TOY = CONFIGS / "toy.yaml"
 
 
@@ -53,12 +53,12 @@ TOY = CONFIGS / "toy.yaml"
 )
 def test_mistakes_end_in_a_sentence(setting, sentence):
     with pytest.raises(UserError) as error:
-        common.load_config(TOY, [setting])
+        support.config.load_config(TOY, [setting])
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 def test_overrides_and_numbers():
-    config = common.load_config(TOY, ["optim.base_lr=1e-3", "optim.epochs=3", "data.scales=[1, 0.875]", "run.folder=a=b"])
+    config = support.config.load_config(TOY, ["optim.base_lr=1e-3", "optim.epochs=3", "data.scales=[1, 0.875]", "run.folder=a=b"])
     assert config.optim.base_lr == 0.001  # YAML reads 1e-3 as text
     assert config.data.scales == [1.0, 0.875] and isinstance(config.data.scales[0], float)
     assert config.optim.epochs == 3 and config.run.folder == "a=b"
@@ -67,26 +67,26 @@ def test_overrides_and_numbers():
 def test_base_and_missing_keys(tmp_path):
     (tmp_path / "variant.yaml").write_text(f"base: {TOY}\nmask:\n  ratio: 0.5\n")
     (tmp_path / "nested.yaml").write_text("base: variant.yaml\nmask:\n  type: random\n")
-    config = common.load_config(TOY, [str(tmp_path / "nested.yaml"), "run.seed=4"])
+    config = support.config.load_config(TOY, [str(tmp_path / "nested.yaml"), "run.seed=4"])
     assert (config.mask.ratio, config.mask.type, config.run.seed, config.data.size) == (0.5, "random", 4, 64)
     (tmp_path / "lone.yaml").write_text("mask:\n  ratio: 0.5\n")
     with pytest.raises(UserError, match="'model.size' is missing"):
-        common.load_config(TOY, [str(tmp_path / "lone.yaml")])
+        support.config.load_config(TOY, [str(tmp_path / "lone.yaml")])
     (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
     with pytest.raises(UserError, match="leads back"):
-        common.load_config(TOY, [str(tmp_path / "loop.yaml")])
+        support.config.load_config(TOY, [str(tmp_path / "loop.yaml")])
     (tmp_path / "number.yaml").write_text("base: 3\n")
     with pytest.raises(UserError, match="no configuration can be read from .*3"):
-        common.load_config(TOY, [str(tmp_path / "number.yaml")])
+        support.config.load_config(TOY, [str(tmp_path / "number.yaml")])
     (tmp_path / "wrong.yaml").write_text(f"base: {TOY}\nmask:\n  ratoi: 0.5\n")
     with pytest.raises(UserError, match="wrong.yaml: unknown key 'mask.ratoi'"):
-        common.load_config(TOY, [str(tmp_path / "wrong.yaml")])
+        support.config.load_config(TOY, [str(tmp_path / "wrong.yaml")])
 
 
 def test_yaml_cannot_run_code(tmp_path):
     (tmp_path / "evil.yaml").write_text("mask: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(UserError, match="not valid YAML"):
-        common.load_config(TOY, [str(tmp_path / "evil.yaml")])
+        support.config.load_config(TOY, [str(tmp_path / "evil.yaml")])
 
 
 def test_schedule_by_hand():
@@ -95,7 +95,7 @@ def test_schedule_by_hand():
     assert steps == 131_200 and peak == pytest.approx(6e-4)
 
     def lr(step):
-        return common.warmup_cosine(step, steps, warmup, peak, end)
+        return support.run.warmup_cosine(step, steps, warmup, peak, end)
 
     assert lr(0) == 0 and lr(warmup // 2) == pytest.approx(peak / 2) and lr(warmup) == pytest.approx(peak)
     assert lr((steps + warmup) // 2) == pytest.approx((peak + end) / 2)
@@ -106,7 +106,7 @@ def test_schedule_by_hand():
 def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
-    log = common.Log(path, 20)
+    log = support.run.Log(path, 20)
     log.write(step=30, loss=0.5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
 
@@ -115,28 +115,28 @@ def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
 def test_a_foreign_log_ends_in_a_sentence(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match="holds a line that is none of a run's log"):
-        common.Log(tmp_path / "log.jsonl", 20)
+        support.run.Log(tmp_path / "log.jsonl", 20)
     assert (tmp_path / "log.jsonl").read_text() == f"{line}\n"
 
 
 def test_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
-    config = common.load_config(TOY, [])
+    config = support.config.load_config(TOY, [])
     path = tmp_path / "checkpoint.pt"
-    assert common.load_checkpoint(path, config) is None
+    assert support.run.load_checkpoint(path, config) is None
     for step in (1, 2):
-        common.save_checkpoint(path, step=step, weight=torch.ones(3), config=common.as_dict(config))
-    assert common.load_checkpoint(path, config)["step"] == 2 and list(tmp_path.iterdir()) == [path]
-    moved = common.load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
-    assert common.load_checkpoint(path, moved)["step"] == 2
+        support.run.save_checkpoint(path, step=step, weight=torch.ones(3), config=support.config.as_dict(config))
+    assert support.run.load_checkpoint(path, config)["step"] == 2 and list(tmp_path.iterdir()) == [path]
+    moved = support.config.load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
+    assert support.run.load_checkpoint(path, moved)["step"] == 2
     with pytest.raises(UserError, match="holds a run with mask.ratio=0.75, not 0.9"):
-        common.load_checkpoint(path, common.load_config(TOY, ["mask.ratio=0.9"]))
+        support.run.load_checkpoint(path, support.config.load_config(TOY, ["mask.ratio=0.9"]))
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # bytes that a file may have
     path = tmp_path / "checkpoint.pt"
-    save = f"import common, torch; from pathlib import Path; save = lambda n: common.save_checkpoint(Path({str(path)!r}), weight=torch.ones(n))"
-    mean = f"{limit}; {save}; common.launch(lambda: (save(10), save(100_000)))"
+    save = f"import support.run, torch; from pathlib import Path; save = lambda n: support.run.save_checkpoint(Path({str(path)!r}), weight=torch.ones(n))"
+    mean = f"{limit}; {save}; support.run.launch(lambda: (save(10), save(100_000)))"
     done = subprocess.run([sys.executable, "-c", mean], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert f"{path} cannot be written (" in done.stderr and "make room, and the same command goes on" in done.stderr
@@ -157,12 +157,12 @@ def test_all_processes_end_with_the_sentence_and_torchrun_repeats_it_at_the_end_
 def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save([1], path)
-    with pytest.raises(common.UserError, match="is not a whole checkpoint of a run .*: delete it"):
-        common.load_checkpoint(path, common.load_config(TOY, []))
+    with pytest.raises(support.config.UserError, match="is not a whole checkpoint of a run .*: delete it"):
+        support.run.load_checkpoint(path, support.config.load_config(TOY, []))
 
 
 def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["stage.py"])
     with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; give another run.folder, or mend this one$"):
-        common.launch(lambda: common.open_folder(common.load_config(TOY, [f"run.folder={tmp_path / 'file'}"])))
+        support.run.launch(lambda: support.run.open_folder(support.config.load_config(TOY, [f"run.folder={tmp_path / 'file'}"])))

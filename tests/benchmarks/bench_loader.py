@@ -3,7 +3,7 @@ from the same file; from the file that `data.py prepare` makes of it; and the la
 the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
 
     pip install decord
-    python tests/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
+    python tests/benchmarks/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
 
 Interleaved; the ratio is the median over pairs. The frames of this project's way are compared with decoding everything,
 and a clip of the prepared file with the same clip of the original.
@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import data  # noqa: E402
+import data
+import support.prepare
+import support.run
+import support.video
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
 
@@ -35,7 +36,7 @@ def official(path: str, seed: int) -> torch.Tensor:
     """The authors' loading, written out: decord, PIL crop and resize of each frame, stack, to float, normalise."""
     import decord
 
-    generator = data.sample_generator(0, seed, 0)  # the same frames and crop as ours
+    generator = support.run.sample_generator(0, seed, 0)  # the same frames and crop as ours
     reader = decord.VideoReader(path, num_threads=1)
     indices = data.dense_clip(len(reader), 16, 4, generator)
     frames = reader.get_batch(indices).asnumpy()
@@ -142,13 +143,13 @@ def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
     """In dB, of a clip 16 x 224 x 224 of the prepared file against the same of the original, resized alike."""
     clips = []
     for path in (prepared, original):
-        generator = data.sample_generator(0, seed, 0)
-        with data.Video(path) as video:
+        generator = support.run.sample_generator(0, seed, 0)
+        with support.video.Video(path) as video:
             frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
         if path == prepared:
             size = list(frames.shape[-2:])
         clips.append(data.resized_multi_scale_crop(data.TF.resize(frames, size, antialias=True), generator, 224, SCALES, False))
-    return data.psnr(*clips)
+    return support.prepare.psnr(*clips)
 
 
 def made_on_the_spot(path: Path) -> Path:
@@ -178,14 +179,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in a.videos or [str(made_on_the_spot(Path(folder) / "made_on_the_spot.mp4"))]:
             name, everything = Path(path).name, decode_everything(path)
-            with data.Video(path) as video:
+            with support.video.Video(path) as video:
                 count, same = 0, 0
                 for seed in range(20):
-                    indices = data.dense_clip(len(video), 16, 4, data.sample_generator(0, seed, 0))
+                    indices = data.dense_clip(len(video), 16, 4, support.run.sample_generator(0, seed, 0))
                     same += sum(torch.equal(a, b) for a, b in zip(video.frames(indices), everything[indices]))
                     count += 16
             prepared = str(Path(folder) / f"{name}.prepared.mp4")
-            if reason := data._prepare_one(Path(path), Path(prepared), a.short):
+            if reason := support.prepare._prepare_one(Path(path), Path(prepared), a.short):
                 sys.exit(f"{reason}: nothing to measure")
             size = Path(prepared).stat().st_size / Path(path).stat().st_size
             quality = statistics.mean(psnr_of_clip(path, prepared, seed) for seed in range(20))

@@ -1,13 +1,12 @@
 """The arithmetic of README's section "Scale": what each recipe costs and what bounds it. Nothing is timed, nothing is run.
 
-    python tests/scale.py                                      # all recipes for pre-training, then the memory of those for fine-tuning
-    python tests/scale.py --gpu A100 --gpus 8 --link 12.5      # other devices, one port of 100 Gbit/s for each machine
+    python tests/benchmarks/scale.py                                      # all recipes for pre-training, then the memory of those for fine-tuning
+    python tests/benchmarks/scale.py --gpu A100 --gpus 8 --link 12.5      # other devices, one port of 100 Gbit/s for each machine
 
 FLOPs count a multiply-accumulate twice, backward twice as much as forward, and nothing that is computed again.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import finetune  # noqa: E402
-import masking  # noqa: E402
-import pretrain  # noqa: E402
-from common import load_config  # noqa: E402
-from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks  # noqa: E402
+import finetune
+import masking
+import pretrain
+from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
+from support.config import load_config
 
 GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s in NVIDIA's data sheets (SXM)
 # Training videos, as said in Sec. 4.1; those of Kinetics-700 are not, but by its authors (Carreira et al., 2019)
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.4, help="of the GPU's FLOP/s that training is assumed to reach; not measured")
     parser.add_argument("--core-ms", type=float, default=45, help="milliseconds that a CPU core takes to decode, crop and resize a clip")
-    parser.add_argument("--clip-mb", type=float, default=0.64, help="megabytes of a video file: 10 s of 340 x 256 in tests/bench_loader.py")
+    parser.add_argument("--clip-mb", type=float, default=0.64, help="megabytes of a video file: 10 s of 340 x 256 in tests/benchmarks/bench_loader.py")
     parser.add_argument("--link", type=float, default=400, help="GB/s between machines: 400 are eight ports of 400 Gbit/s, one for each GPU")
     a = parser.parse_args()
     print(f"{a.gpus} x {a.gpu} at {a.share:.0%} of {GPUS[a.gpu] / 1e12:.0f} TFLOP/s; {a.link:g} GB/s between machines")

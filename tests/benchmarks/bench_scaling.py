@@ -1,7 +1,7 @@
 """Pre-training steps of one process against two, each with one thread and its own clips, through torchrun and gloo as in pretrain.py.
 
-    python tests/bench_scaling.py                        # ViT-S, 16 x 224 x 224, two clips on each process
-    python tests/bench_scaling.py --size B --accumulation 8
+    python tests/benchmarks/bench_scaling.py                        # ViT-S, 16 x 224 x 224, two clips on each process
+    python tests/benchmarks/bench_scaling.py --size B --accumulation 8
 
 Efficiency is the time of one process's step over that of two, which do twice the work: 1 would be perfect. Two processes
 that exchange no gradients tell what the machine itself takes away. Medians of interleaved rounds, each of new processes.
@@ -15,29 +15,27 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench_step import batch_of
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import common  # noqa: E402
-import data  # noqa: E402
-import pretrain  # noqa: E402
-from bench_step import batch_of  # noqa: E402
-from model import SIZES, VideoMAE  # noqa: E402
+import data
+import pretrain
+import support.config
+import support.run
+from model import SIZES, VideoMAE
 
 WAYS = {"one": 1, "two": 2, "two, no exchange": 2}
 
 
 def train(a: argparse.Namespace) -> None:
     """One of the processes: the first prints the median seconds of a step."""
-    rank, world_size, device = common.start_processes(0)
+    rank, world_size, device = support.run.start_processes(0)
     torch.manual_seed(0)
     model = VideoMAE(**SIZES[a.size], decoder_depth=4).to(device)
-    objective = pretrain.Objective(common.load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
+    objective = pretrain.Objective(support.config.load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(model, 0.05), lr=1e-5, betas=(0.9, 0.95), fused=True)
     predict = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size > 1 else model
     frames, _, visible, masked, _ = batch_of(a.batch, device.type)
