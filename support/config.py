@@ -1,25 +1,48 @@
-"""Configuration: one YAML file per experiment, `key=value` overrides, mistakes that end in a sentence."""
+"""Configuration: one YAML file per experiment, `key=value` overrides, and mistakes that end in one sentence.
+
+A stage's default file, configs/<stage>/toy.yaml, holds and explains every key. It is also the schema: other files,
+overrides and stored configurations have its keys and types. `base:` names the file, or a list of files, to start from.
+"""
 
 import argparse
 import difflib
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
+COUNTS = """model.decoder_depth model.cube data.actions data.frames data.stride data.size data.repeats data.test_clips
+    data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every run.checkpoint_every"""
+RATES = "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum"
+LIMITS = {  # of some keys, in every stage that has them; all other numbers are from 0 to any finite one
+    **dict.fromkeys(COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(RATES.split(), (0, 0.9999)),
+    **dict.fromkeys(["data.scales", "data.crop_area"], (0.01, 1)),
+    **dict.fromkeys(["data.crop_aspect", "data.rate"], (0.01, 1000)),
+    **dict.fromkeys(["mask.ratio", "data.erase"], (0, 1)),
+    "run.seed": (0, 2**32 - 1),
+}
+
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its text is one sentence that says what, where and how."""
+    """A mistake that the user can fix. Its text is one sentence that says what is wrong, where, and how to fix it."""
+
+
+def say(text: str) -> None:
+    """Print to stderr, apart from a command's results, on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; `settings`, the .yaml file and key=value overrides, may stand anywhere in it."""
+    """Parse the command line. Its .yaml file and key=value overrides, `settings`, may stand anywhere."""
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
     words = sys.argv[1:]
     settings = [word for word in words if re.match(r"\w+(\.\w+)?=|[^-].*\.ya?ml$", word)]
@@ -28,73 +51,60 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return arguments
 
 
-# ---- configuration: one YAML file per experiment, `base:` names the file it varies, `key=value` overrides both ----
-
-
 def load_config(default: Path, settings: list[str], stored: dict | None = None) -> SimpleNamespace:
-    """The configuration that a command line names: at most one .yaml file, then `key=value` overrides.
+    """The configuration that a command line asks for: its .yaml file, else `stored`, else `default`; then overrides.
 
-    Without a file it is the `stored` one of a checkpoint, or the stage's `default`. The default file holds every key,
-    so it is the schema too: names and types have to be the same as there.
-    Raises UserError for a missing file, an unknown or missing key, or a value of the wrong type.
+    stored: a checkpoint's configuration. Keys that it lacks take the schema's default, keys that the schema lacks are
+    ignored, with a line that says so. An empty run.folder becomes runs/<stage>/<name of the file>.
+    Raises UserError for what cannot be read, an unknown or missing key, or a value of the wrong type or out of range.
     """
-    files = [Path(setting) for setting in settings if setting.endswith((".yaml", ".yml")) and "=" not in setting]
+    schema = {key: _typed(value) for key, value in read_yaml(default).items()}
+    files = [word for word in settings if word.endswith((".yaml", ".yml")) and "=" not in word]
     if len(files) > 1:
-        raise UserError(f"only one configuration file can be given, not {' and '.join(map(str, files))}")
-    name = str(files[0]) if files else "the checkpoint" if stored else str(default)
-    schema = _flatten(_read_yaml(default))
-    given = _flatten(stored if stored and not files else _read_yaml(files[0] if files else default))
-    if stored:  # it may be older than a key of `run`, where nothing changes the results of a model
-        given = {key: value for key, value in schema.items() if key.startswith("run.")} | given
-    values = {key: (value, name) for key, value in given.items()}
+        raise UserError(f"only one configuration file can be given, not {' and '.join(files)}")
+    where = files[0] if files else "the checkpoint" if stored else str(default)
+    given = flatten(stored) if stored and not files else read_yaml(Path(files[0]) if files else default)
+    if stored and not files and (differ := schema.keys() ^ given.keys()):
+        say(f"{where} is of another version; defaults are used for, or it alone has, {', '.join(sorted(differ))}")
+        given = {key: given.get(key, value) for key, value in schema.items()}
+    values = {key: (value, where) for key, value in given.items()}
     for setting in settings:
-        if Path(setting) in files:
-            continue
-        key, separator, value = setting.partition("=")
-        if not separator:
+        key, separator, text = setting.partition("=")
+        if separator:
+            values[key] = (text, "command line")
+        elif setting not in files:
             raise UserError(f"'{setting}' is neither a .yaml file nor key=value, which is written without spaces")
-        try:
-            values[key] = yaml.safe_load(value), "command line"
-        except yaml.YAMLError:
-            raise UserError(f"command line: the value in '{setting}' is not valid YAML") from None
-    unknown = [key for key in values if key not in schema]
-    for key in unknown:
-        where = values[key][1]
-        meant = [valid for valid in schema if valid.startswith(f"{key}.") or key in valid.split(".")[-1]]
-        meant = meant or difflib.get_close_matches(key, schema, n=1, cutoff=0)
-        others = sum(values[other][1] == where for other in unknown) - 1
-        stage = f"; {others} others are unknown too, as if it were another stage's" if others > 2 else ""
-        raise UserError(f"{where}: unknown key '{key}'; the nearest valid key is {' or '.join(map(repr, meant))}{stage}")
-    for key in schema:
-        if key not in values:
-            raise UserError(f"{name}: '{key}' is missing; a file without 'base:' gives every key")
-    nested: dict = {}
+    if unknown := [key for key in values if key not in schema]:
+        key, where = unknown[0], values[unknown[0]][1]
+        near = [valid for valid in schema if valid.startswith(f"{key}.") or key in valid.split(".")[-1]]
+        near = near or difflib.get_close_matches(key, schema, n=1, cutoff=0)
+        others = f"; {len(unknown) - 1} others are unknown too: is it another stage's?" if len(unknown) > 3 else ""
+        raise UserError(
+            f"{where}: unknown key '{key}'; the nearest valid key is {' or '.join(map(repr, near))}{others}"
+        )
+    if missing := [key for key in schema if key not in values]:
+        raise UserError(f"{where}: '{missing[0]}' is missing; a file without 'base:' gives every key")
+
+    config = SimpleNamespace()
     for key, example in schema.items():
-        *group, item = key.split(".")
-        (nested.setdefault(group[0], {}) if group else nested)[item] = _as_type_of(example, *values[key], key)
-    return json.loads(json.dumps(nested), object_hook=lambda group: SimpleNamespace(**group))
-
-
-# What the numbers of some keys may be, in whatever stage has them; no other key's may be negative either.
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    key: (valid, words)
-    for keys, valid, words in (
-        ("model.decoder_depth model.cube data.actions data.frames data.stride data.size data.repeats data.test_clips data.test_crops", lambda x: x >= 1, "at least 1"),
-        ("optim.batch_size optim.epochs run.batch_per_device run.log_every run.checkpoint_every", lambda x: x >= 1, "at least 1"),
-        ("model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
-        ("mask.ratio", lambda x: 0 <= x <= 1, "a share such as 0.9"),
-        ("data.erase", lambda x: 0 <= x <= 1, "from 0 to 1"),
-        ("data.scales data.crop_area", lambda x: 0 < x <= 1, "above 0, and 1 at most"),
-        ("data.crop_aspect data.rate", lambda x: 0 < x < math.inf, "above 0"),
-        ("run.seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
-    )
-    for key in keys.split()
-}
+        group, _, item = key.rpartition(".")
+        holder = vars(config).setdefault(group, SimpleNamespace()) if group else config
+        setattr(holder, item, _convert(*values[key], key, example))
+    config.run.folder = config.run.folder or f"runs/{default.parent.name}/{Path(files[0] if files else default).stem}"
+    return config
 
 
 def as_dict(config: SimpleNamespace) -> dict:
-    """The nested plain dict of a configuration, for YAML and checkpoints."""
+    """A configuration as nested plain dicts, for YAML and checkpoints."""
     return json.loads(json.dumps(config, default=vars))
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys such as "optim.base_lr"."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def pick(table: dict[str, Any], name: str, key: str) -> Any:
@@ -104,46 +114,49 @@ def pick(table: dict[str, Any], name: str, key: str) -> Any:
     return table[name]
 
 
-def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file over those of its bases, as one flat dict. Values are text: the schema says their type."""
     if path.resolve() in above:
         raise UserError(f"{path}: 'base:' leads back to the file itself")
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"no configuration can be read from {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        config = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # safe_load without types
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"no configuration can be read from {path}: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} has to hold groups of 'key: value' lines")
-    if "base" not in config:
-        return config
-    base = _flatten(_read_yaml(path.parent / str(config.pop("base")), (*above, path.resolve())))
-    return base | _flatten(config)
+    bases, flat = config.pop("base", []), {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        flat |= read_yaml(path.parent / base, (*above, path.resolve()))
+    return flat | flatten(config)
 
 
-def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _typed(text: Any) -> Any:
+    """A schema's text as the bool, int or float that it looks like."""
+    if isinstance(text, list):
+        return [_typed(item) for item in text]
+    for kind in (int, float, {"true": True, "false": False}.__getitem__):
+        with suppress(ValueError, KeyError):
+            return kind(text)
+    return text
 
 
-def _as_type_of(example: Any, value: Any, where: str, key: str) -> Any:
-    if isinstance(example, list) and isinstance(value, list):
-        if not value or 1 < len(example) != len(value):  # where the default names one value, there may be more
-            raise UserError(f"{where}: {key} expects a list such as {example}, not {value}")
-        return [_as_type_of(example[0], item, where, key) for item in value]
-    if isinstance(example, float) and type(value) in (int, str):  # YAML reads 1e-3, without a dot, as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if isinstance(example, str) and value is None:  # 'key=' empties a text
-        return ""
-    if type(value) is not type(example):
-        raise UserError(f"{where}: {key} expects {type(example).__name__}, as in {example!r}, but is {value!r}")
-    if isinstance(value, (int, float)):
-        valid, words = RANGES.get(key, (lambda number: 0 <= number < math.inf, "a number from 0 on"))
-        if not valid(value):
-            raise UserError(f"{where}: {key}={value} has to be {words}")
+def _convert(value: Any, where: str, key: str, example: Any) -> Any:
+    """A value, or its text, as the type of the schema's `example`. Raises UserError."""
+    kind = type(example)
+    try:
+        if kind is list:
+            items = yaml.load(str(value), Loader=yaml.BaseLoader)
+            if not isinstance(items, list) or not items or 1 < len(example) != len(items):
+                raise KeyError
+            return [_convert(item, where, key, example[0]) for item in items]  # where the schema has one, any number
+        value = yaml.SafeLoader.bool_values[str(value).lower()] if kind is bool else kind(str(value))
+    except UserError:
+        raise
+    except (KeyError, ValueError, yaml.YAMLError):
+        raise UserError(f"{where}: {key} expects {kind.__name__} such as {example!r}, not {value!r}") from None
+    low, high = LIMITS.get(key, (0, math.inf))
+    if kind in (int, float) and not (low <= value <= high and value < math.inf):
+        raise UserError(
+            f"{where}: {key}={value} has to be at least {low} and at most {high if high < math.inf else 'finite'}"
+        )
     return value

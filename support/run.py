@@ -1,11 +1,14 @@
-"""What every stage needs and no reader of the paper has to study: processes, schedule, checkpoints, log."""
+"""What the four stages do alike and no reader of the paper has to study: processes, batches, checkpoints when due, log.
 
-import fcntl
+Everything random is a function of the seed, so that a resumed run repeats what an uninterrupted one does. What a
+sample holds depends on (seed, epoch, index): not on the number of processes, loader workers or micro-batches. What is
+drawn on the device (drop path, dropout, mixup) depends on (seed, step, micro-batch, rank), so it does depend on those.
+"""
+
 import hashlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,30 +19,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, schedule
 from tqdm import tqdm
 
-from support.config import UserError, _flatten, as_dict, pick
+from support.checkpoint import load_checkpoint, open_folder, open_log, save_checkpoint
+from support.config import UserError, as_dict, pick, say
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; a `UserError` or ctrl-C ends it with one sentence and a non-zero exit status."""
+    """Run a command. A UserError, an OSError or ctrl-C ends it with one sentence and a non-zero exit status."""
     try:
         main()
-    except UserError as error:
-        # a DataLoader's worker passes on its own traceback with the sentence at the end
+    except UserError as error:  # a loader worker's comes with its traceback, the sentence at the end
         _stop(str(error).rpartition("UserError: ")[2].strip())
     except OSError as error:  # a folder that is a file, no permission, a full disk
-        _stop(f"{error}; give another path, or mend this one")
+        _stop(f"{error}; give another path, or fix this one")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint, or begins anew if there is none yet")
+        sys.exit("interrupted: the same command resumes from the last checkpoint, if there is one")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _stop(sentence: str) -> None:
-    """End the process with the sentence, and have torchrun, if it started this one, repeat it at the end of its own report."""
+    """End the process with the sentence. torchrun, if it started this one, repeats it at the end of its report."""
     sentence = f"{Path(sys.argv[0]).name}: {sentence}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
@@ -47,60 +51,33 @@ def _stop(sentence: str) -> None:
     sys.exit(sentence)
 
 
-# ---- processes: plain `python` runs one, torchrun starts one per device and sets RANK, LOCAL_RANK, WORLD_SIZE ----
+def gather(items: list) -> list:
+    """The lists of all processes, concatenated, on every process."""
+    if not dist.is_initialized():
+        return items
+    lists: list = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
-def start_processes(workers: int) -> tuple[int, int, torch.device]:
-    """Join the other processes if torchrun started any. Returns rank, world size and this process's device.
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The source of randomness of one sample: independent for every (seed, epoch, index).
 
-    On a CPU the cores that `workers` loader processes need are left to them: 15 to 20 % more clips/s on two cores.
+    Numbers below 0 are for what is no sample: index -1 is an epoch's shuffle, index -2 - rank what a process draws on
+    its device, epoch -1 the masks of pictures.
     """
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{torch.cuda.device_count()} GPUs here; start torchrun with at most so many --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    else:
-        device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() - workers))
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def position() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def random_below(count: int, generator: torch.Generator) -> int:
+    """A uniform integer in [0, count)."""
+    return int(torch.randint(count, (), generator=generator))
 
 
-def numerics(run: SimpleNamespace) -> tuple[bool, bool]:
-    """Whether to compute in bf16 and whether to compile: `run.precision` and `run.compile`, "auto" meaning on GPUs."""
-    on_gpu = torch.cuda.is_available()
-    bf16 = pick({"auto": on_gpu, "bf16": True, "float32": False}, run.precision, "run.precision")
-    return bf16, pick({"auto": on_gpu, "always": True, "never": False}, run.compile, "run.compile")
-
-
-def share_batch(batch_size: int, samples: int, world_size: int, at_most: int) -> tuple[int, int]:
-    """How any number of devices share the paper's batch: samples at a time on each, up to `at_most`, and times to accumulate."""
-    if batch_size % world_size:
-        raise UserError(f"optim.batch_size={batch_size} cannot be shared equally by {world_size} processes")
-    if samples < batch_size:
-        raise UserError(f"{samples} videos are fewer than one batch: set optim.batch_size to {samples} or less")
-    per_device = max(n for n in range(1, at_most + 1) if batch_size // world_size % n == 0)
-    return per_device, batch_size // world_size // per_device
-
-
-# ---- schedule, checkpoints, log ----
-
-
-def say(text: str) -> None:
-    """Print beside the progress bar, not among a command's results; only the first process does."""
-    if position()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
+def seed_device(seed: int, micro_step: int, rank: int) -> None:
+    """Seed what is drawn on the device: drop path, dropout and mixup of the run's `micro_step`-th micro-batch."""
+    torch.manual_seed(random_below(2**62, sample_generator(seed, micro_step, -2 - rank)))
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -110,215 +87,196 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def save_checkpoint(path: Path, **content: Any) -> None:
-    """Write beside and rename, so that a kill at any moment leaves a whole checkpoint: the old one or the new one."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # a full disk
-        beside.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written ({reason}): make room, and the same command goes on from the last checkpoint") from None
-    os.replace(beside, path)
+class Run:
+    """One run: its processes and device, its batches and steps, its folder. The loop itself stands in the stage.
 
-
-def load_checkpoint(path: Path, config: SimpleNamespace) -> dict | None:
-    """The checkpoint that a run left at `path`, or None. UserError if it was made with another configuration.
-
-    Where the data is, the loader's workers and all of `run` but the seed may change when a run goes on.
-    """
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        then = _flatten(checkpoint["config"])
-    except Exception as error:  # torch.load raises many types for what is one mistake: not a run's checkpoint
-        raise UserError(f"{path} is not a whole checkpoint of a run ({type(error).__name__}): delete it or give another run.folder") from None
-    now = _flatten(as_dict(config))
-    for key in now:
-        may_change = key in ("data.root", "data.workers") or (key.startswith("run.") and key != "run.seed")
-        if then.get(key) != now[key] and not may_change:
-            what = f"{key}={then.get(key)}, not {now[key]}"
-            raise UserError(f"{path.parent} holds a run with {what}: give another run.folder or delete this one")
-    return checkpoint
-
-
-_locks: dict[Path, Any] = {}  # open files: a lock lasts until its file is closed, at the latest when the process ends
-
-
-def open_folder(config: SimpleNamespace) -> tuple[Path, dict | None]:
-    """The run's folder, locked for this run alone, and the checkpoint in it, if any. UserError if another run is at work there."""
-    if not config.run.folder:
-        raise UserError("run.folder is empty: name the folder of this run")
-    folder, refusal = Path(config.run.folder), [""]
-    checkpoint = load_checkpoint(folder / "checkpoint.pt", config)
-    if position()[0] == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _locks.setdefault(folder.resolve(), open(folder / ".lock", "w"))
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-        except BlockingIOError:
-            refusal = [f"another run is at work in {folder}: wait for it, stop it, or give this one another run.folder"]
-        except OSError as error:
-            refusal = [f"{error}; give another run.folder, or mend this one"]
-    if dist.is_initialized():  # all processes end with the sentence, not only the one that found it
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        raise UserError(refusal[0])
-    return folder, checkpoint
-
-
-def gather(items: list) -> list:
-    """The lists of all processes, one after the other."""
-    if not dist.is_initialized():
-        return items
-    lists: list = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return sum(lists, [])
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or that this process took of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Reading:
-    """A number on its way from the device: the loop goes on meanwhile and asks for it later."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value.detach().to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if value.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
-
-    def get(self) -> float:
-        if self.arrived:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class Log:
-    """log.jsonl in a run's folder: one JSON object per line. Lines after `step`, where a run resumes, are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        try:
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} holds a line that is none of a run's log: mend it or move the file away") from None
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
-
-
-class Progress:
-    """The steps of a loop, with a bar and log.jsonl: mean loss, clips/s, share of time spent waiting for data, memory.
-
-    A line is written when the next one is due: by then its loss has come from the device, and the loop has not waited.
-    With `run.profile`, what the first process does in its fourth to sixth step is written to trace.json.
+    `python` starts one process, torchrun one per device. `default` is the stage's default configuration file.
     """
 
-    def __init__(self, run: SimpleNamespace, start: int, steps: int, clips: int, device: torch.device) -> None:
-        self.folder, self.clips, self.every, self.device = Path(run.folder), clips, run.log_every, device
-        self.chief = position()[0] == 0
-        self.profiler = None
-        if run.profile and self.chief:  # by the fourth step everything is compiled and has its memory
-            steps_to_trace = schedule(wait=2, warmup=1, active=3, repeat=1)
+    def __init__(self, config: SimpleNamespace, default: Path) -> None:
+        self.config, self.default, self.folder = config, default, Path(config.run.folder)
+        on_gpu = torch.cuda.is_available()
+        self.bf16 = pick({"auto": on_gpu, "bf16": True, "float32": False}, config.run.precision, "run.precision")
+        self.compiled = pick({"auto": on_gpu, "always": True, "never": False}, config.run.compile, "run.compile")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            if self.device.index >= torch.cuda.device_count():
+                raise UserError(f"there are {torch.cuda.device_count()} GPUs: give torchrun a smaller --nproc_per_node")
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32
+        elif "OMP_NUM_THREADS" not in os.environ:  # leave cores to the loader: 15 to 20 % more clips/s on two cores
+            torch.set_num_threads(max(1, torch.get_num_threads() - config.data.workers))
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if on_gpu else "gloo")
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.replicas: list[DistributedDataParallel] = []
+        self.broken: list[str] = []  # a sentence on each video that could not be read
+        self.pending: tuple[Tensor, torch.cuda.Event | None, dict] | None = None
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where `run.precision` asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def compile(self, function: Callable) -> Callable:
+        """A module or function through torch.compile, if `run.compile` asks for it."""
+        return torch.compile(function) if self.compiled else function
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over all processes."""
+        if self.world_size == 1:
+            return module
+        self.replicas.append(DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False))
+        return self.replicas[-1]
+
+    def plan(self, samples: int, repeats: int = 1) -> None:
+        """Split the paper's batch over processes and micro-batches that fit on a device; count steps. Raises UserError.
+
+        repeats: clips that a sample becomes on the device; they do not count in the batch.
+        """
+        optim, batch_size = self.config.optim, self.config.optim.batch_size
+        if batch_size % self.world_size:
+            raise UserError(f"optim.batch_size={batch_size} cannot be split equally over {self.world_size} processes")
+        if samples < batch_size:
+            raise UserError(f"{samples} videos are fewer than one batch: set optim.batch_size to {samples} or less")
+        share = batch_size // self.world_size
+        at_most = max(1, self.config.run.batch_per_device // repeats)
+        self.per_device = max(n for n in range(1, at_most + 1) if share % n == 0)
+        self.accumulation = share // self.per_device
+        self.samples_per_step, self.steps_per_epoch = batch_size * repeats, samples // batch_size
+        self.total, self.warmup = (n * self.steps_per_epoch for n in (optim.epochs, optim.warmup_epochs))
+
+    def open(self, state: dict[str, Any], **facts: Any) -> None:
+        """Lock the run's folder, resume from its checkpoint if there is one, and say how the run is set up.
+
+        state: what learns, by its name in the checkpoint: modules and the optimizer. facts: what else checkpoints hold.
+        Raises UserError if another run is at work in the folder, or one of another configuration has left it.
+        """
+        self.state, self.facts = state, facts
+        checkpoint, refusal = load_checkpoint(self.folder, self.config, self.default), [""]
+        if self.rank == 0:
+            try:
+                self.lock = open_folder(self.folder, self.config)
+            except UserError as error:
+                refusal = [str(error)]
+        if dist.is_initialized():  # all processes end with the sentence, not only the one that found it
+            dist.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        for name, part in state.items() if checkpoint else ():
+            part.load_state_dict(checkpoint[name])
+        self.start = checkpoint["step"] if checkpoint else 0
+        self.log_file = open_log(self.folder / "log.jsonl", self.start) if self.rank == 0 else None
+        optim, device = self.config.optim, f"{self.world_size} x {self.device.type}"
+        lr = optim.base_lr * optim.batch_size / 256
+        say(
+            f"batch {optim.batch_size} = {self.world_size} processes x {self.accumulation} accumulated x "
+            f"{self.per_device}, on {device}; learning rate {optim.base_lr:g} x {optim.batch_size} / 256 = {lr:.4g}\n"
+            f"{self.total:,} steps = {optim.epochs} epochs x {self.steps_per_epoch:,}; starting at step {self.start:,}"
+        )
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar; with run.profile, a trace of the fourth to the sixth."""
+        tracer = None
+        if self.config.run.profile and self.rank == 0:  # by the fourth step all is compiled and has its memory
             trace = str(self.folder / "trace.json")
-            self.profiler = profile(schedule=steps_to_trace, on_trace_ready=lambda p: p.export_chrome_trace(trace))
-        self.log = Log(self.folder / "log.jsonl", start) if self.chief else None
-        self.bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not self.chief)
-        self.broken: list[str] = []  # what was said about unreadable videos
-        self.pending: tuple[Reading, dict] | None = None
-        self._begin(start)
+            traced = schedule(wait=2, warmup=1, active=3, repeat=1)
+            tracer = profile(schedule=traced, on_trace_ready=lambda done: done.export_chrome_trace(trace))
+        quiet = self.rank > 0
+        self.bar = tqdm(range(self.start, self.total), initial=self.start, total=self.total, unit="step", disable=quiet)
+        self._reset(self.start)
+        with tracer or nullcontext():
+            for step in self.bar:
+                self.step = step
+                yield step
+                if tracer:
+                    tracer.step()
+        if self.broken:
+            say(f"{len(self.broken)} broken videos were replaced by others: {self.folder / 'broken_videos.txt'}")
 
-    def _begin(self, step: int) -> None:
-        self.step, self.since, self.waited, self.count = step, time.perf_counter(), 0.0, 0
-        self.loss_sum = torch.zeros((), device=self.device)
+    def micro_batches(self, batches: Iterator[tuple]) -> Iterator[list[Tensor]]:
+        """The step's `accumulation` micro-batches, on the device. Gradients are exchanged with the last one only."""
+        for number in range(self.accumulation):
+            asked = time.perf_counter()
+            *tensors, broken = next(batches)
+            self.waited += time.perf_counter() - asked
+            for sentence in dict.fromkeys(broken):
+                if sentence not in self.broken:
+                    self.broken.append(sentence)
+                    tqdm.write(f"replaced by another video: {sentence}", file=sys.stderr)
+            for replica in self.replicas:  # as DDP's no_sync does
+                replica.require_backward_grad_sync = number == self.accumulation - 1
+            seed_device(self.config.run.seed, self.step * self.accumulation + number, self.rank)
+            yield [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
-    def __iter__(self) -> Iterator[int]:
-        with self.profiler or nullcontext():
-            yield from self.bar
-
-    def next(self, batches: Iterator) -> Any:
-        """The next batch, the time that it takes counted as waiting."""
-        asked_at = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - asked_at
-        return batch
-
-    def report(self, broken: list[str]) -> None:
-        """Say once of each unreadable video that another one stands in for it."""
-        for report in broken:
-            if report not in self.broken:
-                self.broken.append(report)
-                tqdm.write(f"replaced by another video: {report}", file=sys.stderr)
-
-    def add(self, loss: torch.Tensor) -> None:
+    def add_loss(self, loss: Tensor) -> None:
+        """Count a micro-batch's loss towards the mean that is logged."""
         self.loss_sum += loss.detach()
         self.count += 1
 
-    def done(self, step: int, **values: Any) -> None:
-        """To be called after each step with its number, counted from 1, and what else to log."""
-        if self.profiler:
-            self.profiler.step()
-        if step % self.every and step != self.bar.total:
-            return
-        _, processes = position()
-        if processes > 1:
-            dist.all_reduce(self.loss_sum)
-        self.flush()
-        seconds = time.perf_counter() - self.since
-        speed = dict(
-            clips_per_second=round((step - self.step) * self.clips / seconds, 1),
-            waiting_for_data=round(self.waited / seconds, 4),
-            memory_gb=round(peak_memory(self.device) / 1e9, 3),
-        )
-        self.pending = Reading(self.loss_sum / (self.count * processes)), dict(step=step, **values, **speed)
-        self._begin(step)
+    def end_step(self, **values: Any) -> None:
+        """Log `values` with the mean loss, speed and memory, and save a checkpoint, each if it is due.
 
-    def flush(self) -> None:
-        """Write the pending line. UserError if its loss is not a number."""
+        A line is written when the next one is due: by then its loss has come from the device, and the loop never waits.
+        """
+        done, run = self.step + 1, self.config.run
+        if done % run.log_every == 0 or done == self.total:
+            if self.world_size > 1:
+                dist.all_reduce(self.loss_sum)
+            self._write_pending()
+            loss = (self.loss_sum / (self.count * self.world_size)).to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+            if arrived:
+                arrived.record()
+            seconds = time.perf_counter() - self.since
+            speed = round((done - self.since_step) * self.samples_per_step / seconds, 1)
+            measured = dict(clips_per_second=speed, waiting_for_data=round(self.waited / seconds, 4))
+            place = dict(step=done, epoch=round(done / self.steps_per_epoch, 4))
+            self.pending = loss, arrived, place | values | measured | dict(memory_gb=peak_memory(self.device))
+            self._reset(done)
+        if done % run.checkpoint_every == 0 or done == self.total:
+            self._write_pending()
+            self.broken = list(dict.fromkeys(gather(self.broken)))
+            if self.rank == 0:
+                if self.broken:
+                    (self.folder / "broken_videos.txt").write_text("".join(f"{line}\n" for line in self.broken))
+                content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
+                content |= dict(step=done, config=as_dict(self.config))
+                save_checkpoint(self.folder / "checkpoint.pt", content)
+
+    def validation_due(self) -> bool:
+        """Whether this step ends an epoch after which `run.validate_every` asks for a test; the last has its own."""
+        every, done = self.config.run.validate_every * self.steps_per_epoch, self.step + 1
+        return every > 0 and done % every == 0 and done < self.total
+
+    def log(self, **values: Any) -> None:
+        """Write a line of log.jsonl."""
+        self._write_pending()
+        if self.rank == 0:
+            self.log_file.write(json.dumps(values) + "\n")
+
+    def _reset(self, step: int) -> None:
+        self.since_step, self.since, self.waited, self.count = step, time.perf_counter(), 0.0, 0
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def _write_pending(self) -> None:
         if not self.pending:
             return
-        reading, values = self.pending
-        self.pending, loss = None, reading.get()
-        if not math.isfinite(loss):
+        (loss, arrived, values), self.pending = self.pending, None
+        if arrived:
+            arrived.synchronize()
+        if not math.isfinite(loss := float(loss)):
             raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
-        if self.chief:
-            self.log.write(loss=loss, **values)
-            self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
-
-    def gather_broken(self) -> None:
-        """All processes' reports to each of them, and to broken_videos.txt."""
-        self.broken = list(dict.fromkeys(gather(self.broken)))
-        if self.chief and self.broken:
-            (self.folder / "broken_videos.txt").write_text("".join(f"{report}\n" for report in self.broken))
+        self.log(loss=loss, **values)
+        self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
 
 
-# ---- from frames to a clip ----
-
-
-def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The source of all randomness of one sample: independent for every (seed, epoch, index).
-
-    Below 0 are an epoch's order of samples (index -1), the masks of pictures (epoch -1), and of process R what is
-    drawn on the device (index -2 - R): drop path, mixup.
-    """
-    digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def pick_below(count: int, generator: torch.Generator) -> int:
-    """A uniform whole number in [0, count)."""
-    return int(torch.randint(count, (), generator=generator))
+def peak_memory(device: torch.device) -> float | None:
+    """GB: the most that tensors took on a GPU, or this process of the machine's memory, if the system tells."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

@@ -1,0 +1,78 @@
+"""What a run keeps in its folder: a lock, its configuration, its log, its checkpoint."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
+
+import filelock
+import torch
+import yaml
+
+from support.config import UserError, as_dict, flatten, load_config
+
+
+def open_folder(folder: Path, config: SimpleNamespace) -> filelock.BaseFileLock:
+    """Create the folder of a run, lock it for this run alone, and write its config.yaml. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), "utf-8")
+    except filelock.Timeout:
+        raise UserError(
+            f"another run is at work in {folder}: wait for it, stop it, or set another run.folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{error}; set another run.folder, or fix this one") from None
+    return lock
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """log.jsonl, one JSON object per line, to append to; lines after `step`, where a run resumes, are dropped."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:  # a kill may have cut the last line
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} holds a line that is not of a run's log: fix it or move the file away") from None
+    path.with_suffix(".tmp").write_text("".join(kept))
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "a", buffering=1)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write next to the old checkpoint and rename, so that a kill at any moment leaves a whole one, old or new."""
+    new = path.with_suffix(".tmp")
+    try:
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk
+        new.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written ({reason}): make room, then the same command resumes") from None
+    os.replace(new, path)
+
+
+def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dict | None:
+    """The checkpoint that a run left in its folder, or None. UserError if it was made with another configuration.
+
+    Where the data is, the loader's workers and all of `run` but the seed may change when a run is resumed.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        then = flatten(as_dict(load_config(default, [], checkpoint["config"])))
+    except Exception as error:  # torch.load raises many types for one mistake: not a run's checkpoint
+        what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
+        raise UserError(f"{what}: delete it or set another run.folder") from None
+    for key, now in flatten(as_dict(config)).items():
+        may_change = key in ("data.root", "data.workers") or (key.startswith("run.") and key != "run.seed")
+        if then[key] != now and not may_change:
+            what = f"{key}={then[key]}, not {now}"
+            raise UserError(f"{folder} holds a run with {what}: set another run.folder or delete this one")
+    return checkpoint
