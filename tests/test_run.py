@@ -1,0 +1,206 @@
+"""The schedule is the paper's, randomness a function of its numbers, batches are split exactly; the folder survives."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+
+from support.checkpoint import load_checkpoint, open_folder, open_log, save_checkpoint
+from support.config import UserError, as_dict, load_config
+from support.run import Run, launch, random_below, sample_generator, seed_device, warmup_cosine
+
+TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
+
+
+def test_schedule_by_hand():
+    # SSV2, Table 9: 168,913 videos, batch 1024: 164 steps an epoch; base lr 1.5e-4 scales to 6e-4
+    steps, warmup, peak, end = 800 * 164, 40 * 164, 1.5e-4 * 1024 / 256, 1e-5 * 1024 / 256
+    assert steps == 131_200 and peak == pytest.approx(6e-4)
+
+    def lr(step):
+        return warmup_cosine(step, steps, warmup, peak, end)
+
+    assert lr(0) == 0 and lr(warmup // 2) == pytest.approx(peak / 2) and lr(warmup) == pytest.approx(peak)
+    assert lr((steps + warmup) // 2) == pytest.approx((peak + end) / 2)
+    assert lr(steps - 1) == pytest.approx(end, rel=1e-4)
+    assert all(lr(s) >= lr(s + 1000) for s in range(warmup, steps - 1000, 1000))
+    by_hand = end + (peak - end) * (1 + math.cos(math.pi * 1000 / (steps - warmup))) / 2
+    assert lr(warmup + 1000) == pytest.approx(by_hand)
+
+
+def test_randomness_is_a_function_of_its_numbers():
+    seen = {}
+    for seed in range(3):
+        for epoch in (-1, 0, 1, 11):
+            for index in (-2, -1, 0, 1, 10, 100):
+                value = random_below(2**62, sample_generator(seed, epoch, index))
+                assert value == random_below(2**62, sample_generator(seed, epoch, index))
+                assert seen.setdefault(value, (seed, epoch, index)) == (seed, epoch, index)
+    assert sorted({random_below(3, sample_generator(0, 0, i)) for i in range(50)}) == [0, 1, 2]
+
+
+def test_what_is_drawn_on_the_device_depends_on_seed_micro_batch_and_rank():
+    drawn = set()
+    for seed, micro_step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        for _ in range(2):
+            seed_device(seed, micro_step, rank)
+            drawn.add(float(torch.rand(())))
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize(
+    "batch, world_size, at_most, repeats, micro_batch",
+    [
+        (1024, 64, 64, 1, 16),
+        (1024, 8, 64, 1, 64),
+        (512, 8, 16, 2, 8),
+        (192, 8, 24, 1, 24),
+        (12, 1, 5, 1, 4),
+        (7, 1, 3, 1, 1),
+    ],
+)
+def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_batch):
+    settings = [
+        f"optim.batch_size={batch}",
+        f"run.batch_per_device={at_most}",
+        "optim.epochs=5",
+        "optim.warmup_epochs=2",
+    ]
+    run = Run(load_config(TOY, settings), TOY)
+    run.world_size = world_size
+    run.plan(10 * batch + 3, repeats)
+    assert (run.per_device, run.per_device * run.accumulation * world_size) == (micro_batch, batch)
+    assert run.per_device * repeats <= max(at_most, repeats) and run.samples_per_step == batch * repeats
+    assert (run.steps_per_epoch, run.total, run.warmup) == (10, 50, 20)
+
+
+def test_batches_that_cannot_be_split_end_in_a_sentence():
+    run = Run(load_config(TOY, ["optim.batch_size=10"]), TOY)
+    with pytest.raises(UserError, match="9 videos are fewer than one batch: set optim.batch_size to 9 or less"):
+        run.plan(9)
+    run.world_size = 3
+    with pytest.raises(UserError, match="optim.batch_size=10 cannot be split equally over 3 processes"):
+        run.plan(100)
+
+
+def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
+    open_log(path, 20).write('{"step": 30}\n')
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("line", ["no json", "[]", '{"loss": 1}'])
+def test_a_foreign_log_ends_in_a_sentence(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="holds a line that is not of a run's log"):
+        open_log(tmp_path / "log.jsonl", 20)
+    assert (tmp_path / "log.jsonl").read_text() == f"{line}\n"
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
+    settings = [
+        f"run.folder={tmp_path}",
+        "optim.batch_size=2",
+        "optim.epochs=4",
+        "optim.warmup_epochs=0",
+        "run.log_every=1",
+    ]
+    run = Run(load_config(TOY, settings), TOY)
+    run.plan(2)
+    run.open({})
+    with pytest.raises(UserError, match="the loss is nan at step 2; a lower optim.base_lr may help"):
+        for step in run.steps():
+            run.add_loss(torch.tensor(1.0 if step == 0 else math.nan))
+            run.end_step()
+    assert [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1.0]
+
+
+def test_a_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
+    config = load_config(TOY, [])
+    assert load_checkpoint(tmp_path, config, TOY) is None
+    for step in (1, 2):
+        content = dict(step=step, weight=torch.ones(3), config=as_dict(config))
+        save_checkpoint(tmp_path / "checkpoint.pt", content)
+    assert load_checkpoint(tmp_path, config, TOY)["step"] == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
+    moved = load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
+    assert load_checkpoint(tmp_path, moved, TOY)["step"] == 2
+    for setting, sentence in (("mask.ratio=0.9", "mask.ratio=0.75, not 0.9"), ("run.seed=1", "run.seed=0, not 1")):
+        with pytest.raises(UserError, match=f"holds a run with {sentence}"):
+            load_checkpoint(tmp_path, load_config(TOY, [setting]), TOY)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    code = f"""
+import resource, torch
+from pathlib import Path
+from support.checkpoint import save_checkpoint
+from support.run import launch
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file may have
+save = lambda n: save_checkpoint(Path({str(path)!r}), dict(weight=torch.ones(n)))
+launch(lambda: (save(10), save(100_000)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"{path} cannot be written (" in done.stderr and "make room, then the same command resumes" in done.stderr
+    assert list(tmp_path.iterdir()) == [path] and len(torch.load(path, weights_only=True)["weight"]) == 10
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", [1], {"step": 1}, {"config": {"run": 3}}])
+def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="is not a whole checkpoint of a run .*: delete it"):
+        load_checkpoint(tmp_path, load_config(TOY, []), TOY)
+
+
+def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; set another run.folder, or fix this one$"):
+        launch(lambda: open_folder(tmp_path / "file", load_config(TOY, [])))
+
+
+def test_every_module_imports_where_a_system_lacks_fcntl_and_resource():
+    files = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("support/[a-z]*.py"))]
+    names = [".".join(path.with_suffix("").parts) for path in files]
+    blocked = "import importlib, sys; sys.modules |= dict.fromkeys(['fcntl', 'resource'])"  # None: ImportError
+    code = f"import torch, filelock, av; {blocked}; [importlib.import_module(name) for name in {names}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert len(names) > 15 and done.returncode == 0, done.stderr
+
+
+def test_a_system_without_resource_logs_no_memory(monkeypatch):
+    from support.run import peak_memory
+
+    assert 0.05 < peak_memory(torch.device("cpu")) < 100
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) is None
+
+
+def test_a_sentence_from_a_loader_worker_is_the_last_line_of_its_report(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+
+    def main() -> None:
+        raise UserError(
+            "Caught UserError in DataLoader worker process 0.\nTraceback\nsupport.config.UserError: do this\n"
+        )
+
+    with pytest.raises(SystemExit, match="^stage.py: do this$"):
+        launch(main)
+
+
+def test_precision_and_compilation_follow_the_device():
+    for setting, wanted in (("auto", False), ("bf16", True), ("float32", False)):
+        run = Run(load_config(TOY, [f"run.precision={setting}"]), TOY)
+        if not torch.cuda.is_available():
+            assert run.bf16 == wanted and run.compile(print) is print
+        with run.autocast():
+            product = torch.ones(2, 2, device=run.device) @ torch.ones(2, 2, device=run.device)
+        assert (product.dtype == torch.bfloat16) == run.bf16
