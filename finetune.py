@@ -319,9 +319,7 @@ def main() -> None:
     add("--out", type=Path, help="folder for results; default: that of the weights, or of the second scores.csv")
     arguments = parse(parser)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
-        raise UserError(
-            "--test and --predict need --weights FILE, a fine-tuned checkpoint; training starts from init=FILE"
-        )
+        raise UserError("--test and --predict need --weights FILE, a fine-tuned one; training starts from init=FILE")
     if arguments.compare:
         compare(arguments.compare, arguments.out or arguments.compare[1].parent)
     elif arguments.predict:

@@ -149,6 +149,8 @@ def _convert(value: Any, where: str, key: str, example: Any) -> Any:
             if not isinstance(items, list) or not items or 1 < len(example) != len(items):
                 raise KeyError
             return [_convert(item, where, key, example[0]) for item in items]  # where the schema has one, any number
+        if isinstance(value, list):
+            raise KeyError
         value = yaml.SafeLoader.bool_values[str(value).lower()] if kind is bool else kind(str(value))
     except UserError:
         raise
@@ -156,7 +158,6 @@ def _convert(value: Any, where: str, key: str, example: Any) -> Any:
         raise UserError(f"{where}: {key} expects {kind.__name__} such as {example!r}, not {value!r}") from None
     low, high = LIMITS.get(key, (0, math.inf))
     if kind in (int, float) and not (low <= value <= high and value < math.inf):
-        raise UserError(
-            f"{where}: {key}={value} has to be at least {low} and at most {high if high < math.inf else 'finite'}"
-        )
+        limits = f"at least {low}" + (f" and at most {high}" if high < math.inf else " and finite")
+        raise UserError(f"{where}: {key}={value} has to be {limits}")
     return value

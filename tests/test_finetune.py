@@ -309,8 +309,8 @@ def test_a_models_classes_keep_their_order(toy_videos):
     "arguments, sentence",
     [
         (["--weights", "FINETUNED"], "training starts from init=FILE"),
-        (["--test"], "--test and --predict go with --weights FILE"),
-        (["--predict", "a.mp4"], "--test and --predict go with --weights FILE"),
+        (["--test"], "--test and --predict need --weights FILE"),
+        (["--predict", "a.mp4"], "--test and --predict need --weights FILE"),
         (["--test", "--weights", "none.pt"], "no weights at none.pt"),
         (["--test", "--weights", "PRETRAINED"], "is not a fine-tuned checkpoint"),
         (["--test", "--weights", "FINETUNED", "data.test_crops=0"], "data.test_crops=0 has to be at least 1"),

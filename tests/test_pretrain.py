@@ -94,7 +94,7 @@ def test_target_of_twice_the_frames():
     assert (objective.load_frames, objective.load_stride, objective.cube) == (8, 2, (4, 16, 16))
     frames = torch.randint(0, 256, (1, 8, 3, 16, 16), dtype=torch.uint8)
     clip, target = objective.split(frames)
-    assert torch.equal(clip, frames[:, [0, 2, 4, 6]]) and target is frames
+    assert torch.equal(clip, frames[:, [0, 2, 4, 6]]) and torch.equal(target, frames)
     wanted = frames[0, 4:8].permute(0, 2, 3, 1).flatten()[None, None] / 255  # what the second of two tokens predicts
     assert wanted.shape == (1, 1, 3072)
     assert float(objective.loss(wanted, target, torch.tensor([[1]]))) < 1e-12

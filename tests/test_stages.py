@@ -1,4 +1,4 @@
-"""What all four stages share, each as real runs: the optimizer, resuming, processes, memory, mistakes, what a run leaves."""
+"""What all four stages share, as real runs: optimizer, resuming, processes, memory, mistakes, what a run leaves."""
 
 import importlib
 import json
@@ -337,7 +337,7 @@ MISTAKES = [
     (["probe"], "optim.layer_decay=0.7", "unknown key 'optim.layer_decay'"),
     (["pretrain"], "mask.ratio=1.0", "a mask ratio of 1 masks 16 of 16 places"),
     (["pretrain"], "mask.type=tubes", "mask.type=tubes is not known; choose one of tube, random, frame"),
-    (["pretrain"], "data.root=tests", "no videos found in"),
+    (["pretrain"], "data.root=tests", "there is no folder or list file tests/train"),
     (
         ["detect_ava"],
         "data.size=80",
@@ -376,7 +376,7 @@ def test_all_processes_end_with_the_sentence_and_torchrun_repeats_it_at_the_end_
 def test_a_stage_given_another_stages_file_says_so(stage):
     other = STAGES[STAGES.index(stage) - 1]
     path = module(other).DEFAULT
-    with pytest.raises(UserError, match=rf"unknown key .*{path.parent.name}|{path.parent.name}.*unknown key"):
+    with pytest.raises(UserError, match=r"toy.yaml: unknown key '.*is it another stage's\?|toy.yaml: unknown key"):
         load_config(module(stage).DEFAULT, [str(path)])
 
 
