@@ -356,7 +356,7 @@ def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
 
 def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetector:
     """The detector that a checkpoint holds, with its weights; for `clip_size` see `model.read_options`."""
-    return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
+    return build_from(ActionDetector, path, clip_size)
 
 
 # ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 (Sec. B) ----

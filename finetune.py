@@ -61,7 +61,7 @@ from support.run import (
     warmup_cosine,
 )
 from support.weights import (
-    build_classifier,
+    build_from,
     load_weights,
     read_checkpoint,
     read_options,
@@ -421,7 +421,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
     _, world_size, device = start_processes(config.data.workers)
     known = read_checkpoint(arguments.weights)[1].get("classes")
     _, videos, names = find_videos(config, world_size, known)
-    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
+    model = build_from(VideoClassifier, arguments.weights, config.model.pretrained_clip).to(device)
     if known and known != names:
         raise UserError(f"{arguments.weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
@@ -433,7 +433,7 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: the five most probable classes of each video."""
     config = stored_config(arguments.weights, arguments.settings)
     _, _, device = start_processes(config.data.workers)
-    model = build_classifier(arguments.weights, config.model.pretrained_clip).to(device)
+    model = build_from(VideoClassifier, arguments.weights, config.model.pretrained_clip).to(device)
     names = class_names(arguments.weights, config, model.options["classes"])
     scores, broken = test(model, arguments.predict, config, config.data.test_clips, config.data.test_crops, "predicting")
     for reason in broken:

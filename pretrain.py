@@ -54,7 +54,7 @@ from support.video import (
     Video,
 )
 from support.weights import (
-    build_from_checkpoint,
+    build_from,
     read_checkpoint,
 )
 
@@ -328,7 +328,7 @@ def draw_videos(arguments: argparse.Namespace) -> None:
     if not stored:  # weights from elsewhere do not say how they were trained; assume Table 9
         stored = as_dict(load_config(DEFAULT, [str(CONFIGS / "k400_base.yaml")]))
     config = load_config(DEFAULT, arguments.settings, stored)
-    model = build_from_checkpoint(arguments.weights, (config.data.frames, config.data.size, config.data.size))
+    model = build_from(VideoMAE, arguments.weights, (config.data.frames, config.data.size, config.data.size))
     if Objective(config).cube[0] != model.options["frames_per_token"]:
         raise UserError(f"{arguments.weights} was trained for another target than target.frames={config.target.frames}: leave that key out")
     if model.options["clip_size"] != [config.data.frames, config.data.size, config.data.size]:
