@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ from model import (
     Encoder,
     cube_grid,
     recompute_blocks,
-    truncated_normal,
+    initialize,
 )
 from support import toy
 from support.ava import (
@@ -314,7 +315,7 @@ class ActionDetector(nn.Module):
         encoder = dict(width=width, depth=depth, heads=heads, clip_size=clip_size, cube=cube, eps=eps)
         self.encoder = Encoder(**encoder, norm=True, drop_path=drop_path)
         self.head = nn.Linear(width, classes)
-        self.apply(truncated_normal)
+        initialize(self, partial(nn.init.trunc_normal_, std=0.02))
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
         """clip (B, 3, T, H, W), normalised, and rois (M, 5), each a clip's index and a box in pixels, to logits (M, classes)."""
@@ -355,7 +356,7 @@ def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
 
 def build_detector(path: Path, clip_size: tuple[int, int, int]) -> ActionDetector:
     """The detector that a checkpoint holds, with its weights; for `clip_size` see `model.read_options`."""
-    return build_from(ActionDetector, "classes", "a checkpoint of action detection, with its actions", path, clip_size)
+    return build_from(ActionDetector, path, clip_size)
 
 
 # ---- test: whole frames, short side 256, detected persons with a score of at least 0.8 (Sec. B) ----

@@ -1,0 +1,494 @@
+"""Weights in all namings, against transformers, mmaction2 and image models; what configurations need of them."""
+
+import argparse
+import subprocess
+import sys
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ENVIRONMENT, ROOT
+from test_model import SMALL, TINY, randomize, relative, tokens
+
+import model as m
+import pretrain
+import support.weights
+from support.config import UserError, as_dict, load_config
+
+
+def hugging_face(model: m.VideoMAE) -> transformers.VideoMAEForPreTraining:
+    o = model.options
+    config = transformers.VideoMAEConfig(
+        image_size=o["clip_size"][1],
+        num_frames=o["clip_size"][0],
+        patch_size=o["cube"][1],
+        tubelet_size=o["cube"][0],
+        hidden_size=o["width"],
+        num_hidden_layers=o["depth"],
+        num_attention_heads=o["heads"],
+        intermediate_size=4 * o["width"],
+        decoder_hidden_size=o["decoder_width"],
+        decoder_num_hidden_layers=o["decoder_depth"],
+        use_mean_pooling=False,
+        decoder_num_attention_heads=o["decoder_heads"],
+        decoder_intermediate_size=4 * o["decoder_width"],
+        layer_norm_eps=o["eps"],
+    )
+    return transformers.VideoMAEForPreTraining(config).eval()
+
+
+@pytest.mark.parametrize(
+    "clip_size, cube", [((16, 64, 64), (2, 16, 16)), ((6, 32, 32), (2, 8, 8)), ((32, 32, 32), (2, 16, 16))]
+)
+def test_prediction_and_loss_equal_transformers_both_ways(tmp_path, clip_size, cube):
+    own = randomize(m.VideoMAE(**SMALL, clip_size=clip_size, cube=cube))
+    support.weights.export_hugging_face(own, tmp_path)
+    theirs, report = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in own.parameters())
+
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (2, clip_size[0], 3, *clip_size[1:]), dtype=torch.uint8)
+    clip = pretrain.data.normalize(frames)  # (B, 3, T, H, W)
+    mask, visible, masked = tokens(own.grid, 2)
+    with torch.no_grad():
+        prediction = own(clip, visible, masked)
+        expected = theirs.eval()(clip.transpose(1, 2), bool_masked_pos=mask)
+    assert relative(prediction, expected.logits) < 1e-5
+    config = load_config(
+        pretrain.CONFIGS / "toy.yaml",
+        [f"data.frames={clip_size[0]}", f"data.size={clip_size[1]}", f"model.cube={list(cube)}"],
+    )
+    loss = pretrain.Objective(config).loss(prediction, frames, masked)
+    assert abs(float(loss - expected.loss)) < 1e-5 * float(expected.loss)
+
+    # and back: their weights, as their class names them, into a new model of ours
+    theirs = randomize(hugging_face(own))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.bin")
+    own = m.VideoMAE(**SMALL, clip_size=clip_size, cube=cube)
+    support.weights.load_weights(own, tmp_path / "theirs.bin")
+    with torch.no_grad():
+        assert relative(own(clip, visible, masked), theirs(clip.transpose(1, 2), bool_masked_pos=mask).logits) < 1e-5
+
+
+def test_safetensors_files_load(tmp_path):
+    theirs = randomize(hugging_face(m.VideoMAE(**SMALL, clip_size=(4, 32, 32))))
+    theirs.save_pretrained(tmp_path)
+    own = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
+    support.weights.load_weights(own, tmp_path / "model.safetensors")
+    assert torch.equal(
+        own.encoder.blocks[1].attn.qkv.weight[48:96], theirs.videomae.encoder.layer[1].attention.attention.key.weight
+    )
+
+
+@pytest.mark.parametrize(
+    "clip_size, cube", [((8, 32, 32), (2, 16, 16)), ((6, 24, 24), (2, 8, 8)), ((16, 64, 64), (2, 16, 16))]
+)
+@pytest.mark.parametrize("naming", ["theirs", "hub", "official", "official under module", "own"])
+def test_classifier_equals_transformers(tmp_path, clip_size, cube, naming):
+    """In every naming: of their class, of the files on their hub, of the authors' files, and this project's."""
+    config = transformers.VideoMAEConfig(
+        image_size=clip_size[1],
+        num_frames=clip_size[0],
+        patch_size=cube[1],
+        tubelet_size=cube[0],
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        layer_norm_eps=1e-5,
+        num_labels=7,
+    )
+    theirs = randomize(transformers.VideoMAEForVideoClassification(config))
+    torch.save(theirs.state_dict(), tmp_path / "file.bin")
+    own = m.VideoClassifier(
+        width=48, depth=2, heads=4, classes=7, clip_size=clip_size, cube=cube, eps=1e-5, drop_path=0.3, dropout=0.5
+    ).eval()
+    support.weights.load_weights(own, tmp_path / "file.bin")
+    hub = {key.replace("query.bias", "q_bias").replace("value.bias", "v_bias") for key in theirs.state_dict()}
+    assert set(support.weights.to_hugging_face(own.state_dict())) == hub
+    if naming != "theirs":
+        state = own.state_dict()
+        official = {key.removeprefix("encoder."): value for key, value in state.items()}
+        own_file = {
+            "model": state,
+            "model_options": own.options,
+            "positions": own.encoder.pos_embed,
+            "classes": list("abcdefg"),
+        }
+        files = {
+            "hub": support.weights.to_hugging_face(state),
+            "official": official,
+            "official under module": {"module": official, "epoch": 3},
+            "own": own_file,
+        }
+        torch.save(files[naming], tmp_path / "file.bin")
+        own = m.VideoClassifier(width=48, depth=2, heads=4, classes=7, clip_size=clip_size, cube=cube, eps=1e-5).eval()
+        support.weights.load_weights(own, tmp_path / "file.bin")
+    clip = torch.randn(2, 3, *clip_size)
+    with torch.no_grad():
+        logits, expected = own(clip), theirs(clip.transpose(1, 2)).logits
+    assert relative(logits, expected) < 1e-5 and float(expected.std()) > 0.1
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ---- weights in ----
+
+
+def official_pretraining(state: dict) -> dict:
+    """As the authors' code saves it: under 'model', with its command line."""
+    return {
+        "model": OrderedDict(state),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 799,
+        "args": argparse.Namespace(lr=1e-3, mask_type="tube"),
+    }
+
+
+def test_official_pretraining_checkpoint(tmp_path):
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    torch.save(official_pretraining(source.state_dict()), tmp_path / "official.pth")
+    model = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "official.pth")
+    assert same(model, source)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
+def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
+    source = randomize(m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32)))
+    state = {}
+    for key, value in source.state_dict().items():
+        key = key.removeprefix("encoder.")
+        state[key if key.startswith(("head.", "fc_norm.")) and prefix == "encoder." else prefix + key] = value
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "official.pth")
+    model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "official.pth")
+    assert same(model, source)
+
+
+def test_mmaction2_checkpoint(tmp_path):
+    source = randomize(m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32)))
+    names = {
+        "encoder.patch_embed.proj": "backbone.patch_embed.projection",
+        "encoder.": "backbone.",
+        "fc_norm": "backbone.fc_norm",
+        "head": "cls_head.fc_cls",
+    }
+    state = {"backbone.pos_embed": torch.zeros(1, 8, 48)}
+    for key, value in source.state_dict().items():
+        for ours, theirs in names.items():
+            if key.startswith(ours):
+                key = key.replace(ours, theirs, 1)
+                break
+        state[key.replace("mlp.fc1", "mlp.layers.0.0").replace("mlp.fc2", "mlp.layers.1")] = value
+    torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mm.pth")
+    model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "mm.pth")
+    assert same(model, source)
+
+
+def test_pretrained_encoder_into_classifier_says_what_is_fresh(tmp_path, capsys):
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    torch.save(official_pretraining(source.state_dict()), tmp_path / "official.pth")
+    model = m.VideoClassifier(width=48, depth=3, heads=4, classes=5, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "official.pth", fresh=("fc_norm.", "head."))
+    said = capsys.readouterr().err
+    assert "start fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in said
+    assert "not used: decoder.blocks" in said and "encoder.norm" in said and "mask_token" in said
+    assert torch.equal(model.encoder.blocks[2].mlp.fc2.weight, source.encoder.blocks[2].mlp.fc2.weight)
+
+
+def test_a_head_for_other_classes_starts_fresh_only_if_allowed(tmp_path):
+    torch.save(
+        m.VideoClassifier(width=48, depth=1, heads=4, classes=5, clip_size=(4, 32, 32)).state_dict(),
+        tmp_path / "five.pth",
+    )
+    model = m.VideoClassifier(width=48, depth=1, heads=4, classes=3, clip_size=(4, 32, 32))
+    with pytest.raises(UserError, match=r"head.bias is \(5,\), the model's \(3,\)"):
+        support.weights.load_weights(model, tmp_path / "five.pth")
+    support.weights.load_weights(model, tmp_path / "five.pth", fresh=("head.",))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+    small = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
+    torch.save(small.state_dict(), tmp_path / "three.pth")
+    shallow = m.VideoMAE(**{**SMALL, "depth": 2}, clip_size=(4, 32, 32))
+    with pytest.raises(UserError, match="encoder.blocks.2.attn.proj.bias is left over"):
+        support.weights.load_weights(shallow, tmp_path / "three.pth")
+    deep = m.VideoMAE(**{**SMALL, "depth": 4}, clip_size=(4, 32, 32))
+    with pytest.raises(UserError, match="encoder.blocks.3.attn.proj.bias is missing"):
+        support.weights.load_weights(deep, tmp_path / "three.pth")
+    with pytest.raises(UserError, match="no weights at"):
+        support.weights.load_weights(small, tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="cannot|safely"):
+        support.weights.load_weights(small, tmp_path / "text.pth")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no tensors"):
+        support.weights.load_weights(small, tmp_path / "empty.pth")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a file was run",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="safely"):
+        support.weights.read_checkpoint(tmp_path / "evil.pth")
+    assert "code from a file" not in capsys.readouterr().out
+
+
+def test_build_from_official_checkpoint_reads_the_sizes(tmp_path):
+    torch.save(
+        official_pretraining(m.VideoMAE(**m.SIZES["S"], decoder_depth=2).state_dict()), tmp_path / "official.pth"
+    )
+    model = support.weights.build_from(m.VideoMAE, tmp_path / "official.pth")
+    assert model.options["heads"] == 6 and model.options["decoder_depth"] == 2 and model.grid == (8, 14, 14)
+    classifier = m.VideoClassifier(width=384, depth=1, heads=6, classes=4)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    with pytest.raises(UserError, match="not a pre-training checkpoint"):
+        support.weights.build_from(m.VideoMAE, tmp_path / "classifier.pth")
+
+
+def test_weights_of_one_clip_size_run_at_another(tmp_path):
+    """16 x 224 x 224 to 32 x 320 x 320, in small: the table is that of the weights, interpolated; all else stays."""
+    small = randomize(m.VideoClassifier(**TINY, clip_size=(4, 48, 48)))
+    torch.save(
+        {"module": {key.removeprefix("encoder."): value for key, value in small.state_dict().items()}},
+        tmp_path / "official.pth",
+    )
+    model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48)).eval()
+    support.weights.load_weights(model, tmp_path / "official.pth")
+    clip = torch.randn(2, 3, 8, 80, 64)
+    with torch.no_grad():
+        x = small.encoder.patch_embed(clip) + m.interpolate_positions(small.encoder.pos_embed, (2, 3, 3), (4, 5, 4))
+        for block in small.encoder.blocks:
+            x = block(x)
+        assert torch.equal(model(clip), small.head(small.fc_norm(x.mean(dim=1))))
+
+    # built for the larger clips, the model gives the same: what a checkpoint of this project keeps is enough for that
+    torch.save(
+        {"model": small.state_dict(), "model_options": small.options, "positions": small.encoder.pos_embed},
+        tmp_path / "own.pt",
+    )
+    large = m.VideoClassifier(**TINY, clip_size=(8, 80, 64)).eval()
+    support.weights.load_weights(large, tmp_path / "own.pt")
+    assert support.weights.read_options(tmp_path / "own.pt")["clip_size"] == [4, 48, 48]
+    with torch.no_grad():
+        assert relative(large(clip), small(clip)) < 1e-6
+        assert torch.equal(support.weights.build_from(m.VideoClassifier, tmp_path / "own.pt").eval()(clip), small(clip))
+
+
+def image_vit(naming: str, side: int = 3) -> dict[str, torch.Tensor]:
+    """Random weights of a 2-D ViT of TINY's size, 16 x 16 patches, as timm or facebookresearch/mae name them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def sample(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    state = {
+        "cls_token": sample(1, 1, 48),
+        "pos_embed": sample(1, side * side + 1, 48),
+        "patch_embed.proj.weight": sample(48, 3, 16, 16) / 9,
+        "patch_embed.proj.bias": sample(48),
+    }
+    for i in range(2):
+        shapes = {
+            "norm1.weight": (48,),
+            "norm1.bias": (48,),
+            "attn.qkv.weight": (144, 48),
+            "attn.qkv.bias": (144,),
+            "attn.proj.weight": (48, 48),
+            "attn.proj.bias": (48,),
+            "norm2.weight": (48,),
+            "norm2.bias": (48,),
+            "mlp.fc1.weight": (192, 48),
+            "mlp.fc1.bias": (192,),
+            "mlp.fc2.weight": (48, 192),
+            "mlp.fc2.bias": (48,),
+        }
+        state |= {f"blocks.{i}.{name}": sample(*shape) for name, shape in shapes.items()}
+    state |= {"norm.weight": sample(48), "norm.bias": sample(48)}
+    if naming == "timm":
+        state |= {"head.weight": sample(1000, 48), "head.bias": sample(1000)}
+    else:
+        state |= {
+            "mask_token": sample(1, 1, 24),
+            "decoder_pos_embed": sample(1, side * side + 1, 24),
+            "decoder_embed.weight": sample(24, 48),
+            "decoder_embed.bias": sample(24),
+        }
+        state |= {
+            f"decoder_blocks.0.{name}": sample(*shape)
+            for name, shape in {"norm1.weight": (24,), "attn.qkv.weight": (72, 24), "attn.qkv.bias": (72,)}.items()
+        }
+        state |= {
+            "decoder_norm.weight": sample(24),
+            "decoder_norm.bias": sample(24),
+            "decoder_pred.weight": sample(768, 24),
+            "decoder_pred.bias": sample(768),
+        }
+    return state
+
+
+@pytest.mark.parametrize("naming", ["timm", "mae"])
+@pytest.mark.parametrize("cube_frames", [2, 4])
+def test_inflated_image_weights(tmp_path, capsys, naming, cube_frames):
+    """A still video gives through the cube embedding what the image gave, in each slice of time."""
+    image_state = image_vit(naming)
+    torch.save(image_state if naming == "timm" else {"model": image_state}, tmp_path / "image.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(8, 48, 48), cube=(cube_frames, 16, 16)).eval()
+    fresh_head = model.head.weight.clone()
+    support.weights.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
+    said = capsys.readouterr().err
+    assert (
+        "weights of an image model, inflated" in said
+        and "start fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in said
+    )
+    left_over = said.partition("not used: ")[2]
+    assert (
+        "cls_token" in left_over
+        and "encoder.norm" in left_over
+        and ("decoder_embed" in left_over and "mask_token" in left_over) == (naming == "mae")
+    )
+    assert torch.equal(model.head.weight, fresh_head)
+
+    image = torch.randn(2, 3, 48, 48)
+    expected = (
+        F.conv2d(image, image_state["patch_embed.proj.weight"], image_state["patch_embed.proj.bias"], stride=16)
+        .flatten(2)
+        .transpose(1, 2)
+    )  # (2, 9, 48)
+    with torch.no_grad():
+        embedded = model.encoder.patch_embed(image[:, :, None].expand(-1, -1, 8, -1, -1)).unflatten(
+            1, (8 // cube_frames, 9)
+        )
+    assert all(relative(embedded[:, slot], expected) < 1e-6 for slot in range(8 // cube_frames))
+
+    # the image's positions in each slice of time, but for what tells slices apart, which is 0 on average and as large
+    positions = model.encoder.pos_embed.view(8 // cube_frames, 9, 48)
+    assert torch.allclose(positions.mean(dim=0), image_state["pos_embed"][0, 1:], atol=1e-5)
+    added = positions - positions.mean(dim=0)
+    assert torch.allclose(added, added[:, :1].expand_as(added), atol=1e-6)
+    assert float(added.std()) == pytest.approx(float(image_state["pos_embed"][0, 1:].std()), rel=0.05)
+
+    # a bias of the keys changes nothing: timm's own attention, written out, is this project's
+    block, x = model.encoder.blocks[1], torch.randn(2, 7, 48)
+    q, k, v = (
+        part.unflatten(2, (4, 12)).transpose(1, 2)
+        for part in F.linear(x, image_state["blocks.1.attn.qkv.weight"], image_state["blocks.1.attn.qkv.bias"]).chunk(
+            3, dim=2
+        )
+    )
+    attended = ((q @ k.transpose(2, 3)) / 12**0.5).softmax(dim=3) @ v
+    attended = F.linear(
+        attended.transpose(1, 2).flatten(2),
+        image_state["blocks.1.attn.proj.weight"],
+        image_state["blocks.1.attn.proj.bias"],
+    )
+    assert image_state["blocks.1.attn.qkv.bias"][48:96].abs().max() > 0.05
+    with torch.no_grad():
+        assert relative(block.attn(x), attended) < 1e-5
+    assert torch.equal(block.mlp.fc1.weight, image_state["blocks.1.mlp.fc1.weight"])
+
+
+def test_image_positions_of_another_size_are_interpolated(tmp_path):
+    state = image_vit("timm", side=3)
+    state["pos_embed"] = state["pos_embed"][:, :1].expand(-1, 10, -1)  # the same everywhere
+    torch.save(state, tmp_path / "image.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(2, 80, 64))
+    support.weights.load_weights(model, tmp_path / "image.pth", fresh=("fc_norm.", "head."))
+    assert torch.allclose(
+        model.encoder.pos_embed, state["pos_embed"][0, 0].expand(20, -1), atol=1e-5
+    )  # one slice of time: nothing is added
+
+
+@pytest.mark.parametrize("kind", ["own", "image", "official"])
+def test_weights_of_another_width_are_refused_in_a_sentence(tmp_path, kind):
+    source = m.VideoMAE(**SMALL, clip_size=(4, 48, 48))
+    content = {
+        "own": dict(model=source.state_dict(), model_options=source.options),
+        "image": image_vit("timm"),
+        "official": {"model": source.state_dict()},
+    }
+    torch.save(content[kind], tmp_path / "file.pth")
+    model = m.VideoClassifier(width=96, depth=3, heads=4, classes=5, clip_size=(4, 48, 48))
+    with pytest.raises(UserError, match="does not fit this VideoClassifier"):
+        support.weights.load_weights(model, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+
+
+# ---- what configurations need of weights ----
+
+FINETUNE = ROOT / "configs/finetune/toy.yaml"
+
+
+def test_the_configuration_for_weights(tmp_path):
+    """A .yaml file on the command line, else the checkpoint's own, else Kinetics' recipe; overrides go over each."""
+    model = m.VideoClassifier(**TINY, clip_size=(4, 32, 32))
+    own = as_dict(load_config(FINETUNE, ["data.frames=4", "data.stride=3"]))
+    torch.save(dict(model=model.state_dict(), model_options=model.options, config=own), tmp_path / "own.pt")
+    torch.save(model.state_dict(), tmp_path / "official.pth")
+
+    def stored(name: str, *settings: object) -> SimpleNamespace:
+        return support.weights.stored_config(tmp_path / name, FINETUNE, list(map(str, settings)))
+
+    assert as_dict(stored("own.pt")) == own and stored("own.pt", "data.stride=2").data.stride == 2
+    recipe = FINETUNE.with_name("k400_base.yaml")
+    assert as_dict(stored("official.pth")) == as_dict(load_config(FINETUNE, [str(recipe)]))
+    assert stored("official.pth", "data.stride=2").data.stride == 2
+    assert as_dict(stored("own.pt", recipe)) == as_dict(load_config(FINETUNE, [str(recipe)]))
+
+
+def test_the_encoder_is_built_for_the_clips_that_init_was_trained_on(tmp_path):
+    model = m.VideoMAE(**SMALL, clip_size=(6, 32, 64))
+    torch.save(dict(model=model.state_dict(), model_options=model.options), tmp_path / "own.pt")
+    torch.save(model.state_dict(), tmp_path / "official.pth")
+    clips = {"scratch": [4, 96, 96], tmp_path / "own.pt": [6, 32, 64], tmp_path / "official.pth": [8, 48, 48]}
+    for init, clip_size in clips.items():
+        more = ["data.frames=4", "data.size=96", "model.pretrained_clip=[8,48,48]", f"init={init}"]
+        options = support.weights.encoder_options(load_config(FINETUNE, more))
+        assert options == dict(width=128, depth=4, heads=4, clip_size=clip_size, cube=[2, 16, 16])
+
+
+def test_init_has_to_be_there(tmp_path):
+    (tmp_path / "weights.pt").touch()
+    support.weights.check_init(str(tmp_path / "weights.pt"))
+    support.weights.check_init("scratch", "scratch")
+    sentence = "no weights at init=none.pt: make them with pretrain.py, name another file, or start with init=scratch"
+    with pytest.raises(UserError, match=sentence):
+        support.weights.check_init("none.pt", "scratch")
+    for init in ("scratch", ""):
+        with pytest.raises(UserError, match=f"no weights at init={init}: make them with pretrain.py, or name another"):
+            support.weights.check_init(init)
+
+
+def test_the_command_that_exports(tmp_path):
+    model = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    config = {"target": {"normalize": False}}
+    torch.save(dict(model=model.state_dict(), model_options=model.options, config=config), tmp_path / "checkpoint.pt")
+
+    def export(checkpoint: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "support.weights", tmp_path / checkpoint, tmp_path / "exported"]
+        return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+    assert f"wrote {tmp_path / 'exported'}" in export("checkpoint.pt").stdout
+    theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "exported").eval()
+    assert theirs.config.norm_pix_loss is False and theirs.config.num_attention_heads == 4
+    mask, visible, masked = tokens(model.grid, 1)
+    clip = torch.randn(1, 3, 4, 32, 32)
+    with torch.no_grad():
+        expected = theirs(clip.transpose(1, 2), bool_masked_pos=mask).logits
+        assert relative(model(clip, visible, masked), expected) < 1e-5
+    processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "exported")
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406] and processor.size["shortest_edge"] == 32
+    failed = export("none.pt")
+    assert failed.returncode != 0 and "no weights at" in failed.stderr and "Traceback" not in failed.stderr
