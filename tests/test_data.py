@@ -1,175 +1,358 @@
-"""Frames are the frames asked for; clips, crops and batches are what the paper and the authors' code say."""
+"""Clips, crops, augmentations, views and batches are what the paper and the authors' code say."""
 
 import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import av
+import numpy as np
 import pytest
 import torch
-from conftest import SIZE, audio_only, number_of, turn_by_90, two_streams, write_numbered
+from conftest import audio_only, numbered_frame, write_numbered
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import data
 import masking
-import support.datasets
-import support.run
 import support.video
+from data import sample_generator
 from support.config import UserError
 
-COUNT = 70
-X264 = {
-    "b_frames": {"g": "25", "bf": "3", "x264-params": "b-pyramid=normal:scenecut=0"},
-    "open_gop": {"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"},
-    "one_key_frame": {"g": "1000", "bf": "7"},
-    "all_key_frames": {"g": "1"},
-}
-
-
-def variants(folder: Path) -> dict[str, Path]:
-    """Videos that differ in all that makes finding a frame hard."""
-    videos = {name: write_numbered(folder / f"{name}.mp4", COUNT, options=options) for name, options in X264.items()}
-    videos["late_start"] = write_numbered(folder / "late.mkv", COUNT, options=X264["b_frames"], times=[5000 + 40 * i for i in range(COUNT)])
-    videos["late_start_mp4"] = write_numbered(folder / "late.mp4", COUNT, options=X264["b_frames"], times=[5000 + 40 * i for i in range(COUNT)])
-    uneven = [int(40 * i + 15 * (i % 3) + 300 * (i > 30)) for i in range(COUNT)]
-    videos["variable_rate"] = write_numbered(folder / "variable.mp4", COUNT, options=X264["b_frames"], times=uneven)
-    videos["rotated"] = turn_by_90(write_numbered(folder / "rotated.mp4", COUNT, options=X264["b_frames"]))
-    videos["two_streams"] = two_streams(folder / "two.mp4", COUNT)
-    videos["avi_mpeg4_b_frames"] = write_numbered(folder / "ucf.avi", COUNT, "mpeg4", {"bf": "2", "g": "12"})
-    videos["mpeg_ps"] = write_numbered(folder / "program.mpg", COUNT, "mpeg2video", {"bf": "2", "g": "12"})
-    videos["mpeg_ts"] = write_numbered(folder / "transport.ts", COUNT, options=X264["open_gop"])
-    videos["flv"] = write_numbered(folder / "flash.flv", COUNT, options=X264["b_frames"])
-    videos["hevc_open_gop"] = write_numbered(folder / "hevc.mp4", COUNT, "libx265", {"x265-params": "keyint=12:min-keyint=12:bframes=4:open-gop=1:log-level=none"})
-    videos["webm_vp9"] = write_numbered(folder / "ssv2.webm", COUNT, "libvpx-vp9", {"g": "20", "lag-in-frames": "16", "auto-alt-ref": "1", "deadline": "realtime"})
-    videos["webm_vp8"] = write_numbered(folder / "old.webm", COUNT, "libvpx", {"g": "20", "lag-in-frames": "16", "auto-alt-ref": "1"})
-    videos["gif"] = write_numbered(folder / "moving.gif", COUNT, "gif", pixel_format="rgb8")
-    return videos
+SCALES = [1.0, 0.875, 0.75, 0.66]
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return variants(tmp_path_factory.mktemp("variants"))
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """70 numbered frames each: H.264 with B-frames, H.264 with open GOPs, MPEG-4 in AVI."""
+    folder = tmp_path_factory.mktemp("videos")
+    open_gop = {"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"}
+    return [
+        write_numbered(folder / "b_frames.mp4", 70, options={"g": "25", "bf": "3"}),
+        write_numbered(folder / "open_gop.mp4", 70, options=open_gop),
+        write_numbered(folder / "mpeg4.avi", 70, "mpeg4", {"bf": "2", "g": "12"}),
+    ]
 
 
-def decode_everything(path: Path) -> torch.Tensor:
-    """All frames (T, 3, H, W) in the way of PyAV's own loop: the slow, sure reference."""
-    with av.open(str(path)) as container:
-        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.best("video"))]
-    return torch.stack(frames).permute(0, 3, 1, 2)
+def columns(height: int, width: int, frames: int = 2) -> torch.Tensor:
+    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
+    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
+    return clip
 
 
-NAMES = [
-    *X264, "late_start", "late_start_mp4", "variable_rate", "rotated", "two_streams", "avi_mpeg4_b_frames", "mpeg_ps", "mpeg_ts", "flv",
-    "hevc_open_gop", "webm_vp9", "webm_vp8", "gif",
+# ---- temporal sampling: by hand, and from the authors' words in facts.md ----
+
+
+def sampled(function, *arguments: int, count: int = 600) -> list[list[int]]:
+    return [function(*arguments, sample_generator(0, 0, number)) for number in range(count)]
+
+
+def test_dense_clip_by_hand():
+    starts = Counter(clip[0] for clip in sampled(data.dense_clip, 70, 16, 4, count=700))
+    assert set(starts) == set(range(7)) and min(starts.values()) > 60  # 70 - 64 = 6 is the last start
+    generator = torch.Generator()
+    assert data.dense_clip(64, 16, 4, generator) == list(range(0, 64, 4))
+    assert data.dense_clip(10, 6, 4, generator) == [0, 4, 8, 8, 8, 8]  # repeats the last index reached
+    assert data.dense_clip(1, 4, 2, generator) == [0, 0, 0, 0]
+    assert data.dense_clip(63, 16, 4, generator)[-1] == 60
+    assert data.dense_clip(74, 16, 4) == list(range(5, 69, 4))  # the middle
+
+
+def test_dense_training_clip_by_hand():
+    offsets = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    clips = sampled(data.dense_training_clip, 70, 16, 4)
+    starts = Counter(clip[0] for clip in clips)
+    # the end is uniform in [64, 70), so frame 69 is never in a clip
+    assert set(starts) == set(range(6)) and min(starts.values()) > 60
+    assert all([index - clip[0] for index in clip] == offsets for clip in clips)
+    # as long as the span: the same, by the other branch
+    assert sampled(data.dense_training_clip, 64, 16, 4, count=3) == [offsets] * 3
+    assert {tuple(clip) for clip in sampled(data.dense_training_clip, 65, 16, 4)} == {tuple(offsets)}
+    generator = torch.Generator()
+    assert data.dense_training_clip(12, 6, 4, generator) == [0, 6, 11, 11, 11, 11]  # 3 points over [0, 12], repeated
+    assert data.dense_training_clip(10, 6, 4, generator) == [0, 9, 9, 9, 9, 9]
+    assert data.dense_training_clip(5, 4, 4, generator) == [0, 4, 4, 4]
+    assert data.dense_training_clip(3, 4, 4, generator) == [2] * 4
+    assert data.dense_training_clip(1, 4, 2, generator) == [0] * 4
+
+
+@pytest.mark.parametrize("length", [1, 3, 15, 16, 40, 63, 64, 65, 100, 301])
+def test_dense_training_clip_as_the_authors_compute_it(length):
+    frames, stride, span = 16, 4, 64
+    for clip in sampled(data.dense_training_clip, length, frames, stride, count=20):
+        if length > span:
+            end = clip[-1] + 1
+            assert span <= end < length
+            expected = np.clip(np.linspace(end - span, end, num=frames), end - span, end - 1)
+        else:
+            repeats = np.full(frames - length // stride, length)
+            expected = np.concatenate((np.linspace(0, length, num=length // stride), repeats))
+            expected = np.clip(expected, 0, length - 1)
+        assert clip == expected.astype(np.int64).tolist()
+
+
+def test_uniform_training_clip_by_hand():
+    clips = sampled(data.uniform_training_clip, 37, 8, 2)
+    # 37 // 8 = 4; the last 5 frames are never in a clip
+    assert all(i * 4 <= index < i * 4 + 4 for clip in clips for i, index in enumerate(clip))
+    assert {clip[3] for clip in clips} == {12, 13, 14, 15} and {clip[7] for clip in clips} == {28, 29, 30, 31}
+    assert len({clip[0] + 4 - clip[1] for clip in clips}) > 3  # each by itself
+    assert sampled(data.uniform_training_clip, 8, 8, 2, count=2) == [list(range(8))] * 2
+    # floor(i N / 16), not the authors' eight times frame 0
+    assert data.uniform_training_clip(5, 8, 2, torch.Generator()) == [0, 0, 1, 1, 2, 3, 3, 4]
+    assert data.uniform_training_clip(1, 4, 2, torch.Generator()) == [0] * 4
+
+
+def test_dense_test_clips_by_hand():
+    clips = data.dense_test_clips(300, 16, 4, 5)  # 75 frames 4 apart, 59 to spare: starts at 0, 14, 29, 44, 59 of them
+    assert [clip[0] for clip in clips] == [0, 56, 116, 176, 236]
+    assert all(clip == list(range(clip[0], clip[0] + 64, 4)) for clip in clips)
+    assert data.dense_test_clips(64, 16, 4, 3) == [list(range(0, 64, 4))] * 3
+    assert [clip[0] for clip in data.dense_test_clips(65, 16, 4, 3)] == [0, 0, 4]
+    assert data.dense_test_clips(10, 6, 4, 2) == [[0, 4, 8, 8, 8, 8]] * 2
+    assert data.dense_test_clips(1, 4, 4, 2) == [[0] * 4] * 2
+    assert data.dense_test_clips(300, 16, 4, 1) == [list(range(116, 180, 4))]  # a single one: in the middle
+
+
+def test_uniform_test_clips_by_hand():
+    first, second = data.uniform_test_clips(40, 8, 2, 2)  # part 5: 0, 2.5, 5, 7.5, ...
+    assert first == [0, 5, 10, 15, 20, 25, 30, 35] and second == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert data.uniform_test_clips(6, 4, 2, 2) == [[0, 1, 3, 4], [0, 2, 3, 5]]  # 0 0.75 1.5 2.25 3 3.75 4.5 5.25
+    assert data.uniform_test_clips(2, 4, 2, 2) == [[0, 0, 1, 1]] * 2
+    assert data.uniform_test_clips(1, 4, 2, 2) == [[0] * 4] * 2
+    assert data.uniform_test_clips(40, 8, 2, 1) == [[2, 7, 12, 17, 22, 27, 32, 37]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 63, 64, 65, 117, 300, 320])
+def test_the_test_clips_of_a_video_cover_it(length):
+    dense = data.dense_test_clips(length, 16, 4, 5)
+    assert sorted(set(sum(dense, []))) == list(range(0, length, 4))  # every fourth frame from the first to the last
+    uniform = data.uniform_test_clips(length, 16, 2, 2)
+    shown = sorted(set(sum(uniform, [])))
+    gaps = [b - a for a, b in zip(shown, [*shown[1:], length], strict=True)]
+    assert shown[0] == 0 and max(gaps) <= length / 32 + 1
+    for clips, number in ((dense, 5), (uniform, 2)):
+        assert len(clips) == number and all(len(clip) == 16 for clip in clips)
+        assert all(sorted(clip) == clip and 0 <= clip[0] and clip[-1] < length for clip in clips)
+
+
+# ---- crops ----
+
+
+def test_multi_scale_crop():
+    boxes = [data.multi_scale_crop(256, 340, 224, SCALES, sample_generator(0, 0, i)) for i in range(4000)]
+    sides = Counter(box[2:] for box in boxes)
+    # 256 * .875 = 224; 256 * .75 = 192; 256 * .66 = 168: pairs at most one scale apart
+    lengths = [256, 224, 192, 168]
+    assert set(sides) == {(a, b) for i, a in enumerate(lengths) for j, b in enumerate(lengths) if abs(i - j) <= 1}
+    assert min(sides.values()) > 300
+    places = Counter(box[:2] for box in boxes if box[2:] == (192, 192))
+    y, x = (256 - 192) // 4, (340 - 192) // 4
+    expected = {(a * y, b * x) for a in (0, 2, 4) for b in (0, 2, 4)} | {(a * y, b * x) for a in (1, 3) for b in (1, 3)}
+    assert set(places) == expected
+    assert all(top + height <= 256 and left + width <= 340 for top, left, height, width in boxes)
+    box = data.multi_scale_crop(226, 300, 224, [1.0], sample_generator(0, 0, 0))
+    assert box[2:] == (224, 224)  # snaps within 2 pixels
+
+
+def test_resizing_in_pretraining_is_close_to_pil(videos):
+    frame = support.video.read_frames(videos[0], [33])
+    ours = data.TF.resized_crop(frame, 3, 5, 50, 60, [32, 32], antialias=True)[0]
+    image = TF.to_pil_image(frame[0]).crop((5, 3, 65, 53)).resize((32, 32), Image.BILINEAR)
+    assert (ours.int() - TF.pil_to_tensor(image).int()).abs().max() <= 2
+
+
+def test_test_crops_by_hand():
+    wide = columns(32, 77)
+    crops = data.test_crops(wide, 32, 3)
+    assert crops.shape == (3, 2, 3, 32, 32)
+    assert [crop[0, 0, 0, 0].item() for crop in crops] == [0, 22, 45]  # int(j (77 - 32) / 2)
+    tall, tall_crops = columns(77, 32), data.test_crops(columns(77, 32), 32, 3)
+    for start, crop, tall_crop in zip((0, 22, 45), crops, tall_crops, strict=True):
+        assert torch.equal(crop, wide[..., start : start + 32])
+        assert torch.equal(tall_crop, tall[..., start : start + 32, :])
+    assert torch.equal(data.test_crops(wide, 32, 1)[0], wide[..., 22:54])
+    assert torch.equal(data.test_crops(columns(32, 32), 32, 3), columns(32, 32).expand(3, -1, -1, -1, -1))
+
+
+SIZES = [
+    (256, 340, (224, 297)), (240, 320, (224, 298)), (480, 270, (398, 224)), (100, 100, (224, 224)), (61, 80, (224, 293))
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_frames_are_those_asked_for(videos, name):
-    path = videos[name]
-    everything = decode_everything(path)
-    with support.video.Video(path) as video:
-        assert len(video) == COUNT == len(everything)
-    if name == "rotated":  # clockwise: the left column becomes the top row
-        everything = everything.rot90(-1, (2, 3))
-        assert everything.shape[2:] == SIZE
-    generator = torch.Generator().manual_seed(0)
-    requests = [[0], [COUNT - 1], [5, 5, 5], [40, 3, 41, 2], list(range(0, COUNT, 4)), list(range(COUNT))]
-    requests += [sorted(torch.randint(COUNT, (8,), generator=generator).tolist()) for _ in range(12)]
-    for indices in requests:
-        frames = support.video.read_frames(path, indices)
-        assert frames.dtype == torch.uint8 and frames.shape == (len(indices), *everything.shape[1:])
-        assert torch.equal(frames, everything[indices]), (name, indices)
-        upright = frames if name != "rotated" else frames.rot90(1, (2, 3))
-        assert [number_of(frame) for frame in upright] == indices
+@pytest.mark.parametrize("height, width, resized", SIZES)
+def test_test_crops_after_resizing(height, width, resized):
+    clip = columns(height, width, 1)
+    whole, long = TF.resize(clip, list(resized), antialias=True), max(resized)
+    for crop, start in zip(data.test_crops(clip, 224, 3), (0, (long - 224) // 2, long - 224), strict=True):
+        assert torch.equal(
+            crop, whole[..., start : start + 224, :] if height > width else whole[..., start : start + 224]
+        )
 
 
-def test_the_same_video_serves_several_requests(videos):
-    with support.video.Video(videos["open_gop"]) as video:
-        for indices in ([60, 61], [3], [30, 5]):
-            assert [number_of(frame) for frame in video.frames(indices)] == indices
+# ---- augmentation ----
 
 
-def test_only_what_is_needed_is_decoded(videos):
-    """Frames 50 to 53 of a file with a key frame every 25: nothing before 50, and no unreferenced frame among the rest."""
-    with support.video.Video(videos["b_frames"]) as video:
-        fed = []
-        class Codec:
-            def __init__(self, codec): self.__dict__["codec"] = codec
-            def __getattr__(self, name): return getattr(self.codec, name)
-            def __setattr__(self, name, value): setattr(self.codec, name, value)
-            def decode(self, packet):
-                if packet is not None: fed.append(packet.pts)
-                return self.codec.decode(packet)
-        wrapped = Codec(video.stream.codec_context)
-        class Stream:
-            codec_context, width, height = wrapped, video.stream.width, video.stream.height
-        video.stream = Stream()
-        assert [number_of(frame) for frame in video.frames([50, 53])] == [50, 53]
-    assert min(fed) >= sorted({p.pts for p in video.packets})[50] and len(fed) < 10
+def augmentation(**options) -> data.Augmentation:
+    nothing = dict(size=32, randaugment=(0, 0, 0), crop_area=(1, 1), crop_aspect=(1, 1), flip=False, erase=0.0)
+    return data.Augmentation(SimpleNamespace(**{**nothing, **options}))
 
 
-@pytest.mark.parametrize("index", [-1, COUNT])
-def test_frames_that_do_not_exist_are_refused(videos, index):
-    with pytest.raises(IndexError, match="has frames 0 to 69"):
-        support.video.read_frames(videos["b_frames"], [0, index])
+FULL = dict(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
 
 
-# ---- broken files ----
+@pytest.fixture(scope="module")
+def moving() -> torch.Tensor:
+    frames = [torch.from_numpy(numbered_frame(i).to_ndarray(format="rgb24").copy()) for i in range(6)]
+    frames = torch.stack(frames).permute(0, 3, 1, 2)
+    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
+    return (frames.int() + noise).clamp(0, 255).byte()
 
 
-def broken_files(folder: Path) -> dict[str, Path]:
-    folder.mkdir(exist_ok=True)
+def test_without_augmentation_a_square_clip_stays_as_it_is(moving):
+    square = moving[..., :64:2, :64:2].contiguous()
+    assert torch.equal(augmentation()(square, sample_generator(0, 0, 0)), square)
+
+
+def test_one_augmentation_for_all_frames(moving):
+    """A still video stays still; and each frame comes out as if it had been alone."""
+    augment, seen = augmentation(**FULL), set()
+    for number in range(60):
+        still = augment(moving[:1].expand(6, -1, -1, -1), sample_generator(0, 0, number))
+        assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
+        assert torch.equal(still, still[:1].expand_as(still)), number
+        clip = augment(moving, sample_generator(0, 0, number))
+        for t in (0, 3, 5):
+            assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
+        seen.add(clip.numpy().tobytes())
+    assert len(seen) == 60
+
+
+def test_randaugment_by_its_numbers(monkeypatch, moving):
+    """Four operations, each half the time, of magnitude 7 of 10 with std 0.5; torchvision counts to 30."""
+    magnitudes, per_clip = [], Counter()
+    original = v2.RandAugment
+
+    def recorded(operations, magnitude, **options):
+        assert operations == 1
+        magnitudes.append(magnitude)
+        return original(operations, magnitude, **options)
+
+    monkeypatch.setattr(data.v2, "RandAugment", recorded)
+    augment = augmentation(randaugment=(4, 7, 0.5))
+    small = moving[:1, :, ::4, ::4]
+    for number in range(300):
+        before = len(magnitudes)
+        augment(small, sample_generator(0, 0, number))
+        per_clip[len(magnitudes) - before] += 1
+    assert set(per_clip) == {0, 1, 2, 3, 4} and len(magnitudes) == pytest.approx(600, abs=60)
+    values = torch.tensor(magnitudes, dtype=torch.float64)
+    assert float(values.mean()) == pytest.approx(21, abs=0.3) and float(values.std()) == pytest.approx(1.5, abs=0.3)
+
+
+def test_flip_is_of_half_of_the_clips_and_whole_clips():
+    clip, augment, flipped = columns(32, 32), augmentation(flip=True), 0
+    for number in range(80):
+        result = augment(clip, sample_generator(0, 0, number))
+        assert torch.equal(result, clip) or torch.equal(result, clip.flip(-1))
+        flipped += not torch.equal(result, clip)
+    assert 25 < flipped < 55
+
+
+def test_random_resized_crop_by_its_numbers():
+    """Left, right, top and bottom edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3, anywhere."""
+    clip, augment = columns(240, 240, 1), augmentation(crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333))
+    areas, aspects, lefts = [], [], []
+    for number in range(200):
+        result = augment(clip, sample_generator(0, 0, number))[0].float()
+        width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
+        areas.append(width * height / 240**2)
+        aspects.append(width / height)
+        lefts.append(result[0].amin().item())
+    assert 0.06 < min(areas) < 0.15 and 0.85 < max(areas) < 1.05
+    assert 0.68 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.46
+    assert min(lefts) < 6 and max(lefts) > 120
+
+
+def test_erasing_is_one_box_of_noise_in_all_frames():
+    clip, augment, erased = torch.full((5, 3, 32, 32), 7, dtype=torch.uint8), augmentation(erase=0.25), 0
+    for number in range(200):
+        result = augment(clip, sample_generator(0, 0, number))
+        changed = (result != 7).any(dim=1)  # (5, 32, 32)
+        if changed.any():
+            erased += 1
+            rows, cols = changed.any(dim=(0, 2)).nonzero().flatten(), changed.any(dim=(0, 1)).nonzero().flatten()
+            rows, cols = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+            box = changed[:, rows, cols]
+            assert (
+                box.float().mean(dim=(1, 2)).min() > 0.9
+            )  # the same in each frame; some pixels of noise happen to be 7
+            assert 0.01 < box[0].numel() / 32**2 <= 0.36
+            inside = result[:, :, rows, cols].float()
+            assert inside.std(dim=(2, 3)).min() > 20 and not torch.equal(inside[0], inside[1])
+    assert 30 < erased < 70
+    assert (clip == 7).all()  # the decoded frames, which other repeats use too
+
+
+def test_normalize():
+    frames = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    clip = data.normalize(frames)
+    assert clip.shape == (2, 3, 4, 8, 8)
+    assert torch.allclose(clip[1, 2, 3], (frames[1, 3, 2] / 255 - 0.406) / 0.225, atol=1e-6)
+    other = data.normalize(frames, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    assert torch.allclose(other[0, 1, 2], (frames[0, 2, 1] / 255 - 0.4) / 0.2, atol=1e-6)
+
+
+# ---- pre-training clips ----
+
+
+def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
+    defaults = dict(frames=8, stride=2, size=32, scales=SCALES, flip=True, seed=0)
+    draw_mask = partial(masking.random_mask, (4, 2, 2), 0.75)
+    return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=draw_mask)
+
+
+def broken_files(folder: Path) -> list[Path]:
+    folder.mkdir()
     whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
     (folder / "whole.mp4").unlink()
-    contents = {"truncated.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"not a video\n" * 50}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    audio_only(folder / "audio.mp4")
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_bytes(b"not a video\n" * 50)
     (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
-    damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
-    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
-    (folder / "damaged.mkv").write_bytes(damaged)
-    return {path.name: path for path in [*folder.iterdir(), folder / "missing.mp4"]}
-
-
-@pytest.mark.parametrize("name", ["truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "unreadable.mp4", "missing.mp4"])
-def test_broken_files_are_named_and_leave_nothing_open(tmp_path, name):
-    path = broken_files(tmp_path / "broken")[name]
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(support.video.BrokenVideo, match=name):
-        support.video.read_frames(path, [0])
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def dataset(videos: list[Path], **options) -> data.PretrainingClips:
-    defaults = dict(frames=8, stride=2, size=32, scales=[1.0, 0.875, 0.75, 0.66], flip=True, seed=0)
-    return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=partial(masking.random_mask, (4, 2, 2), 0.75))
+    (folder / "folder.mp4").mkdir()
+    audio_only(folder / "audio.mp4")
+    return [*folder.iterdir(), folder / "missing.mp4"]
 
 
 def test_training_survives_broken_videos_and_names_them(tmp_path, videos):
-    broken = broken_files(tmp_path / "broken")
-    one_frame = write_numbered(tmp_path / "one.mp4", 1)
-    (tmp_path / "folder.mp4").mkdir()
-    clips = dataset([*broken.values(), tmp_path / "folder.mp4", one_frame, videos["b_frames"]])
-    for index in range(len(clips)):
+    broken, one_frame = broken_files(tmp_path / "broken"), write_numbered(tmp_path / "one.mp4", 1)
+    damaged = bytearray(write_numbered(tmp_path / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
+    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
+    (tmp_path / "damaged.mkv").write_bytes(damaged)
+    clips = pretraining_clips([*broken, tmp_path / "damaged.mkv", one_frame, videos[0]])
+    assert len(broken) == 7
+    for index, path in enumerate(clips.videos):
         clip, _, _, reports = clips[0, index]
         assert clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8
-        name = clips.videos[index].name
-        if name in ("truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "unreadable.mp4", "missing.mp4", "folder.mp4"):
-            assert name in reports[0]
-        if name in ("one.mp4", "b_frames.mp4"):
+        if path in broken:
+            assert path.name in reports[0]
+        elif path.name != "damaged.mkv":  # of which some frames can be read
             assert not reports
-    assert torch.equal(clips[0, len(clips) - 2][0], clips[0, len(clips) - 2][0][:1].expand(8, -1, -1, -1))  # the one frame, repeated
+    clip = clips[0, len(clips) - 2][0]
+    assert torch.equal(clip, clip[:1].expand(8, -1, -1, -1))  # the one frame, repeated
 
 
 def test_nothing_readable_ends_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="100 videos in a row could not be read"):
-        dataset([tmp_path / "a.mp4", tmp_path / "b.mp4"])[0, 0]
+    sentence = "100 videos in a row could not be read; look at data.root and at the last one, .*[ab].mp4"
+    with pytest.raises(UserError, match=sentence):
+        pretraining_clips([tmp_path / "a.mp4", tmp_path / "b.mp4"])[0, 0]
 
 
 def test_memory_and_handles_stay_flat_over_2000_clips(videos):
-    clips = dataset([videos["b_frames"], videos["avi_mpeg4_b_frames"]])
+    clips = pretraining_clips([videos[0], videos[2]])
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -183,68 +366,18 @@ def test_memory_and_handles_stay_flat_over_2000_clips(videos):
     assert len(os.listdir("/proc/self/fd")) == handles
 
 
-# ---- lists ----
-
-
-def test_videos_of_a_tree_and_of_a_list(tmp_path):
-    for name in ("b/arm wrestling/x 1.mp4", "a/y.AVI", "a/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    tree = [tmp_path / "a/y.AVI", tmp_path / "b/arm wrestling/x 1.mp4"]
-    assert support.datasets.list_videos(str(tmp_path), "") == tree
-    assert support.datasets.list_videos(str(tmp_path), "b") == tree[1:]
-    (tmp_path / "train.txt").write_text("a/y.AVI 3\r\n\r\nb/arm wrestling/x 1.mp4 12\r\nb/other.mp4\r\n")
-    assert support.datasets.list_videos(str(tmp_path), "train.txt") == [*tree, tmp_path / "b/other.mp4"]
-    (tmp_path / "kinetics.csv").write_text("b/arm wrestling/x 1.mp4,12\n/elsewhere/z.webm,0\n")
-    assert support.datasets.list_videos(str(tmp_path), str(tmp_path / "kinetics.csv")) == [tree[1], Path("/elsewhere/z.webm")]
-
-
-def test_no_videos_ends_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="no videos found in"):
-        support.datasets.list_videos(str(tmp_path), "")
-    with pytest.raises(UserError, match="no folder or list file"):
-        support.datasets.list_videos(str(tmp_path), "none.txt")
-
-
-# ---- clips ----
-
-
-def test_dense_clip_by_hand():
-    starts = Counter(data.dense_clip(70, 16, 4, support.run.sample_generator(0, 0, i))[0] for i in range(700))
-    assert set(starts) == set(range(7))  # 70 - 64 = 6 is the last start
-    assert min(starts.values()) > 60
-    assert data.dense_clip(64, 16, 4, support.run.sample_generator(0, 0, 0)) == list(range(0, 64, 4))
-    assert data.dense_clip(10, 6, 4, support.run.sample_generator(0, 0, 0)) == [0, 4, 8, 8, 8, 8]  # repeats the last index reached
-    assert data.dense_clip(1, 4, 2, support.run.sample_generator(0, 0, 0)) == [0, 0, 0, 0]
-    assert data.dense_clip(63, 16, 4, support.run.sample_generator(0, 0, 0))[-1] == 60
-    assert data.dense_clip(74, 16, 4) == list(range(5, 69, 4))  # the middle
-
-
-def test_multi_scale_crop():
-    scales = [1.0, 0.875, 0.75, 0.66]
-    boxes = [data.multi_scale_crop(256, 340, 224, scales, support.run.sample_generator(0, 0, i)) for i in range(4000)]
-    sides = Counter(box[2:] for box in boxes)
-    # 256 * .875 = 224; 256 * .75 = 192; 256 * .66 = 168: pairs at most one scale apart
-    assert set(sides) == {(a, b) for i, a in enumerate([256, 224, 192, 168]) for j, b in enumerate([256, 224, 192, 168]) if abs(i - j) <= 1}
-    assert min(sides.values()) > 300
-    places = Counter(box[:2] for box in boxes if box[2:] == (192, 192))
-    y, x = (256 - 192) // 4, (340 - 192) // 4
-    assert set(places) == {(a * y, b * x) for a in (0, 2, 4) for b in (0, 2, 4)} | {(a * y, b * x) for a in (1, 3) for b in (1, 3)}
-    assert all(top + height <= 256 and left + width <= 340 for top, left, height, width in boxes)
-    assert data.multi_scale_crop(226, 300, 224, [1.0], support.run.sample_generator(0, 0, 0))[2:] == (224, 224)  # snaps within 2 pixels
-
-
 def test_a_sample_is_a_function_of_seed_epoch_and_index(videos):
-    paths = [videos["b_frames"], videos["open_gop"]]
-    first, again, other_epoch, other_seed = dataset(paths)[3, 1], dataset(paths)[3, 1], dataset(paths)[4, 1], dataset(paths, seed=1)[3, 1]
+    first, again = pretraining_clips(videos)[3, 1], pretraining_clips(videos)[3, 1]
     torch.rand(7)  # the global generator plays no part
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
-    assert not torch.equal(first[0], other_epoch[0]) and not torch.equal(first[0], other_seed[0])
+    for a, b in zip(first[:3], again[:3], strict=True):
+        assert torch.equal(a, b)
+    for other in (pretraining_clips(videos)[4, 1], pretraining_clips(videos, seed=1)[3, 1]):
+        assert not torch.equal(first[0], other[0])
 
 
-def test_flip_happens_to_half_of_the_clips_and_to_whole_clips(videos):
-    clips = dataset([videos["b_frames"]], scales=[1.0], stride=1, frames=4)
-    plain = dataset([videos["b_frames"]], scales=[1.0], stride=1, frames=4, flip=False)
+def test_half_of_the_pretraining_clips_are_flipped_as_a_whole(videos):
+    clips = pretraining_clips(videos[:1], scales=[1.0], stride=1, frames=4)
+    plain = pretraining_clips(videos[:1], scales=[1.0], stride=1, frames=4, flip=False)
     flipped = 0
     for epoch in range(60):
         a, b = clips[epoch, 0][0], plain[epoch, 0][0]
@@ -253,37 +386,107 @@ def test_flip_happens_to_half_of_the_clips_and_to_whole_clips(videos):
     assert 15 < flipped < 45
 
 
-def test_resize_is_close_to_pil(videos):
-    from PIL import Image
-
-    frame = support.video.read_frames(videos["b_frames"], [33])
-    ours = data.TF.resized_crop(frame, 3, 5, 50, 60, [32, 32], antialias=True)[0]
-    image = Image.fromarray(frame[0].permute(1, 2, 0).contiguous().numpy()).crop((5, 3, 65, 53)).resize((32, 32), Image.BILINEAR)
-    assert (ours.int() - data.TF.pil_to_tensor(image).int()).abs().max() <= 2
+# ---- labelled clips and test views ----
 
 
-def test_normalize():
-    frames = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    clip = data.normalize(frames)
-    assert clip.shape == (2, 3, 4, 8, 8)
-    assert torch.allclose(clip[1, 2, 3], (frames[1, 3, 2] / 255 - 0.406) / 0.225, atol=1e-6)
+class Counted(support.video.Video):
+    """A video that counts how often frames are asked for, and which of them."""
+
+    asked: list[list[int]] = []
+
+    def frames(self, indices):
+        Counted.asked.append(indices)
+        return super().frames(indices)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    Counted.asked = []
+    monkeypatch.setattr(data, "Video", Counted)
+    return Counted
+
+
+def labelled_clips(videos: list, **options) -> data.LabelledClips:
+    config = SimpleNamespace(frames=6, stride=2, sampling="dense")
+    defaults = dict(config=config, augment=augmentation(**FULL, erase=0.25), repeats=2, seed=0)
+    return data.LabelledClips(videos, **{**defaults, **options})
+
+
+def test_repeated_augmentation_decodes_once_and_augments_the_same_frames_differently(videos, counted):
+    clips, label, broken = labelled_clips([(videos[0], 3)], repeats=3)[0, 0]
+    assert clips.shape == (3, 6, 3, 32, 32) and label == 3 and not broken
+    assert len(counted.asked) == 1 and len(counted.asked[0]) == 6
+    assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[1], clips[2])
+    same, _, _ = labelled_clips([(videos[0], 3)], repeats=3, augment=augmentation())[0, 0]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])  # the same frames
+
+
+def test_a_labelled_sample_is_a_function_of_seed_epoch_and_index(videos):
+    labelled = [(path, number) for number, path in enumerate(videos)]
+    first = labelled_clips(labelled)[3, 1]
+    torch.manual_seed(99)  # the global generator plays no part, and is left alone
+    state = torch.get_rng_state()
+    assert torch.equal(labelled_clips(labelled)[3, 1][0], first[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    for other in (
+        labelled_clips(labelled)[4, 1],
+        labelled_clips(labelled, seed=1)[3, 1],
+        labelled_clips(labelled)[3, 0],
+    ):
+        assert not torch.equal(other[0], first[0])
+
+
+def test_a_broken_training_video_is_replaced_with_the_others_own_label(tmp_path, videos):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for epoch in range(5):
+        _, label, broken = labelled_clips([(tmp_path / "broken.mp4", 0), (videos[0], 1)])[epoch, 0]
+        assert label == 1 and "broken.mp4" in broken[0]
+
+
+@pytest.mark.parametrize("sampling, clips", [("dense", 5), ("uniform", 2)])
+def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, counted, sampling, clips):
+    video = write_numbered(tmp_path / "video.mp4", 40)
+    views = data.TestViews([video], frames=8, stride=3, sampling=sampling, size=64, clips=clips, crops=3)
+    index, pixels, reason = views[0]
+    assert (index, reason, pixels.shape) == (0, "", (clips * 3, 8, 3, 64, 64))
+    everything = support.video.read_frames(video, list(range(40)))  # 96 x 64: nothing is resized
+    indices = data.SAMPLING[sampling][1](40, 8, 3, clips)
+    expected = [everything[clip][..., start : start + 64] for clip in indices for start in (0, 16, 32)]
+    assert torch.equal(pixels, torch.stack(expected))
+    assert counted.asked == [sorted(set(sum(indices, [])))]
+
+
+def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    videos = [tmp_path / "broken.mp4", write_numbered(tmp_path / "whole.mp4", 20)]
+    views = data.TestViews(videos, frames=4, stride=2, sampling="dense", size=32, clips=2, crops=1)
+    indices, pixels, broken = data.collate_views([views[0], views[1]])
+    assert indices == [1] and pixels.shape == (1, 2, 4, 3, 32, 32)
+    assert broken[0][0] == 0 and "broken.mp4" in broken[0][1]
+    assert data.collate_views([views[0]])[:2] == ([], None)
 
 
 # ---- batches ----
 
 
+def run_of(batch_size: int, **options) -> SimpleNamespace:
+    """What batches take of a support.run.Run."""
+    groups = dict(optim=dict(batch_size=batch_size), data=dict(workers=1), run=dict(seed=5))
+    config = SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
+    return SimpleNamespace(config=config, **options)
+
+
 def batches(world_size: int, per_device: int, start: int = 0) -> list[list[tuple[int, int]]]:
-    """The global batches that `world_size` processes form together."""
-    shares = [
-        list(data.GlobalBatches(length=50, batch_size=12, per_device=per_device, rank=rank, world_size=world_size, seed=5, start=start, steps=9))
-        for rank in range(world_size)
-    ]
-    pieces = 12 // world_size // per_device
-    assert all(len(share) == (9 - start) * pieces for share in shares)
-    return [sorted(sum((share[step * pieces + piece] for share in shares for piece in range(pieces)), [])) for step in range(9 - start)]
+    """The global batches of 12 that `world_size` processes form together, up to step 9."""
+    process = partial(run_of, 12, per_device=per_device, world_size=world_size, start=start, total=9)
+    parts = [list(data.GlobalBatches(50, process(rank=rank))) for rank in range(world_size)]
+    accumulation = 12 // world_size // per_device
+    assert all(len(part) == (9 - start) * accumulation for part in parts)
+    steps = [[part[step * accumulation :][:accumulation] for part in parts] for step in range(9 - start)]
+    return [sorted(sum((sum(micro_batches, []) for micro_batches in step), [])) for step in steps]
 
 
-def test_batches_do_not_depend_on_processes_or_pieces_or_where_a_run_starts():
+def test_batches_do_not_depend_on_processes_or_micro_batches_or_where_a_run_resumes():
     alone = batches(1, 12)
     assert batches(2, 6) == alone and batches(3, 2) == alone and batches(1, 4) == alone
     assert batches(2, 3, start=5) == alone[5:]
@@ -295,3 +498,14 @@ def test_every_epoch_is_a_shuffle_without_repetition():
         seen = sum(alone[epoch * 4 : epoch * 4 + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48
     assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:8], [])]
+
+
+def test_training_batches_are_the_samples_in_order_of_global_batches(videos):
+    clips, run = pretraining_clips(videos), run_of(2, per_device=2, rank=0, world_size=1, start=1, total=3)
+    clip_batches = list(data.training_batches(clips, run))  # through a loader's worker
+    assert len(clip_batches) == 2
+    for keys, (clip, visible, masked, broken) in zip(data.GlobalBatches(3, run), clip_batches, strict=True):
+        samples = [clips[key] for key in keys]
+        for stacked, column in zip((clip, visible, masked), zip(*samples, strict=True), strict=False):
+            assert torch.equal(stacked, torch.stack(column))
+        assert broken == []

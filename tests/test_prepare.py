@@ -1,4 +1,4 @@
-"""A prepared dataset holds the same frames at the same times under the same names, and a kill or a broken file does no harm."""
+"""A prepared dataset has the same frames, times and names; a kill or a broken file does no harm."""
 
 import io
 import json
@@ -22,22 +22,32 @@ from conftest import (
 )
 from torchvision.transforms.v2 import functional as TF
 
-import support.datasets
 import support.prepare
 import support.video
 from support.config import UserError
+from support.datasets import SUFFIXES, labelled_videos, list_entries, list_videos
 
 COUNT = 40
 
 
-def write_smooth(path: Path, width: int, height: int, count: int = COUNT, codec: str = "libx264", pixel_format: str = "yuv420p", **options: str) -> Path:
+def write_smooth(
+    path: Path,
+    width: int,
+    height: int,
+    count: int = COUNT,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    **options: str,
+) -> Path:
     """Moving gradients, no two frames alike."""
     rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(30000, 1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         for t in range(count):
-            image = 120 + 100 * torch.stack([(columns / 30 + t / 2).sin(), (rows / 40 - t / 3).cos(), ((rows + columns) / 50 + t).sin()], 2)
+            image = 120 + 100 * torch.stack(
+                [(columns / 30 + t / 2).sin(), (rows / 40 - t / 3).cos(), ((rows + columns) / 50 + t).sin()], 2
+            )
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image.byte().numpy(), format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -60,7 +70,9 @@ def times_of(path: Path) -> list[Fraction]:
     """When each frame is shown, in seconds after the first."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
-        times = sorted(packet.pts * packet.time_base for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        times = sorted(
+            packet.pts * packet.time_base for packet in container.demux(stream) if packet.size and not packet.is_discard
+        )
     return [shown - times[0] for shown in times]
 
 
@@ -75,7 +87,11 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
     uneven = [int(40 * i + 15 * (i % 3) + 300 * (i > 30)) for i in range(COUNT)]
     numbered = [
         write_numbered(root / "b_frames.mp4", COUNT, options={"bf": "3", "g": "25"}),
-        write_numbered(root / "open_gop.mkv", COUNT, options={"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"}),
+        write_numbered(
+            root / "open_gop.mkv",
+            COUNT,
+            options={"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"},
+        ),
         write_numbered(root / "variable.mp4", COUNT, times=uneven),
         write_numbered(root / "late.mkv", COUNT, times=[5000 + 40 * i for i in range(COUNT)]),
         write_numbered(root / "a b" / "ü" / "ucf (1).avi", COUNT, "mpeg4", {"bf": "2", "g": "12"}),
@@ -89,7 +105,14 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
         write_smooth(root / "tall.mp4", 302, 538),
         write_smooth(root / "odd.mp4", 341, 255, pixel_format="yuv444p"),
         write_smooth(root / "full_range.avi", 320, 240, codec="mjpeg", pixel_format="yuvj420p"),
-        write_smooth(root / "ten_bits.mp4", 320, 180, codec="libx265", pixel_format="yuv420p10le", **{"x265-params": "log-level=none"}),
+        write_smooth(
+            root / "ten_bits.mp4",
+            320,
+            180,
+            codec="libx265",
+            pixel_format="yuv420p10le",
+            **{"x265-params": "log-level=none"},
+        ),
     ]
     out, said = prepare(root, processes=2)
     assert "14 of 14 videos are in" in said and "PSNR" in said and "MB became" in said
@@ -98,23 +121,24 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
         prepared = (out / original.relative_to(root)).with_suffix(".mp4")
         frames = support.video.read_frames(prepared, list(range(COUNT)))
         with support.video.Video(prepared) as video:
-            assert len(video) == COUNT and video.timed
+            assert len(video) == COUNT == len(set(times_of(prepared)))
         expected = support.video.read_frames(original, list(range(COUNT)))
         if original.stem in sizes:
             assert tuple(frames.shape[2:]) == sizes[original.stem]
         expected = TF.resize(expected, list(frames.shape[2:]), antialias=True)
         for index in range(COUNT):
             assert support.prepare.psnr(frames[index], expected[index]) > 30, (original.name, index)
-            assert index == 0 or support.prepare.psnr(frames[index], expected[index]) > support.prepare.psnr(frames[index], expected[index - 1]) + 1
+        for frame, same, previous in zip(frames[1:], expected[1:], expected[:-1], strict=True):
+            assert support.prepare.psnr(frame, same) > support.prepare.psnr(frame, previous) + 1
         if original in numbered:
             assert [number_of(frame) for frame in frames] == list(range(COUNT))
         if original.suffix not in (".avi", ".MPG"):  # these state no times
             assert times_of(prepared) == times_of(original)
         if original.name != "variable.mp4":
             assert rate_of(prepared) == pytest.approx(rate_of(original), rel=1e-3)
-    prepared = [line for line in (out / "prepared.txt").read_text().splitlines()]
+    prepared = (out / "prepared.txt").read_text(encoding="utf-8").splitlines()
     assert len(prepared) == 14 and "a b/ü/ucf (1).mp4" in prepared
-    assert [entry.path for entry in support.datasets.list_entries(str(out), "prepared.txt")] == sorted(out / name for name in prepared)
+    assert list_videos(str(out), "prepared.txt") == sorted(out / name for name in prepared)
 
 
 def test_few_frames_are_decoded_for_a_clip(tmp_path):
@@ -122,11 +146,13 @@ def test_few_frames_are_decoded_for_a_clip(tmp_path):
     (tmp_path / "videos").mkdir()
     write_smooth(tmp_path / "videos" / "one.mp4", 64, 64, 100, g="1000")
     out, _ = prepare(tmp_path / "videos")
-    with support.video.Video(out / "one.mp4") as video:
-        times = sorted(packet.pts for packet in video.packets)
-        assert [times.index(packet.pts) for packet in video.packets if packet.is_keyframe] == [0, 32, 64, 96]
-        video.stream.codec_context.skip_frame = "NONREF"
-        shown = sum(len(video.stream.codec_context.decode(packet)) for packet in (*video.packets, None))
+    with av.open(str(out / "one.mp4")) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        times = sorted(packet.pts for packet in packets)
+        assert [times.index(packet.pts) for packet in packets if packet.is_keyframe] == [0, 32, 64, 96]
+        stream.codec_context.skip_frame = "NONREF"
+        shown = sum(len(stream.codec_context.decode(packet)) for packet in (*packets, None))
     assert shown <= 20
 
 
@@ -139,28 +165,42 @@ def video(path: Path, **options) -> None:
 
 
 def labels(root: Path, *selections: str) -> list[list[tuple[str, int]]]:
-    train, val, _ = support.datasets.labelled(str(root), *selections)
+    train, val, _ = labelled_videos(str(root), *selections)
     assert all(path.exists() for path, _ in train + val)
-    return [[(path.relative_to(root).with_suffix("").as_posix(), label) for path, label in videos] for videos in (train, val)]
+    return [
+        [(path.relative_to(root).with_suffix("").as_posix(), label) for path, label in videos]
+        for videos in (train, val)
+    ]
 
 
-AVI = {"codec": "mpeg4"}
+CODECS = {"avi": "mpeg4", "ebm": "libvpx"}
 SSV2 = [[{"id": "7", "template": "Holding [something]"}], [{"id": "8", "template": "Closing [something]"}]]
 DATASETS = {
     "kinetics_tree": (["train/a b/1.mp4", "train/c/2.mkv", "val/a_b/3.mp4"], {}, ("train", "val", "")),
     "kinetics_csv": (
         ["x/-abc_000012_000022.mp4", "x/XYZ_000100_000110.mkv"],
-        {"train.csv": 'label,youtube_id,time_start,time_end\r\n"cutting, pineapple",-abc,12,22\r\n', "val.csv": 'label,youtube_id,time_start,time_end\n"cutting, pineapple",XYZ,100,110\n'},
+        {
+            "train.csv": 'label,youtube_id,time_start,time_end\r\n"cutting, pineapple",-abc,12,22\r\n',
+            "val.csv": 'label,youtube_id,time_start,time_end\n"cutting, pineapple",XYZ,100,110\n',
+        },
         ("train.csv", "val.csv", ""),
     ),
     "something_something": (
         ["20bn/7.webm", "20bn/8.webm"],
-        {"labels/train.json": json.dumps(SSV2[0]), "labels/validation.json": json.dumps(SSV2[1]), "labels/labels.json": '{"Holding something": "0", "Closing something": "1"}'},
+        {
+            "labels/train.json": json.dumps(SSV2[0]),
+            "labels/validation.json": json.dumps(SSV2[1]),
+            "labels/labels.json": '{"Holding something": "0", "Closing something": "1"}',
+        },
         ("labels/train.json", "labels/validation.json", "labels/labels.json"),
     ),
     "ucf101": (
         ["YoYo/v_YoYo_g08_c01.avi", "Bowling/v_Bowling_g01_c01.avi"],
-        {"trainlist01.txt": "YoYo/v_YoYo_g08_c01.avi 2\r\n", "testlist01.txt": "Bowling/v_Bowling_g01_c01.avi\r\n", "classInd.txt": "1 Bowling\r\n2 YoYo\r\n"},
+        {
+            "trainlist01.txt": "YoYo/v_YoYo_g08_c01.avi 2\r\n",
+            "testlist01.txt": "Bowling/v_Bowling_g01_c01.avi\r\n",
+            "classInd.txt": "1 Bowling\r\n2 YoYo\r\n",
+        },
         ("trainlist01.txt", "testlist01.txt", "classInd.txt"),
     ),
     "hmdb51": (
@@ -168,7 +208,11 @@ DATASETS = {
         {"splits/brush_hair_test_split1.txt": "a b (1).avi 1 \r\n", "splits/wave_test_split1.txt": "\ufeffe.avi 1 \n"},
         ("splits/*_test_split1.txt=1", "splits/*_test_split1.txt=1", ""),
     ),
-    "plain_list": (["b/arm wrestling/x 1.AVI", "y.mp4"], {"train.csv": "b/arm wrestling/x 1.AVI,1\nROOT/y.mp4,0\n", "val.txt": "ROOT/y.mp4 0"}, ("train.csv", "val.txt", "")),
+    "plain_list": (
+        ["b/arm wrestling/x 1.AVI", "y.mp4"],
+        {"train.csv": "b/arm wrestling/x 1.AVI,1\nROOT/y.mp4,0\n", "val.txt": "ROOT/y.mp4 0"},
+        ("train.csv", "val.txt", ""),
+    ),
 }
 
 
@@ -177,26 +221,28 @@ def test_the_same_configuration_serves_the_prepared_folder(tmp_path, name):
     root = tmp_path / "original"
     videos, files, selections = DATASETS[name]
     for path in videos:
-        video(root / path, **(AVI if path.lower().endswith("avi") else {"codec": "libvpx"} if path.endswith("webm") else {}))
+        video(root / path, codec=CODECS.get(path[-3:].lower(), "libx264"))
     for path, text in files.items():
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(text.replace("ROOT", str(root)).encode())
     (root / "readme.md").write_text("not a list")
-    out, said = prepare(root, f"data.train={selections[0]}", f"data.val={selections[1]}", f"data.classes={selections[2]}")
+    out, said = prepare(
+        root, f"data.train={selections[0]}", f"data.val={selections[1]}", f"data.classes={selections[2]}"
+    )
     assert f"{len(videos)} of {len(videos)} videos are in {out}" in said
     assert labels(out, *selections) == labels(root, *selections)
-    assert sorted(path.suffix for path in out.rglob("*") if path.suffix.lower() in support.datasets.SUFFIXES) == [".mp4"] * len(videos)
+    assert sorted(path.suffix for path in out.rglob("*") if path.suffix.lower() in SUFFIXES) == [".mp4"] * len(videos)
     assert not (out / "readme.md").exists()
 
 
-def test_a_list_alone_from_elsewhere_is_prepared_and_mended(tmp_path):
+def test_a_list_alone_from_elsewhere_is_prepared_and_fixed(tmp_path):
     root = tmp_path / "original"
     for name in ("a.avi", "b.avi"):
-        video(root / name, **AVI)
+        video(root / name, codec="mpeg4")
     (tmp_path / "mine.txt").write_text(f"{root}/b.avi 3\n")
     out, _ = prepare(root, f"data.train={tmp_path}/mine.txt")
     assert (out / "b.mp4").exists() and not (out / "a.mp4").exists()
-    assert support.datasets.list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
+    assert list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
 
 
 # ---- what goes wrong ----
@@ -217,20 +263,28 @@ def test_broken_videos_are_named_and_stop_nothing(tmp_path):
     for name in ("cut.mp4", "damaged.mkv", "text.avi", "missing.avi"):
         assert f"cannot be read: {root / name}: " in said and str(root / name) in (out / "unreadable.txt").read_text()
     assert "whole.mp4\n" in (out / "prepared.txt").read_text() and "cut" not in (out / "prepared.txt").read_text()
-    assert {path.name for path in out.iterdir()} == {"list.txt", "prepared.json", "prepared.txt", "unreadable.txt", "whole.mp4"}
+    assert {path.name for path in out.iterdir()} == {
+        "list.txt",
+        "prepared.json",
+        "prepared.txt",
+        "unreadable.txt",
+        "whole.mp4",
+    }
     (root / "whole.mp4").unlink()
     (root / "damaged.mkv").unlink()
     assert "none of the 2 videos" in prepare(root, out="other")[1]
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_resumes_where_it_was(tmp_path):
     root, out = tmp_path / "videos", tmp_path / "prepared"
     root.mkdir()
     first = write_smooth(root / "00.mp4", 320, 240, 60)
     for number in range(1, 16):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
     words = ["support.prepare", f"data.root={root}", "--to", out, "--processes", "2"]
-    process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while len(list(out.glob("*.mp4"))) < 3 or not list(out.glob("*.part")):
         assert process.poll() is None
         time.sleep(0.005)
@@ -253,11 +307,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     [
         ([], "which dataset? Name a configuration file or give data.root"),
         (["data.root=ROOT"], "where to? Give a new folder by --to FOLDER"),
-        (["data.root=ROOT", "--to", "ROOT"], "are the same folder or one is inside the other: name a folder beside it"),
+        (
+            ["data.root=ROOT", "--to", "ROOT"],
+            "are the same folder or one is inside the other: name a folder next to it",
+        ),
         (["data.root=ROOT", "--to", "ROOT/prepared"], "are the same folder or one is inside the other"),
         (["data.root=ROOT/a", "--to", "ROOT"], "are the same folder or one is inside the other"),
         (["data.root=ROOT", "--to", "LINK/prepared"], "are the same folder or one is inside the other"),
-        (["data.root=ROOT", "data.train=a", "--to", "OTHER"], "OTHER is not empty, and what it holds was not prepared in the same way from the same folder: name another --to or delete it"),
+        (
+            ["data.root=ROOT", "data.train=a", "--to", "OTHER"],
+            "OTHER is not empty, and what it holds was not prepared in the same way from the same folder: "
+            "name another --to or delete it",
+        ),
         (["data.root=ROOT", "data.train=a", "--to", "OTHER/file.txt"], "cannot be filled"),
         (["data.root=ROOT", "--to", "NEW", "--short", "0"], "--short has to be at least 16"),
         (["data.root=ROOT/nowhere", "--to", "NEW"], "there is no folder or list file"),
