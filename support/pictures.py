@@ -1,58 +1,119 @@
-"""Everything that draws."""
+"""Everything that draws: videos in rows, boxes with labels, bar charts."""
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, make_grid
 
-from support.ava import KeyFrame
+from support.config import UserError
 from support.run import say
 from support.video import write_mp4
 
 
-def save_pictures(rows: dict[str, Tensor], path: Path) -> None:
-    """Write videos uint8 (T, 3, H, W) below each other as path.png, eight frames of each, and side by side as path.mp4."""
+def save_videos(rows: dict[str, Tensor], path: Path) -> None:
+    """Write videos of one size, uint8 (T, 3, H, W), as path.png and path.mp4, small ones enlarged.
+
+    The picture has a row for each of them, its label above eight of its frames; the mp4 has them next to each other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames, _, height, width = next(iter(rows.values())).shape
-    zoom = max(1, round(128 / height))
-    tall, wide, line, font = height * zoom, width * zoom, 18, ImageFont.load_default(12)
-    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long().tolist()
-    sheet = Image.new("RGB", (max(wide * len(chosen), 512), (line + tall) * len(rows)), "white")
-    panels = []
-    for row, (label, video) in enumerate(rows.items()):
-        large = video.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)  # (T, 3, tall, wide)
-        ImageDraw.Draw(sheet).text((4, row * (line + tall) + 2), label, "black", font)
-        for column, frame in enumerate(chosen):
-            sheet.paste(TF.to_pil_image(large[frame]), (column * wide, row * (line + tall) + line))
-        heading = Image.new("RGB", (wide, line), "white")
-        ImageDraw.Draw(heading).text((4, 2), label.replace("reconstruction (mean and deviation ", "("), "black", font)
-        panels.append(torch.cat([TF.pil_to_tensor(heading).expand(frames, -1, -1, -1), large], dim=2))  # (T, 3, line + tall, wide)
-    movie = torch.cat(panels, dim=3)
-    movie = F.pad(movie, (0, movie.shape[3] % 2, 0, movie.shape[2] % 2), value=255)  # H.264 wants even sizes
-    sheet.save(path.with_name(f"{path.name}.png"))
-    write_mp4(path.with_name(f"{path.name}.mp4"), movie, rate=8)
+    videos = {label: _enlarge(video, 128) for label, video in rows.items()}
+    frames = len(next(iter(videos.values())))
+    chosen = torch.linspace(0, frames - 1, min(frames, 8)).round().long()
+    strips = {label: make_grid(video[chosen], padding=2, pad_value=255) for label, video in videos.items()}
+    sheet = torch.cat([_titled({label: strip[None]}) for label, strip in strips.items()], dim=2)
+    TF.to_pil_image(sheet[0]).save(path.with_name(f"{path.name}.png"))
+    write_mp4(path.with_name(f"{path.name}.mp4"), _titled(videos), rate=8)
     say(f"{path}.png and .mp4")
 
 
-# ---- pictures ----
+def side_by_side(images: dict[str, Tensor], path: Path) -> None:
+    """Write images of one size, uint8 (3, H, W), next to each other, each below its title."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    TF.to_pil_image(_titled({title: image[None] for title, image in images.items()})[0]).save(path)
 
 
-def draw_persons(image: Tensor, persons: KeyFrame | None, names: dict[int, str], colour: str) -> Image.Image:
-    """A frame uint8 (3, H, W), enlarged if small, with boxes and the up to four most probable actions of each, if above 0.3."""
-    zoom = max(1, round(400 / image.shape[1]))
-    picture = TF.to_pil_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
-    draw, font, line = ImageDraw.Draw(picture), ImageFont.load_default(13), 16
-    for box, labels in zip(persons.boxes.tolist(), persons.labels) if persons else []:
-        left, top, right, bottom = (edge * side for edge, side in zip(box, picture.size * 2))
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        scores, actions = labels.topk(min(4, len(labels)))
-        for row, (score, action) in enumerate(zip(scores.tolist(), (actions + 1).tolist())):
-            if score > 0.3:
-                text = str(names.get(action, action)) + (f" {score:.2f}" if score < 1 else "")
-                where = max(0, min(left + 3, picture.width - font.getlength(text))), top + 2 + row * line
-                draw.rectangle(draw.textbbox(where, text, font), fill="black")
-                draw.text(where, text, colour, font)
-    return picture
+def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, str], colour: str) -> Tensor:
+    """A frame uint8 (3, H, W) with the box of each person and up to four of its actions, those most probable above 0.3.
+
+    boxes: (P, 4), x1, y1, x2, y2 in fractions of width and height. labels: (P, actions), probabilities of the actions
+    1, 2, ..., whose names are `names`. Returns uint8 (3, H', W'), enlarged if the frame is small.
+    """
+    image = _enlarge(image, 400)
+    height, width = image.shape[1:]
+    corners = boxes.cpu() * torch.tensor([width, height] * 2)
+    if len(boxes):
+        image = draw_bounding_boxes(image, corners, colors=colour, width=2)
+    picture, font = TF.to_pil_image(image), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(picture)
+    for (left, top, *_), probabilities in zip(corners.tolist(), labels, strict=True):
+        scores, actions = probabilities.topk(min(4, len(probabilities)))
+        found = [
+            (names.get(i + 1, i + 1), p) for p, i in zip(scores.tolist(), actions.tolist(), strict=True) if p > 0.3
+        ]
+        if found:
+            text = "\n".join(f"{name} {p:.2f}" if p < 1 else f"{name}" for name, p in found)
+            # within the frame, whose edge would cut off the labels of draw_bounding_boxes
+            _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font)
+            place = max(0, min(left + 3, width - right)), max(0, min(top + 2, height - bottom))
+            draw.rectangle(draw.multiline_textbbox(place, text, font), fill="black")
+            draw.multiline_text(place, text, colour, font)
+    return TF.pil_to_tensor(picture)
+
+
+def draw_comparison(rows: list[tuple[float, str]], names: tuple[str, str], path: Path) -> None:
+    """Chart by how many percentage points the second of two models, `names`, is ahead of the first in each class.
+
+    rows: (points, class), in the order from top to bottom. Raises UserError if matplotlib is not installed.
+    """
+    figure = new_figure(8, 1.5 + 0.22 * len(rows))
+    axes = figure.subplots()
+    for sign, colour, name in ((1, "steelblue", names[1]), (-1, "orange", names[0])):
+        ahead = [points if points * sign > 0 else 0 for points, _ in rows]
+        bars = axes.barh(range(len(rows)), ahead, color=colour, label=f"{name} is ahead")
+        axes.bar_label(bars, [f"{points:+.1f}" if points else "" for points in ahead], padding=3)
+    axes.set_yticks(range(len(rows)), [name if len(name) <= 40 else f"{name[:39]}…" for _, name in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.15)  # room for the numbers
+    axes.set_xlabel("difference in top-1, percentage points")
+    figure.legend(loc="outside upper left", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    say(f"{path}")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches, that keeps all labels inside. Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("charts need matplotlib: pip install -r requirements-docs.txt") from None
+    matplotlib.rcParams["text.parse_math"] = False  # names of classes and files may hold $
+    return Figure((width, height), layout="constrained")
+
+
+def _enlarge(images: Tensor, height: int) -> Tensor:
+    """Images (..., H, W) a whole number of times as large, about `height` pixels high if they were smaller."""
+    zoom = max(1, round(height / images.shape[-2]))
+    return TF.resize(images, [zoom * side for side in images.shape[-2:]], TF.InterpolationMode.NEAREST)
+
+
+def _titled(videos: dict[str, Tensor]) -> Tensor:
+    """Videos uint8 (T, 3, H, W) next to each other, each below its title: (T, 3, H', W'), H' and W' even for H.264."""
+    font, size = ImageFont.load_default(12), next(iter(videos.values())).shape
+    titles = [textwrap.fill(title, max(1, int(size[3] / font.getlength("n")))) for title in videos]
+    head = torch.full((3, 6 + 16 * max(1 + title.count("\n") for title in titles), size[3]), 255, dtype=torch.uint8)
+    columns = []
+    for title, video in zip(titles, videos.values(), strict=True):
+        picture = TF.to_pil_image(head)
+        ImageDraw.Draw(picture).multiline_text((4, 2), title, "black", font)
+        column = torch.cat([TF.pil_to_tensor(picture).expand(len(video), -1, -1, -1), video], dim=2)
+        columns.append(F.pad(column, (0, 4), value=255))
+    sheet = torch.cat(columns, dim=3)
+    return F.pad(sheet, (0, sheet.shape[3] % 2, 0, sheet.shape[2] % 2), value=255)

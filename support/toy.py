@@ -1,11 +1,11 @@
-"""The toy videos that every stage runs on by default: one shape on a smooth background, moving in one of eight directions.
+"""The toy videos, which every stage runs on by default: one shape that moves in one of eight directions.
 
-    python -m support.toy toy_videos        # renders what is not there yet; the stages do it by themselves on first use
+    python -m support.toy toy_videos        # renders what is missing; the stages do so on first use
     python -m support.toy toy_ava --ava     # several shapes at a time, annotated as AVA is, for detect_ava.py
 
-Motion alone decides the class, as in Something-Something: in every frame of every class the shape is anywhere with the
-same probability (it wraps around), so a single frame is worth chance. Backgrounds and shapes are smooth colour gradients:
-a tenth of the cubes tells much about the colours of the others, and what is left to learn is where the shape will be.
+Only motion tells the class, as in Something-Something: in every frame of every class the shape is anywhere with the
+same probability. Backgrounds and shapes are smooth colour gradients: a tenth of the cubes tells most about the colours
+of the others, and what is left to learn is where the shape will be.
 """
 
 import argparse
@@ -13,307 +13,234 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 
 from support.config import UserError
-from support.run import (
-    launch,
-    pick_below,
-    sample_generator,
-)
-from support.video import (
-    write_mp4,
-)
+from support.run import launch, pick_below, sample_generator
+from support.video import write_mp4
 
-CLASSES = tuple(f"moving {way}" for way in ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right"))
-SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames a video, frames a second
-FOLDER = Path("toy_videos")
-VIDEOS = {"train": 4000, "val": 800}
+X, Y, TURN, GROW = torch.eye(4, dtype=torch.float64)  # what a motion changes from frame to frame
+WAYS = "right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right"
+STEPS = {f"moving {way}": math.cos(math.pi * i / 4) * X + math.sin(math.pi * i / 4) * Y for i, way in enumerate(WAYS)}
+CLASSES = tuple(STEPS)
+SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames per video, frames per second
+FOLDER, VIDEOS = Path("toy_videos"), {"train": 4000, "val": 800}
+
+# Toy AVA: moving, turning and growing stand for AVA's three groups of actions.
+STEPS |= {"turning left": -TURN, "turning right": TURN, "growing": GROW, "shrinking": -GROW}
+GROUPS = ["PERSON_MOVEMENT"] * 8 + ["OBJECT_MANIPULATION"] * 2 + ["PERSON_INTERACTION"] * 2
+ACTIONS = dict(zip(STEPS, GROUPS, strict=True))
+ROW = "{},{:.3f},{:.3f},{:.3f},{:.3f},{},{:.3g}\n"  # video and second, box, action, person or score
+AVA_HEIGHT, AVA_WIDTH, AVA_FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
+AVA_FOLDER, AVA_VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
+
+
+def find(data: SimpleNamespace) -> tuple[str, str, str]:
+    """`data.root`, `data.train` and `data.val` of a configuration; without a root those of the toy videos."""
+    return (data.root, data.train, data.val) if data.root else (str(render(FOLDER)), "train", "val")
+
+
+def find_ava(data: SimpleNamespace) -> Path:
+    """`data.root` of a configuration; without one the folder of the toy videos for action detection."""
+    return Path(data.root) if data.root else render_ava(AVA_FOLDER)
 
 
 def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path:
-    """Make sure that `folder` holds the toy videos as split/class/number.mp4 and classes.txt; returns `folder`.
+    """Make sure that `folder` holds the toy videos as split/class/number.mp4 and classes.txt. Returns `folder`.
 
-    Every video depends on (seed, split, number) alone and is renamed into place when whole, so an interrupted rendering
-    is finished by the next call. Raises UserError if the folder holds videos of other settings.
+    Every video depends on (seed, split, number) alone; what an interrupted call has left is used. Under torchrun one
+    process of each machine renders while the others wait. Raises UserError if the videos there have other settings.
     """
-    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, classes=list(CLASSES))
-    if _begin(folder, settings, [f"{split}/{name}" for split in videos for name in CLASSES], "classes.txt"):
-        wanted = [(split, number) for split, count in videos.items() for number in range(count)]
-        with _processes() as pool:
-            done = pool.imap_unordered(partial(_render_one, folder, seed), wanted, chunksize=16)
-            for _ in tqdm(done, f"rendering toy videos into {folder}", len(wanted), unit="video"):
-                pass
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))  # last: it says that all are there
+    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, classes=CLASSES)
+    return _render(folder, settings, False, "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+
+
+def render_ava(folder: Path, videos: dict[str, int] = AVA_VIDEOS, seed: int = 0) -> Path:
+    """Like `render`, but several shapes per video, in AVA's layout: videos/ (from second 900), annotations/, boxes/."""
+    settings = dict(seed=seed, videos=videos, size=[AVA_HEIGHT, AVA_WIDTH], frames=AVA_FRAMES, classes=[*ACTIONS])
+    label = 'label {{\n  name: "{}"\n  label_id: {}\n  label_type: {}\n}}\n'
+    labels = "".join(label.format(name, number, group) for number, (name, group) in enumerate(ACTIONS.items(), 1))
+    return _render(folder, settings, True, "annotations/ava_action_list_v2.2.pbtxt", labels)
+
+
+def _render(folder: Path, settings: dict, ava: bool, last: str, text: str) -> Path:
+    """Write all videos and their annotations. The file `last`, with `text`, says that everything is there."""
+    mark, texts, rank = folder / "settings.json", {}, int(os.environ.get("LOCAL_RANK", 0))
+    if rank == 0 and mark.exists() and mark.read_text("utf-8") != json.dumps(settings):
+        raise UserError(f"{folder} holds toy videos of other settings; delete it or choose another folder")
+    if rank == 0 and not (mark.exists() and (folder / last).exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(settings), "utf-8")
+        wanted = [(split, number) for split, count in settings["videos"].items() for number in range(count)]
+        # spawn, not fork: PyTorch's threads may be running already
+        with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            done = pool.imap(partial(_render_one, folder, settings["seed"], ava), wanted, chunksize=8)
+            for rows in tqdm(done, f"rendering toy videos into {folder}", len(wanted), unit="video"):
+                texts |= {name: texts.get(name, "") + some for name, some in rows.items()}
+        for name, content in (texts | {last: text}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content, "utf-8")
+    if dist.is_initialized():
+        dist.barrier()
     return folder
 
 
-def _begin(folder: Path, settings: dict, subfolders: list[str], last: str) -> bool:
-    """Whether anything is to be rendered into `folder`: not if the file `last` is there. UserError if it holds other settings."""
-    mark = folder / "settings.json"
-    if mark.exists() and mark.read_text() != json.dumps(settings):
-        raise UserError(f"{folder} holds toy videos of other settings; delete it or choose another folder")
-    if mark.exists() and (folder / last).exists():
-        return False
-    for name in subfolders:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(settings))
-    return True
-
-
-def _processes() -> Pool:
-    # spawn, not fork: PyTorch's threads may be running already
-    return multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _write_once(path: Path, frames: Tensor) -> None:
-    part = path.with_suffix(".part")
-    # Nearly lossless: per-cube normalisation would blow up the coding noise of flat areas.
-    write_mp4(part, frames, RATE, quantizer=10)
-    os.replace(part, path)
-
-
-def find(data: SimpleNamespace, world_size: int) -> tuple[str, str, str]:
-    """`data.root`, `data.train` and `data.val` of a configuration as they are; without a root the toy videos, rendered if need be."""
-    if data.root:
-        return data.root, data.train, data.val
-    return on_first_use(render, FOLDER, world_size), "train", "val"
-
-
-def on_first_use(render: Callable[[Path], Path], folder: Path, world_size: int) -> str:
-    """The folder, rendered if need be by one process of each machine while the others wait."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        render(folder)
-    if world_size > 1:
-        dist.barrier()
-    return str(folder)
-
-
-def _render_one(folder: Path, seed: int, wanted: tuple[str, int]) -> None:
+def _render_one(folder: Path, seed: int, ava: bool, wanted: tuple[str, int]) -> dict[str, str]:
+    """Write one video if it is missing. Returns the rows that annotate it, by file."""
     split, number = wanted
-    motion = CLASSES[number % len(CLASSES)]
-    path = folder / split / motion / f"{number:05d}.mp4"
-    if not path.exists():
+    if ava:
+        generator, name = sample_generator(seed, list(AVA_VIDEOS).index(split), number), f"{split}_{number:05d}"
+        path = folder / "videos" / f"{name}.mp4"
+        clip, shapes = render_scene(generator)
+        rows = _annotate(name, split, shapes, generator)
+    else:
         generator = torch.Generator().manual_seed((seed * len(VIDEOS) + list(VIDEOS).index(split)) * 10**7 + number)
-        _write_once(path, render_clip(motion, generator))
-
-
-def _uniform(generator: torch.Generator, low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def trajectory(motion: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Position x and y in pixels, angle in turns and size in pixels of the shape in each frame: four times (FRAMES,).
-
-    The first frame is drawn alike for all classes; as positions wrap around, uniform stays uniform in all others.
-    Fast shapes matter: at 1.5 to 3 pixels a frame, hidden cubes can be guessed nearly as well without knowing the way
-    that the shape takes, and pre-training takes twice as many clips to learn it.
-    """
-    uniform = partial(_uniform, generator)
-    x, y, turn, size, speed = uniform(0, SIZE), uniform(0, SIZE), uniform(0, 1), uniform(11, 22), uniform(2.5, 4)
-    direction = 2 * math.pi * CLASSES.index(motion) / len(CLASSES)
-    time, still = torch.arange(FRAMES).float(), torch.ones(FRAMES)
-    return x + speed * math.cos(direction) * time, y + speed * math.sin(direction) * time, turn * still, size * still
+        motion = CLASSES[number % len(CLASSES)]
+        path = folder / split / motion / f"{number:05d}.mp4"
+        clip, rows = render_clip(motion, generator), {}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2)  # (T, 3, H, W)
+        # Nearly lossless: dividing by a cube's std would amplify the coding noise of flat areas.
+        write_mp4(path.with_suffix(".part"), frames, RATE, quantizer=10)
+        os.replace(path.with_suffix(".part"), path)
+    return rows
 
 
 def render_clip(motion: str, generator: torch.Generator) -> Tensor:
-    """One video as uint8 (FRAMES, 3, SIZE, SIZE)."""
-    x, y, turn, size = (of_frame[:, None, None] for of_frame in trajectory(motion, generator))
-    columns, rows, background = _background(SIZE, SIZE, generator)
-    # Nearest copy of the shape on a torus: what leaves on one side comes back on the other.
-    dx = (columns - x + SIZE / 2) % SIZE - SIZE / 2  # (FRAMES, SIZE, SIZE)
-    dy = (rows - y + SIZE / 2) % SIZE - SIZE / 2
-    inside, shape = _shape(dx, dy, turn, size, background, generator)
-    return _to_bytes(background + inside * (shape - background))
+    """One video, (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
+    state, canvas = trajectory(motion, generator), _canvas(SIZE, SIZE, generator)
+    return _paint(canvas[2], canvas, state, generator, wrap=True)[0]
 
 
-def _background(height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each pixel's centre lies, x and y (H, W), and the background (H, W, 3)."""
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    return columns, rows, _gradient(columns / width, rows / height, torch.rand(4, 3, generator=generator))
+def trajectory(motion: str, generator: torch.Generator) -> Tensor:
+    """x and y in pixels, angle in turns and size in pixels of the shape in each frame: (4, FRAMES).
+
+    The first frame is sampled alike for all classes; as positions wrap around, uniform stays uniform in all others.
+    Slower shapes take twice as many clips to learn: masked cubes can be guessed nearly as well without their direction.
+    """
+    *start, speed = _uniform(generator, (0, SIZE), (0, SIZE), (0, 1), (11, 22), (2.5, 4))
+    return torch.tensor(start)[:, None] + (speed * STEPS[motion]).float()[:, None] * torch.arange(FRAMES)
 
 
-def _shape(dx: Tensor, dy: Tensor, turn: Tensor, size: Tensor, background: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """How much each pixel, dx and dy (T, H, W) from a shape's centre, belongs to it (T, H, W, 1), and its colours (T, H, W, 3)."""
+def _uniform(generator: torch.Generator, *ranges: tuple[float, float]) -> list[float]:
+    return [low + (high - low) * float(torch.rand((), generator=generator)) for low, high in ranges]
+
+
+def _canvas(height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x and y of each pixel's centre (H, W, 1), and a background (H, W, 3)."""
+    y, x, _ = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, torch.zeros(1), indexing="ij")
+    return x, y, _gradient(x / width, y / height, torch.rand(4, 3, generator=generator))
+
+
+def _paint(clip: Tensor, canvas: tuple, state: Tensor, generator: torch.Generator, wrap: bool) -> tuple[Tensor, Tensor]:
+    """Paint a shape that moves as `state` (4, T) says. Returns the clip (T, H, W, 3) and the shape's mask (T, H, W)."""
+    x, y, turn, size = state[..., None, None, None]  # (T, 1, 1, 1) each
+    dx, dy = canvas[0] - x, canvas[1] - y  # from the shape's centre, (T, H, W, 1)
+    if wrap:  # to its nearest copy on a torus: what leaves on one side comes back on the other
+        dx, dy = ((d + SIZE / 2) % SIZE - SIZE / 2 for d in (dx, dy))
     angle = 2 * math.pi * turn
-    u = (dx * angle.cos() + dy * angle.sin()) / size  # the shape's own axes, about -1 to 1
+    u = (dx * angle.cos() + dy * angle.sin()) / size  # along the shape's own axes, about -1 to 1
     v = (dy * angle.cos() - dx * angle.sin()) / size
-    outline = _outline(torch.atan2(v, u), int(torch.randint(6, (), generator=generator)))
-    inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)[..., None]  # anti-aliased edge
-    other = 0.25 + 0.5 * ((background.mean(dim=(0, 1)) + 0.5) % 1)  # a colour that stands out, and room around it
-    colours = other + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5)
-    return inside, _gradient((u + 1) / 2, (v + 1) / 2, colours)
-
-
-def _to_bytes(clip: Tensor) -> Tensor:
-    return (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2)  # (T, 3, H, W)
-
-
-def _gradient(u: Tensor, v: Tensor, corners: Tensor) -> Tensor:
-    """Bilinear blend of four corner colours (4, 3) over coordinates from 0 to 1: (..., 3)."""
-    u, v = u[..., None], v[..., None]
-    return (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[2] + u * corners[3])
+    outline = _outline(torch.atan2(v, u), pick_below(6, generator))
+    inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)  # anti-aliased edge
+    other = 0.25 + 0.5 * ((canvas[2].mean(dim=(0, 1)) + 0.5) % 1)  # a colour that stands out, and room around it
+    shape = _gradient((u + 1) / 2, (v + 1) / 2, other + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5))
+    return clip + inside * (shape - clip), inside[..., 0] > 0.5
 
 
 def _outline(theta: Tensor, kind: int) -> Tensor:
-    """Radius, at most about 1, of one of six outlines in the direction theta."""
+    """Radius, at most 1, of one of six outlines in the direction theta."""
     if kind < 3:  # triangle, square, pentagon
         sector = 2 * math.pi / (kind + 3)
         return math.cos(sector / 2) / (theta % sector - sector / 2).cos()
-    if kind == 3:  # three-leaved flower
+    if kind == 3:  # flower of three leaves
         return 0.7 + 0.3 * (3 * theta).cos()
     if kind == 4:  # ellipse
         return 0.5 / (1 - 0.75 * theta.cos() ** 2).sqrt()
     return 0.65 + 0.35 * theta.cos()  # drop
 
 
-# ---- toy AVA: several shapes, each doing one or two things at a time, with annotations in AVA's own formats ----
-
-# Shapes do not handle objects: directions, turning and growing stand for AVA's three groups of actions.
-KINDS = {
-    "PERSON_MOVEMENT": CLASSES,
-    "OBJECT_MANIPULATION": ("turning left", "turning right"),
-    "PERSON_INTERACTION": ("growing", "shrinking"),
-}
-ACTIONS = tuple(name for kind in KINDS.values() for name in kind)
-AVA_HEIGHT, AVA_WIDTH, AVA_FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
-RADIUS = 10, 20  # pixels, of the smallest and the largest shape
-EXCLUDED, MISSED, FALSE = 0.05, 0.05, 0.2  # shares: key frames excluded, boxes that the detector misses, frames with a false box
-AVA_FOLDER = Path("toy_ava")
-AVA_VIDEOS = {"train": 800, "val": 160}
+def _gradient(u: Tensor, v: Tensor, corners: Tensor) -> Tensor:
+    """Bilinear blend of four corner colours (4, 3) at coordinates (..., 1) from 0 to 1: (..., 3)."""
+    return (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[2] + u * corners[3])
 
 
-def render_ava(folder: Path, videos: dict[str, int] = AVA_VIDEOS, seed: int = 0) -> Path:
-    """Make sure that `folder` holds toy videos of several shapes with annotations as AVA distributes them; returns `folder`.
+def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], Tensor]]]:
+    """Two to four shapes: the clip (AVA_FRAMES, H, W, 3), and for each shape its motions and its boxes (AVA_FRAMES, 4).
 
-    videos/<split>_<number>.mp4, cut to start at second 900; in annotations/ the ground truth and excluded frames of each
-    split and the list of actions; in boxes/ what a person detector might have found, as SlowFast has it.
+    Boxes are x1, y1, x2, y2 in fractions of width and height; NaN where the centre is outside or half is covered.
     """
-    settings = dict(seed=seed, videos=videos, size=[AVA_HEIGHT, AVA_WIDTH], frames=AVA_FRAMES, classes=list(ACTIONS))
-    last = "annotations/ava_action_list_v2.2.pbtxt"
-    if _begin(folder, settings, ["videos", "annotations", "boxes"], last):
-        with _processes() as pool:
-            for split, count in videos.items():
-                done = pool.imap(partial(_render_ava_video, folder, split, seed), range(count), chunksize=4)
-                texts = list(tqdm(done, f"rendering toy videos for detection into {folder}", count, unit="video"))
-                truth, exclusions, detected = ("".join(text) for text in zip(*texts))
-                (folder / f"annotations/ava_{split}_v2.2.csv").write_text(truth)
-                (folder / f"annotations/ava_{split}_excluded_timestamps_v2.2.csv").write_text(exclusions)
-                (folder / f"boxes/ava_{split}_predicted_boxes.csv").write_text(detected)
-        items = enumerate(((name, kind) for kind, names in KINDS.items() for name in names), 1)
-        blocks = (f'label {{\n  name: "{name}"\n  label_id: {number}\n  label_type: {kind}\n}}\n' for number, (name, kind) in items)
-        (folder / last).write_text("".join(blocks))
-    return folder
-
-
-def _render_ava_video(folder: Path, split: str, seed: int, number: int) -> tuple[str, str, str]:
-    """Render one video if it is not there yet; returns its rows of ground truth, excluded frames and detected boxes."""
-    generator = sample_generator(seed, list(AVA_VIDEOS).index(split), number)
-    frames, shapes = render_scene(generator)
-    video = f"{split}_{number:05d}"
-    path = folder / "videos" / f"{video}.mp4"
-    if not path.exists():
-        _write_once(path, frames)
-
-    def chance(probability: float) -> bool:
-        return bool(torch.rand((), generator=generator) < probability)
-
-    def row(box: Tensor, action: int | str, last: float) -> str:
-        return f"{video},{second:04d},{','.join(f'{edge:.3f}' for edge in box.clamp(0, 1).tolist())},{action},{last:.3g}\n"
-
-    truth, exclusions, detected = "", "", ""
-    for second in range(901, 900 + AVA_FRAMES // RATE):
-        frame = (second - 900) * RATE
-        exclusions += f"{video},{second:04d}\n" if chance(EXCLUDED) else ""
-        for person, (motions, boxes) in enumerate(shapes):
-            if boxes[frame] is None:
-                continue
-            box = torch.tensor(boxes[frame]) / torch.tensor([AVA_WIDTH, AVA_HEIGHT] * 2)
-            truth += "".join(row(box, ACTIONS.index(motion) + 1, person) for motion in motions[frame])
-            if not chance(MISSED):  # each edge up to a tenth of the side too far in or out; a few scores below 0.8
-                found = box + 0.2 * (torch.rand(4, generator=generator) - 0.5) * (box[2:] - box[:2]).repeat(2)
-                detected += row(found, "", 0.78 + 0.22 * float(torch.rand((), generator=generator)))
-        if chance(FALSE):
-            corner, sides = torch.rand(2, generator=generator) * 0.7, 0.2 + 0.1 * torch.rand(2, generator=generator)
-            detected += row(torch.cat([corner, corner + sides]), "", 0.5 + 0.4 * float(torch.rand((), generator=generator)))
-    return truth, exclusions, detected
-
-
-def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], list[tuple | None]]]]:
-    """Two to four shapes: uint8 (AVA_FRAMES, 3, H, W), and of each shape its motions and its box in every frame.
-
-    A box is (x1, y1, x2, y2) in pixels, or None where the shape's centre is outside or others hide more than half of it.
-    """
-    columns, rows, background = _background(AVA_HEIGHT, AVA_WIDTH, generator)
-    clip = background.expand(AVA_FRAMES, -1, -1, -1)  # (AVA_FRAMES, H, W, 3)
-    tracks, masks = [], []
+    canvas = _canvas(AVA_HEIGHT, AVA_WIDTH, generator)
+    clip, layers, shapes, covered = canvas[2], [], [], False
     for _ in range(2 + pick_below(3, generator)):
-        motions, *state = track(generator)
-        x, y, turn, size = (of_frame[:, None, None] for of_frame in state)
-        inside, shape = _shape(columns - x, rows - y, turn, size, background, generator)
-        clip = clip + inside * (shape - clip)
-        masks.append(inside[..., 0] > 0.5)
-        tracks.append((motions, (x >= 0) & (x < AVA_WIDTH) & (y >= 0) & (y < AVA_HEIGHT)))
-    shapes = []
-    for place, (motions, within) in enumerate(tracks):
-        hidden = torch.stack([*masks[place + 1 :], torch.zeros_like(masks[place])]).any(dim=0)  # by those painted later
-        boxes = [
-            _box_of(mask) if seen and (mask & ~above).sum() > 0.5 * mask.sum() else None
-            for mask, above, seen in zip(masks[place], hidden, within)
-        ]
-        shapes.append((motions, boxes))
-    return _to_bytes(clip), shapes
+        motions, state = track(generator)
+        clip, mask = _paint(clip, canvas, state, generator, wrap=False)
+        layers.append((motions, state, mask))
+    for motions, (x, y, *_), mask in reversed(layers):  # from front to back
+        seen = (x >= 0) & (x < AVA_WIDTH) & (y >= 0) & (y < AVA_HEIGHT)  # (AVA_FRAMES,)
+        seen &= (mask & ~covered).sum(dim=(1, 2)) > 0.5 * mask.sum(dim=(1, 2))
+        boxes = torch.full((AVA_FRAMES, 4), math.nan)
+        boxes[seen] = masks_to_boxes(mask[seen]) + torch.tensor([0, 0, 1, 1])
+        shapes.insert(0, (motions, boxes / torch.tensor([AVA_WIDTH, AVA_HEIGHT] * 2)))
+        covered = mask | covered
+    return clip, shapes
 
 
-def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
-    """The box around the true pixels of a mask (H, W)."""
-    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
+    """A shape's motions in each frame, and its x, y, angle and size as in `trajectory`: (4, AVA_FRAMES).
 
-
-def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor, Tensor, Tensor, Tensor]:
-    """The motions of a shape in each frame, then x and y in pixels, angle in turns and size in pixels: four times (AVA_FRAMES,).
-
-    A shape moves in one direction and, in half of the cases, also turns or grows; the second half of the video draws anew.
-    Here too a single frame tells nothing about the motions: positions are uniform on a torus, that of the frame and a
-    margin as wide as the largest shape, and every angle and size is equally frequent.
+    It moves in one direction and, in half of the cases, also turns or grows; both change halfway. A single frame tells
+    nothing here either: every position on a torus, every angle and every size is equally frequent.
     """
-    uniform = partial(_uniform, generator)
-    movement, *others = KINDS.values()
-    halves = []
+    motions = []
     for _ in range(2):
-        doing = [movement[pick_below(len(movement), generator)]]
+        doing = [CLASSES[pick_below(len(CLASSES), generator)]]
         if pick_below(2, generator):
-            other = others[pick_below(len(others), generator)]
-            doing.append(other[pick_below(len(other), generator)])
-        halves.append(doing)
-    motions = [halves[2 * frame // AVA_FRAMES] for frame in range(AVA_FRAMES)]
+            doing.append([*ACTIONS][len(CLASSES) + 2 * pick_below(2, generator) + pick_below(2, generator)])
+        motions += [doing] * (AVA_FRAMES // 2)
+    width, height = AVA_WIDTH + 2 * 20, AVA_HEIGHT + 2 * 20  # a torus: the frame and a margin of 20 pixels
+    speed, turning, growing = _uniform(generator, (2.5, 4), (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
+    start = torch.tensor(_uniform(generator, (0, width), (0, height), (0, 1), (0, 1)))
+    steps = torch.stack([sum(STEPS[name] for name in doing) for doing in motions])  # (AVA_FRAMES, 4)
+    steps = (steps * torch.tensor([speed, speed, turning, growing], dtype=torch.float64)).float()
+    x, y, turn, phase = (steps.cumsum(dim=0) - steps[0] + start).T  # (AVA_FRAMES,) each
+    phase = phase % 1  # 90 % of a cycle one way, then quickly back
+    size = 10 * 2 ** torch.where(phase < 0.9, phase / 0.9, (1 - phase) / 0.1)  # 10 to 20 pixels
+    return motions, torch.stack([x % width - 20, y % height - 20, turn, size])
 
-    def path(steps: dict[str, float]) -> Tensor:
-        """How far the shape has come since the first frame, given each motion's step per frame: (AVA_FRAMES,)."""
-        step = torch.tensor([sum(steps.get(motion, 0.0) for motion in doing) for doing in motions])
-        return step.cumsum(0) - step[0]
 
-    speed, turning, growing = uniform(2.5, 4), uniform(1 / 60, 1 / 30), uniform(1 / 40, 1 / 24)  # pixels, turns, cycles a frame
-    angles = {name: 2 * math.pi * place / len(CLASSES) for place, name in enumerate(CLASSES)}
-    width, height = AVA_WIDTH + 2 * RADIUS[1], AVA_HEIGHT + 2 * RADIUS[1]  # of the torus
-    x = path({name: speed * math.cos(angle) for name, angle in angles.items()}) + uniform(0, width)
-    y = path({name: speed * math.sin(angle) for name, angle in angles.items()}) + uniform(0, height)
-    turn = path({"turning left": -turning, "turning right": turning}) + uniform(0, 1)
-    phase = (path({"growing": growing, "shrinking": -growing}) + uniform(0, 1)) % 1
-    slow = 0.9  # share of the cycle in which the shape grows; then it is back quickly. Every size is equally frequent both ways.
-    growth = torch.where(phase < slow, phase / slow, (1 - phase) / (1 - slow))  # 0 to 1
-    size = RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** growth
-    return motions, x % width - RADIUS[1], y % height - RADIUS[1], turn, size
+def _annotate(video: str, split: str, shapes: list, generator: torch.Generator) -> dict[str, str]:
+    """A video's rows of ground truth, of excluded key frames, and of the boxes that a detector might find, by file."""
+    rand, truth, excluded, detected = partial(torch.rand, generator=generator), "", "", ""
+    for second in range(901, 900 + AVA_FRAMES // RATE):
+        frame, key = (second - 900) * RATE, f"{video},{second:04d}"
+        excluded += f"{key}\n" if rand(()) < 0.05 else ""
+        for person, (motions, boxes) in enumerate(shapes):
+            box = boxes[frame]
+            if box.isnan().any():
+                continue
+            for motion in motions[frame]:
+                truth += ROW.format(key, *box.clamp(0, 1).tolist(), [*ACTIONS].index(motion) + 1, person)
+            if rand(()) >= 0.05:  # detected, each edge up to a tenth of the side off; a few scores below 0.8
+                box = box + 0.2 * (rand(4) - 0.5) * (box[2:] - box[:2]).repeat(2)
+                detected += ROW.format(key, *box.clamp(0, 1).tolist(), "", 0.78 + 0.22 * float(rand(())))
+        if rand(()) < 0.2:  # a false detection
+            corner, sides = rand(2) * 0.7, 0.2 + 0.1 * rand(2)
+            detected += ROW.format(key, *corner.tolist(), *(corner + sides).tolist(), "", 0.5 + 0.4 * float(rand(())))
+    return {
+        f"annotations/ava_{split}_v2.2.csv": truth,
+        f"annotations/ava_{split}_excluded_timestamps_v2.2.csv": excluded,
+        f"boxes/ava_{split}_predicted_boxes.csv": detected,
+    }
 
 
 def main() -> None:
