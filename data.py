@@ -21,8 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from masking import split
 from support.config import UserError
-from support.run import pick_below as random_below
-from support.run import sample_generator
+from support.run import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]

@@ -93,11 +93,10 @@ def train(config: SimpleNamespace) -> None:
     model = build(config, len(names)).to(run.device)
     if config.run.recompute:
         recompute_blocks(model)
-    clips = data.LabelledClips(
-        videos, config.data, data.Augmentation(config.data), config.data.repeats, config.run.seed
-    )
+    augment, repeats = data.Augmentation(config.data), config.data.repeats
+    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # stops here if no video can be read
-    run.plan(len(videos), config.data.repeats)
+    run.plan(len(videos), repeats)
     if run.per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
         what = "one video at a time has no other to be mixed with"
         raise UserError(f"{what}: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")
@@ -108,7 +107,7 @@ def train(config: SimpleNamespace) -> None:
         f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes; "
         f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels, "
-        f"{config.data.repeats} of each video\nlearning rate x {groups[0]['lr_scale']:.3g} in the cube embedding"
+        f"{repeats} of each video\nlearning rate x {groups[0]['lr_scale']:.3g} in the cube embedding"
     )
     facts = dict(model_options=model.options, positions=model.encoder.pos_embed, classes=names)
     run.open(dict(model=model, optimizer=optimizer), **facts)
@@ -124,7 +123,7 @@ def train(config: SimpleNamespace) -> None:
             group["lr"] = lr * group["lr_scale"]
         for frames, labels in run.micro_batches(batches):  # (B, repeats, T, 3, H, W), (B,)
             targets = soft_targets(labels, len(names), config.optim.label_smoothing)  # (B, classes)
-            targets = targets.repeat(config.data.repeats, 1)  # (repeats B, classes)
+            targets = targets.repeat(repeats, 1)  # (repeats B, classes)
             # First one augmentation of all videos, then the next: mixup mixes clips of different videos.
             clip = data.normalize(
                 rearrange(frames, "B repeats T c H W -> (repeats B) T c H W")

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from support.config import UserError
-from support.run import say
+from support.config import UserError, say
 from support.video import write_mp4
 
 

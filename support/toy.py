@@ -24,7 +24,7 @@ from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 
 from support.config import UserError
-from support.run import launch, pick_below, sample_generator
+from support.run import launch, random_below, sample_generator
 from support.video import write_mp4
 
 X, Y, TURN, GROW = torch.eye(4, dtype=torch.float64)  # what a motion changes from frame to frame
@@ -150,7 +150,7 @@ def _paint(clip: Tensor, canvas: tuple, state: Tensor, generator: torch.Generato
     angle = 2 * math.pi * turn
     u = (dx * angle.cos() + dy * angle.sin()) / size  # along the shape's own axes, about -1 to 1
     v = (dy * angle.cos() - dx * angle.sin()) / size
-    outline = _outline(torch.atan2(v, u), pick_below(6, generator))
+    outline = _outline(torch.atan2(v, u), random_below(6, generator))
     inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)  # anti-aliased edge
     other = 0.25 + 0.5 * ((canvas[2].mean(dim=(0, 1)) + 0.5) % 1)  # a colour that stands out, and room around it
     shape = _gradient((u + 1) / 2, (v + 1) / 2, other + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5))
@@ -181,7 +181,7 @@ def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[li
     """
     canvas = _canvas(AVA_HEIGHT, AVA_WIDTH, generator)
     clip, layers, shapes, covered = canvas[2], [], [], False
-    for _ in range(2 + pick_below(3, generator)):
+    for _ in range(2 + random_below(3, generator)):
         motions, state = track(generator)
         clip, mask = _paint(clip, canvas, state, generator, wrap=False)
         layers.append((motions, state, mask))
@@ -203,9 +203,9 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
     """
     motions = []
     for _ in range(2):
-        doing = [CLASSES[pick_below(len(CLASSES), generator)]]
-        if pick_below(2, generator):
-            doing.append([*ACTIONS][len(CLASSES) + 2 * pick_below(2, generator) + pick_below(2, generator)])
+        doing = [CLASSES[random_below(len(CLASSES), generator)]]
+        if random_below(2, generator):
+            doing.append([*ACTIONS][len(CLASSES) + 2 * random_below(2, generator) + random_below(2, generator)])
         motions += [doing] * (AVA_FRAMES // 2)
     width, height = AVA_WIDTH + 2 * 20, AVA_HEIGHT + 2 * 20  # a torus: the frame and a margin of 20 pixels
     speed, turning, growing = _uniform(generator, (2.5, 4), (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from masking import Grid
 from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
-from support.config import UserError, as_dict, load_config
-from support.run import launch, say
+from support.config import UserError, as_dict, load_config, say
+from support.run import launch
 
 # This project's names are the official ones. Parts of other names and of these, replaced one after the other:
 HUGGING_FACE = [  # in both directions
