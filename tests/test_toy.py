@@ -79,7 +79,7 @@ def test_a_single_frame_does_not_tell_the_class():
 @pytest.mark.parametrize("motion", toy.CLASSES)
 def test_shapes_are_drawn_where_the_trajectory_says(motion):
     """Two frames differ inside the circles around their two positions, and nowhere else."""
-    clip = toy.render_clip(motion, torch.Generator().manual_seed(7)).float()  # (T, 3, H, W)
+    clip = 255 * toy.render_clip(motion, torch.Generator().manual_seed(7)).permute(0, 3, 1, 2)  # (T, 3, H, W)
     x, y, _, size = toy.trajectory(motion, torch.Generator().manual_seed(7))
     rows, columns = torch.meshgrid(torch.arange(toy.SIZE) + 0.5, torch.arange(toy.SIZE) + 0.5, indexing="ij")
 

@@ -59,7 +59,7 @@ def test_prediction_and_loss_equal_transformers_both_ways(tmp_path, clip_size, c
         expected = theirs.eval()(clip.transpose(1, 2), bool_masked_pos=mask)
     assert relative(prediction, expected.logits) < 1e-5
     config = load_config(
-        pretrain.CONFIGS / "toy.yaml",
+        pretrain.DEFAULT.parent / "toy.yaml",
         [f"data.frames={clip_size[0]}", f"data.size={clip_size[1]}", f"model.cube={list(cube)}"],
     )
     loss = pretrain.Objective(config).loss(prediction, frames, masked)
