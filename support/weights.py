@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,12 @@ OTHERS = [  # regular expressions
 ]
 # Parts that a file may hold in vain, for models without them. Anything else that is left over is a mistake.
 PARTS = ("encoder.norm.", "fc_norm.", "encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.")
+# What official checkpoints hold next to tensors, plain values: the command line, learning rates computed by numpy.
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
+SAFE += [
+    (SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+]  # its module before and since numpy 2
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -66,8 +73,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
             content = load_file(path)
         else:
-            # Official checkpoints contain their command line, a plain container of values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(SAFE):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None

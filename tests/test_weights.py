@@ -1,11 +1,14 @@
 """Weights in all namings, against transformers, mmaction2 and image models; what configurations need of them."""
 
 import argparse
+import re
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +162,31 @@ def test_official_pretraining_checkpoint(tmp_path):
     assert same(model, source)
 
 
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_official_checkpoint_with_its_optimizer(tmp_path, module):
+    """As the authors' save_model writes it: their schedule is a numpy array, so learning rates are numpy's scalars."""
+    model = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-3)
+    schedule = np.linspace(0, 1e-3, 10)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = schedule[3] * group["lr_scale"], np.float32(0.05)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    scaler = {"scale": 65536.0, "_growth_tracker": np.int64(3)}
+    content = official_pretraining(model.state_dict()) | {"optimizer": optimizer.state_dict(), "scaler": scaler}
+    torch.save(content, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "official.pth", "w") as old:
+        for name in new.namelist():  # scalars are in one module until numpy 1, in the other since
+            content, count = re.subn(rb"numpy\._?core\.multiarray", f"{module}.multiarray".encode(), new.read(name))
+            assert bool(count) == name.endswith("data.pkl")
+            old.writestr(name, content)
+    again = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
+    support.weights.load_weights(again, tmp_path / "official.pth")
+    assert same(again, model)
+    groups = support.weights.read_checkpoint(tmp_path / "official.pth")[1]["optimizer"]["param_groups"]
+    assert groups[0]["lr"] == schedule[3] and groups[1]["weight_decay"] == np.float32(0.05)
+
+
 @pytest.mark.parametrize("wrapper", [None, "model", "module", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
 def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
@@ -236,12 +264,23 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
 
 
 class Evil:
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
     def __reduce__(self):
-        return print, ("code from a file was run",)
+        return self.call[0], self.call[1:]
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
-    torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Evil(print, "code from a file was run"),
+        np.array([Evil(print, "code from a file was run")], dtype=object),
+        Evil(np.frombuffer, b"12345678"),
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, evil):
+    torch.save({"model": {"lr": np.float64(0.1)}, "args": evil}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="safely"):
         support.weights.read_checkpoint(tmp_path / "evil.pth")
     assert "code from a file" not in capsys.readouterr().out
