@@ -22,11 +22,14 @@ from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_position
 from support.config import UserError, as_dict, load_config
 from support.run import launch, say
 
+# Where files keep a model's tensors, and what wrappers and other models put before their names.
+KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
+WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
 # This project's names are the official ones. Parts of other names and of these, replaced one after the other:
 HUGGING_FACE = [  # in both directions
-    ("videomae.embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
-    ("videomae.encoder.layer.", "encoder.blocks."),
-    ("videomae.layernorm.", "encoder.norm."),
+    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
+    ("encoder.layer.", "encoder.blocks."),
+    ("layernorm.", "encoder.norm."),
     ("decoder.decoder_layers.", "decoder.blocks."),
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
@@ -36,14 +39,12 @@ HUGGING_FACE = [  # in both directions
     (".output.dense.", ".mlp.fc2."),
 ]
 OTHERS = [  # regular expressions
-    (r"^(module|_orig_mod)\.", ""),  # of DataParallel, torch.compile
     (r"^(classifier|cls_head\.fc_cls)\.", "head."),  # Hugging Face, mmaction2
     (r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),  # transformers 5
     (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2
     (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
     (r"^roi_heads?\.(\w+\.)*(weight|bias)$", r"head.\2"),  # official action detection: the head's one layer
-    (r"^backbone\.", ""),
     (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models: the encoder alone
     (r"^encoder\.(?=head\.|fc_norm\.)", ""),
 ]
@@ -60,8 +61,8 @@ SAFE += [
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """A file's tensors under this project's names, and all that the file holds. Raises UserError.
 
-    Reads this project's files, official ones (tensors under `model`, `module` or at the top level), mmaction2's
-    (`state_dict`) and Hugging Face's, `.safetensors` if that package is installed. Never runs code from a file.
+    Reads this project's files, official ones, mmaction2's and Hugging Face's, `.safetensors` if that package is
+    installed, under any of `KEYS` and `WRAPPERS`. Never runs code from a file.
     Tensors stay in the file until they are used, so reading a file again costs next to nothing.
     """
     path = Path(path)
@@ -82,25 +83,28 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
-    keys = "model", "module", "state_dict"
-    state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    state = content
+    while inner := next((state[key] for key in KEYS if isinstance(state.get(key), dict)), None):
+        state = inner
     state = {str(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{path} holds no tensors under 'model', 'module', 'state_dict' or its top level")
+        raise UserError(f"{path} holds no tensors under {', '.join(map(repr, KEYS))} or its top level")
     return _to_own_names(state), content
 
 
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {}
     for key, value in state.items():
+        key = re.sub(WRAPPERS, "", key)
         for theirs, ours in HUGGING_FACE:
             key = key.replace(theirs, ours)
         for pattern, ours in OTHERS:
             key = re.sub(pattern, ours, key)
         own[key] = value
     for query in [key for key in own if key.endswith(".attn.query.weight")]:  # Hugging Face has three matrices
-        q, k, v = (own.pop(query.replace("query", name)) for name in ("query", "key", "value"))
-        own[query.replace("query", "qkv")] = torch.cat([q, k, v])  # (3 D, D)
+        three = [query.replace("query", name) for name in ("query", "key", "value")]
+        if all(key in own for key in three):
+            own[query.replace("query", "qkv")] = torch.cat([own.pop(key) for key in three])  # (3 D, D)
     return own
 
 
@@ -246,12 +250,13 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `VideoMAE` or `VideoClassifier` state dict under Hugging Face's names, as in the files on its hub."""
     renamed = {}
     for key, value in state.items():
+        prefix = "videomae." if key.startswith("encoder.") else ""
         key = re.sub(r"^head\.", "classifier.", key)
         for theirs, ours in HUGGING_FACE:
             key = key.replace(ours, theirs)
         parts = value.chunk(3) if key.endswith(".qkv.weight") else [value]
         for name, part in zip(("query", "key", "value"), parts, strict=False):
-            renamed[key.replace(".qkv.", f".{name}.")] = part.clone()
+            renamed[prefix + key.replace(".qkv.", f".{name}.")] = part.clone()
     return renamed
 
 

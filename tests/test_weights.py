@@ -201,6 +201,53 @@ def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
     assert same(model, source)
 
 
+@pytest.mark.parametrize("naming", ["own", "official", "hub"])
+@pytest.mark.parametrize(
+    "keys, prefix",
+    [
+        (["model_state_dict"], "module."),
+        (["model_state"], "_orig_mod.module."),
+        (["model_ema"], "module._orig_mod."),
+        (["state_dict"], "model.module.backbone."),
+        ([], "model.backbone."),
+        (["model", "state_dict"], "module.model._orig_mod.model."),
+    ],
+)
+def test_wrappers_in_any_order_and_depth(tmp_path, naming, keys, prefix):
+    source = randomize(m.VideoClassifier(**TINY, clip_size=(4, 32, 32)))
+    state = source.state_dict()
+    if naming == "official":
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    elif naming == "hub":
+        state = support.weights.to_hugging_face(state)
+    content = {prefix + key: value for key, value in state.items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "file.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    assert same(model, source)
+
+
+def test_a_part_that_was_compiled_and_a_model_without_head(tmp_path):
+    """torch.compile(model.encoder) names the wrapper in the middle; transformers' VideoMAEModel has no prefix."""
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    compiled = {key.replace("encoder.blocks", "encoder._orig_mod.blocks"): x for key, x in source.state_dict().items()}
+    bare = hugging_face(source).videomae
+    bare.load_state_dict(
+        {
+            key.replace("q_bias", "query.bias").replace("v_bias", "value.bias").removeprefix("videomae."): x
+            for key, x in support.weights.to_hugging_face(source.state_dict()).items()
+            if key.startswith("videomae.")
+        }
+    )
+    for state in (compiled, bare.state_dict()):
+        torch.save(state, tmp_path / "file.pth")
+        model = m.VideoClassifier(**{**TINY, "depth": 3}, clip_size=(4, 32, 32))
+        support.weights.load_weights(model, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+        assert same(model.encoder.blocks, source.encoder.blocks)
+
+
 def test_mmaction2_checkpoint(tmp_path):
     source = randomize(m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32)))
     names = {
