@@ -28,6 +28,8 @@ WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
 # This project's names are the official ones. Parts of other names and of these, replaced one after the other:
 HUGGING_FACE = [  # in both directions
     ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
+    ("embeddings.position_embeddings", "encoder.pos_embed"),
+    ("position_embeddings", "pos_embed"),
     ("encoder.layer.", "encoder.blocks."),
     ("layernorm.", "encoder.norm."),
     ("decoder.decoder_layers.", "decoder.blocks."),
@@ -89,7 +91,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     state = {str(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors under {', '.join(map(repr, KEYS))} or its top level")
-    return _to_own_names(state), content
+    state = _to_own_names(state)
+    if isinstance(content.get("positions"), Tensor):  # in this project's files
+        state["encoder.pos_embed"] = content["positions"]
+    return state, content
 
 
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,6 +110,8 @@ def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         three = [query.replace("query", name) for name in ("query", "key", "value")]
         if all(key in own for key in three):
             own[query.replace("query", "qkv")] = torch.cat([own.pop(key) for key in three])  # (3 D, D)
+    if "pos_embed" in own and "encoder_to_decoder.weight" not in own:  # otherwise it is the decoder's
+        own["encoder.pos_embed"] = own.pop("pos_embed")
     return own
 
 
@@ -116,15 +123,11 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
-    encoder, grid, positions = model.encoder, model.encoder.grid, None
-    if "model_options" in content:  # the table that the file's model was trained with
-        options = content["model_options"]
-        grid = cube_grid(options["clip_size"], options["cube"])
-        positions = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
-    elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
+    encoder, clip_size = model.encoder, _clip_size(content)
+    if state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
         say(f"{path}: weights of an image model, inflated to cubes")
-        state, positions = inflate(state, encoder.patch_embed.cube[0], encoder.grid)
-    state = {key: value for key, value in state.items() if not key.endswith("pos_embed")}
+        state = inflate(state, encoder.patch_embed.cube[0], encoder.grid)
+    tables = {key: state.pop(key) for key in ("encoder.pos_embed", "pos_embed") if key in state}
 
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
@@ -139,15 +142,23 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
         what = f"{path} does not fit this {type(model).__name__} (another model size, or another stage?)"
         raise UserError(f"{what}: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict({key: state[key] for key in own if key not in initial}, strict=False)
-    if positions is not None:
-        encoder.pos_embed.copy_(interpolate_positions(positions, grid, encoder.grid))
+    # Position tables belong to the clips of the training: those that the file names, else those of the model.
+    grid = cube_grid(clip_size, encoder.patch_embed.cube) if clip_size else encoder.grid
+    for key, part in (("encoder.pos_embed", encoder), ("pos_embed", model)):  # the decoder's is the model's
+        if hasattr(part, "pos_embed"):
+            computed = sincos_positions(math.prod(grid), part.pos_embed.shape[1])
+            table = tables.get(key, computed).float()  # (N, D) or (1, N, D)
+            if table.shape not in (computed.shape, (1, *computed.shape)):
+                what = f"a position table {key} of {tuple(table.shape)}, not {tuple(computed.shape)}"
+                raise UserError(f"{path} has {what}: set model.pretrained_clip to the clips that it was trained on")
+            part.pos_embed.copy_(interpolate_positions(table.reshape(computed.shape), grid, encoder.grid))
     for what, keys in (("not in the file, start fresh", initial), ("left over, not used", unused)):
         if keys:
             say(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}")
 
 
-def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str, Tensor], Tensor]:
-    """An image ViT's weights as a video model's, as in I3D, and a position table (N, D) for a grid of cubes.
+def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> dict[str, Tensor]:
+    """An image ViT's weights as a video model's, as in I3D, with a position table (N, D) for a grid of cubes.
 
     The patch kernel is repeated over frames and divided by their number: a still video gives what the image gave
     (Sec. 4.2, "Pre-training dataset"). The paper does not say what becomes of the positions. Here the image's, without
@@ -159,7 +170,7 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str
     for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
         q, _, v = video.pop(key).chunk(3)  # a bias of the keys changes nothing, see Attention
         video |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
-    image = video.pop("encoder.pos_embed", video.pop("pos_embed", None))  # (1, 1 + 14 * 14, D)
+    image = video.get("encoder.pos_embed")  # (1, 1 + 14 * 14, D)
     if image is None:
         what = "these weights of an image model hold no position table 'pos_embed'"
         raise UserError(f"{what}; give ones named as in timm or facebookresearch/mae")
@@ -169,7 +180,12 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str
     time = time - time.mean(dim=0)
     time = time * image.std() / time.std().clamp(min=1e-6)  # 0 if there is only one
     image = interpolate_positions(image, (1, side, side), (1, *grid[1:]))  # (H/16 * W/16, D)
-    return video, (time[:, None] + image[None]).flatten(0, 1)  # (N, D)
+    return video | {"encoder.pos_embed": (time[:, None] + image[None]).flatten(0, 1)}  # (N, D)
+
+
+def _clip_size(content: dict) -> list[int] | None:
+    """Frames, height and width of the clips that a file's model was trained on, if the file says so."""
+    return content["model_options"]["clip_size"] if "model_options" in content else None
 
 
 def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
@@ -228,8 +244,7 @@ def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
     """Arguments of `Encoder`: the model's size, and the clip size that the weights `init` were trained on."""
     clip_size = [config.data.frames, config.data.size, config.data.size]
     if config.init != "scratch":
-        options = read_checkpoint(config.init)[1].get("model_options", {})
-        clip_size = options.get("clip_size", config.model.pretrained_clip)
+        clip_size = _clip_size(read_checkpoint(config.init)[1]) or config.model.pretrained_clip
     return encoder_size(config.model.size) | dict(clip_size=clip_size, cube=config.model.cube)
 
 

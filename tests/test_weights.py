@@ -256,7 +256,7 @@ def test_mmaction2_checkpoint(tmp_path):
         "fc_norm": "backbone.fc_norm",
         "head": "cls_head.fc_cls",
     }
-    state = {"backbone.pos_embed": torch.zeros(1, 8, 48)}
+    state = {"backbone.pos_embed": m.sincos_positions(8, 48)[None]}
     for key, value in source.state_dict().items():
         for ours, theirs in names.items():
             if key.startswith(ours):
@@ -266,7 +266,7 @@ def test_mmaction2_checkpoint(tmp_path):
     torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mm.pth")
     model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
     support.weights.load_weights(model, tmp_path / "mm.pth")
-    assert same(model, source)
+    assert same(model, source) and torch.equal(model.encoder.pos_embed, source.encoder.pos_embed)
 
 
 def test_pretrained_encoder_into_classifier_says_what_is_fresh(tmp_path, capsys):
@@ -372,6 +372,67 @@ def test_weights_of_one_clip_size_run_at_another(tmp_path):
     with torch.no_grad():
         assert relative(large(clip), small(clip)) < 1e-6
         assert torch.equal(support.weights.build_from(m.VideoClassifier, tmp_path / "own.pt").eval()(clip), small(clip))
+
+
+# ---- stored position tables ----
+
+
+def logits_with(model: m.VideoClassifier, positions: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+    """Written out: positions (N, D) of the clip's own grid."""
+    x = model.encoder.patch_embed(clip) + positions
+    for block in model.encoder.blocks:
+        x = block(x)
+    return model.head(model.fc_norm(x.mean(dim=1)))
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.pos_embed", "backbone.pos_embed", "pos_embed", "videomae.embeddings.position_embeddings"]
+)
+@pytest.mark.parametrize("batched", [True, False])
+@torch.no_grad()
+def test_a_learned_position_table_is_used(tmp_path, name, batched):
+    source = randomize(m.VideoClassifier(**TINY, clip_size=(4, 48, 48)))
+    learned, clip = torch.randn(2 * 3 * 3, 48), torch.randn(1, 3, 4, 48, 48)
+    torch.save({**source.state_dict(), name: learned[None] if batched else learned}, tmp_path / "file.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48)).eval()
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    assert torch.equal(model(clip), logits_with(source, learned, clip))
+    larger = torch.randn(1, 3, 8, 64, 64)
+    stretched = m.interpolate_positions(learned, (2, 3, 3), (4, 4, 4))
+    assert torch.equal(model(larger), logits_with(source, stretched, larger))
+
+
+def test_a_position_table_of_other_clips_is_interpolated_or_refused(tmp_path):
+    source = m.VideoClassifier(**TINY, clip_size=(8, 48, 48))
+    content = {"model": {**source.state_dict(), "encoder.pos_embed": torch.randn(1, 4 * 3 * 3, 48)}}
+    torch.save(content, tmp_path / "official.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48))
+    sentence = r"encoder.pos_embed of \(1, 36, 48\), not \(18, 48\): set model.pretrained_clip to the clips"
+    with pytest.raises(UserError, match=sentence):
+        support.weights.load_weights(model, tmp_path / "official.pth")
+    torch.save(content | {"model_options": source.options}, tmp_path / "own.pth")  # its grid is known
+    support.weights.load_weights(model, tmp_path / "own.pth")
+    expected = m.interpolate_positions(content["model"]["encoder.pos_embed"][0], (4, 3, 3), (2, 3, 3))
+    assert torch.equal(model.encoder.pos_embed, expected)
+
+
+@torch.no_grad()
+def test_position_tables_of_encoder_and_decoder_are_told_apart(tmp_path):
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    source.encoder.pos_embed.normal_(), source.pos_embed.normal_()
+    tables = {"encoder.pos_embed": source.encoder.pos_embed, "pos_embed": source.pos_embed[None]}
+    torch.save({"model": source.state_dict() | tables}, tmp_path / "file.pth")
+    model = m.VideoMAE(**SMALL, clip_size=(4, 32, 32)).eval()
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    _, visible, masked = tokens(model.grid, 1)
+    clip = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(model(clip, visible, masked), source(clip, visible, masked))
+    classifier = m.VideoClassifier(**{**TINY, "depth": 3}, clip_size=(4, 32, 32))
+    support.weights.load_weights(classifier, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+    assert torch.equal(classifier.encoder.pos_embed, source.encoder.pos_embed)
+
+
+# ---- image models ----
 
 
 def image_vit(naming: str, side: int = 3) -> dict[str, torch.Tensor]:
