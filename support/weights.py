@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +22,16 @@ from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_position
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
+# Where files keep a model's tensors, and what wrappers and other models put before their names.
+KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
+WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
 # This project's names are the official ones. Parts of other names and of these, replaced one after the other:
 HUGGING_FACE = [  # in both directions
-    ("videomae.embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
-    ("videomae.encoder.layer.", "encoder.blocks."),
-    ("videomae.layernorm.", "encoder.norm."),
+    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
+    ("embeddings.position_embeddings", "encoder.pos_embed"),
+    ("position_embeddings", "pos_embed"),
+    ("encoder.layer.", "encoder.blocks."),
+    ("layernorm.", "encoder.norm."),
     ("decoder.decoder_layers.", "decoder.blocks."),
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
@@ -35,26 +41,30 @@ HUGGING_FACE = [  # in both directions
     (".output.dense.", ".mlp.fc2."),
 ]
 OTHERS = [  # regular expressions
-    (r"^(module|_orig_mod)\.", ""),  # of DataParallel, torch.compile
     (r"^(classifier|cls_head\.fc_cls)\.", "head."),  # Hugging Face, mmaction2
     (r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),  # transformers 5
     (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2
     (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
     (r"^roi_heads?\.(\w+\.)*(weight|bias)$", r"head.\2"),  # official action detection: the head's one layer
-    (r"^backbone\.", ""),
     (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models: the encoder alone
     (r"^encoder\.(?=head\.|fc_norm\.)", ""),
 ]
 # Parts that a file may hold in vain, for models without them. Anything else that is left over is a mistake.
 PARTS = ("encoder.norm.", "fc_norm.", "encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.")
+# What official checkpoints hold next to tensors, plain values: the command line, learning rates computed by numpy.
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
+SAFE += [
+    (SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+]  # its module before and since numpy 2
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """A file's tensors under this project's names, and all that the file holds. Raises UserError.
 
-    Reads this project's files, official ones (tensors under `model`, `module` or at the top level), mmaction2's
-    (`state_dict`) and Hugging Face's, `.safetensors` if that package is installed. Never runs code from a file.
+    Reads this project's files, official ones, mmaction2's and Hugging Face's, `.safetensors` if that package is
+    installed, under any of `KEYS` and `WRAPPERS`. Never runs code from a file.
     Tensors stay in the file until they are used, so reading a file again costs next to nothing.
     """
     path = Path(path)
@@ -66,8 +76,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
             content = load_file(path)
         else:
-            # Official checkpoints contain their command line, a plain container of values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(SAFE):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
@@ -76,25 +85,33 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
-    keys = "model", "module", "state_dict"
-    state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    state = content
+    while inner := next((state[key] for key in KEYS if isinstance(state.get(key), dict)), None):
+        state = inner
     state = {str(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{path} holds no tensors under 'model', 'module', 'state_dict' or its top level")
-    return _to_own_names(state), content
+        raise UserError(f"{path} holds no tensors under {', '.join(map(repr, KEYS))} or its top level")
+    state = _to_own_names(state)
+    if isinstance(content.get("positions"), Tensor):  # in this project's files
+        state["encoder.pos_embed"] = content["positions"]
+    return state, content
 
 
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {}
     for key, value in state.items():
+        key = re.sub(WRAPPERS, "", key)
         for theirs, ours in HUGGING_FACE:
             key = key.replace(theirs, ours)
         for pattern, ours in OTHERS:
             key = re.sub(pattern, ours, key)
         own[key] = value
     for query in [key for key in own if key.endswith(".attn.query.weight")]:  # Hugging Face has three matrices
-        q, k, v = (own.pop(query.replace("query", name)) for name in ("query", "key", "value"))
-        own[query.replace("query", "qkv")] = torch.cat([q, k, v])  # (3 D, D)
+        three = [query.replace("query", name) for name in ("query", "key", "value")]
+        if all(key in own for key in three):
+            own[query.replace("query", "qkv")] = torch.cat([own.pop(key) for key in three])  # (3 D, D)
+    if "pos_embed" in own and "encoder_to_decoder.weight" not in own:  # otherwise it is the decoder's
+        own["encoder.pos_embed"] = own.pop("pos_embed")
     return own
 
 
@@ -106,15 +123,11 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
-    encoder, grid, positions = model.encoder, model.encoder.grid, None
-    if "model_options" in content:  # the table that the file's model was trained with
-        options = content["model_options"]
-        grid = cube_grid(options["clip_size"], options["cube"])
-        positions = content.get("positions", sincos_positions(math.prod(grid), options["width"]))
-    elif state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
+    encoder, clip_size = model.encoder, _clip_size(content)
+    if state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
         say(f"{path}: weights of an image model, inflated to cubes")
-        state, positions = inflate(state, encoder.patch_embed.cube[0], encoder.grid)
-    state = {key: value for key, value in state.items() if not key.endswith("pos_embed")}
+        state = inflate(state, encoder.patch_embed.cube[0], encoder.grid)
+    tables = {key: state.pop(key) for key in ("encoder.pos_embed", "pos_embed") if key in state}
 
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
@@ -129,15 +142,23 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
         what = f"{path} does not fit this {type(model).__name__} (another model size, or another stage?)"
         raise UserError(f"{what}: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict({key: state[key] for key in own if key not in initial}, strict=False)
-    if positions is not None:
-        encoder.pos_embed.copy_(interpolate_positions(positions, grid, encoder.grid))
+    # Position tables belong to the clips of the training: those that the file names, else those of the model.
+    grid = cube_grid(clip_size, encoder.patch_embed.cube) if clip_size else encoder.grid
+    for key, part in (("encoder.pos_embed", encoder), ("pos_embed", model)):  # the decoder's is the model's
+        if hasattr(part, "pos_embed"):
+            computed = sincos_positions(math.prod(grid), part.pos_embed.shape[1])
+            table = tables.get(key, computed).float()  # (N, D) or (1, N, D)
+            if table.shape not in (computed.shape, (1, *computed.shape)):
+                what = f"a position table {key} of {tuple(table.shape)}, not {tuple(computed.shape)}"
+                raise UserError(f"{path} has {what}: set model.pretrained_clip to the clips that it was trained on")
+            part.pos_embed.copy_(interpolate_positions(table.reshape(computed.shape), grid, encoder.grid))
     for what, keys in (("not in the file, start fresh", initial), ("left over, not used", unused)):
         if keys:
             say(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}")
 
 
-def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str, Tensor], Tensor]:
-    """An image ViT's weights as a video model's, as in I3D, and a position table (N, D) for a grid of cubes.
+def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> dict[str, Tensor]:
+    """An image ViT's weights as a video model's, as in I3D, with a position table (N, D) for a grid of cubes.
 
     The patch kernel is repeated over frames and divided by their number: a still video gives what the image gave
     (Sec. 4.2, "Pre-training dataset"). The paper does not say what becomes of the positions. Here the image's, without
@@ -149,7 +170,7 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str
     for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
         q, _, v = video.pop(key).chunk(3)  # a bias of the keys changes nothing, see Attention
         video |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
-    image = video.pop("encoder.pos_embed", video.pop("pos_embed", None))  # (1, 1 + 14 * 14, D)
+    image = video.get("encoder.pos_embed")  # (1, 1 + 14 * 14, D)
     if image is None:
         what = "these weights of an image model hold no position table 'pos_embed'"
         raise UserError(f"{what}; give ones named as in timm or facebookresearch/mae")
@@ -159,7 +180,12 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> tuple[dict[str
     time = time - time.mean(dim=0)
     time = time * image.std() / time.std().clamp(min=1e-6)  # 0 if there is only one
     image = interpolate_positions(image, (1, side, side), (1, *grid[1:]))  # (H/16 * W/16, D)
-    return video, (time[:, None] + image[None]).flatten(0, 1)  # (N, D)
+    return video | {"encoder.pos_embed": (time[:, None] + image[None]).flatten(0, 1)}  # (N, D)
+
+
+def _clip_size(content: dict) -> list[int] | None:
+    """Frames, height and width of the clips that a file's model was trained on, if the file says so."""
+    return content["model_options"]["clip_size"] if "model_options" in content else None
 
 
 def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
@@ -218,8 +244,7 @@ def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
     """Arguments of `Encoder`: the model's size, and the clip size that the weights `init` were trained on."""
     clip_size = [config.data.frames, config.data.size, config.data.size]
     if config.init != "scratch":
-        options = read_checkpoint(config.init)[1].get("model_options", {})
-        clip_size = options.get("clip_size", config.model.pretrained_clip)
+        clip_size = _clip_size(read_checkpoint(config.init)[1]) or config.model.pretrained_clip
     return encoder_size(config.model.size) | dict(clip_size=clip_size, cube=config.model.cube)
 
 
@@ -240,12 +265,13 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `VideoMAE` or `VideoClassifier` state dict under Hugging Face's names, as in the files on its hub."""
     renamed = {}
     for key, value in state.items():
+        prefix = "videomae." if key.startswith("encoder.") else ""
         key = re.sub(r"^head\.", "classifier.", key)
         for theirs, ours in HUGGING_FACE:
             key = key.replace(ours, theirs)
         parts = value.chunk(3) if key.endswith(".qkv.weight") else [value]
         for name, part in zip(("query", "key", "value"), parts, strict=False):
-            renamed[key.replace(".qkv.", f".{name}.")] = part.clone()
+            renamed[prefix + key.replace(".qkv.", f".{name}.")] = part.clone()
     return renamed
 
 

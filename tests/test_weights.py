@@ -1,11 +1,14 @@
 """Weights in all namings, against transformers, mmaction2 and image models; what configurations need of them."""
 
 import argparse
+import re
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +162,31 @@ def test_official_pretraining_checkpoint(tmp_path):
     assert same(model, source)
 
 
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_official_checkpoint_with_its_optimizer(tmp_path, module):
+    """As the authors' save_model writes it: their schedule is a numpy array, so learning rates are numpy's scalars."""
+    model = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-3)
+    schedule = np.linspace(0, 1e-3, 10)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = schedule[3] * group["lr_scale"], np.float32(0.05)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    scaler = {"scale": 65536.0, "_growth_tracker": np.int64(3)}
+    content = official_pretraining(model.state_dict()) | {"optimizer": optimizer.state_dict(), "scaler": scaler}
+    torch.save(content, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "official.pth", "w") as old:
+        for name in new.namelist():  # scalars are in one module until numpy 1, in the other since
+            content, count = re.subn(rb"numpy\._?core\.multiarray", f"{module}.multiarray".encode(), new.read(name))
+            assert bool(count) == name.endswith("data.pkl")
+            old.writestr(name, content)
+    again = m.VideoMAE(**SMALL, clip_size=(4, 32, 32))
+    support.weights.load_weights(again, tmp_path / "official.pth")
+    assert same(again, model)
+    groups = support.weights.read_checkpoint(tmp_path / "official.pth")[1]["optimizer"]["param_groups"]
+    assert groups[0]["lr"] == schedule[3] and groups[1]["weight_decay"] == np.float32(0.05)
+
+
 @pytest.mark.parametrize("wrapper", [None, "model", "module", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
 def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
@@ -173,6 +201,53 @@ def test_official_finetuning_checkpoint(tmp_path, wrapper, prefix):
     assert same(model, source)
 
 
+@pytest.mark.parametrize("naming", ["own", "official", "hub"])
+@pytest.mark.parametrize(
+    "keys, prefix",
+    [
+        (["model_state_dict"], "module."),
+        (["model_state"], "_orig_mod.module."),
+        (["model_ema"], "module._orig_mod."),
+        (["state_dict"], "model.module.backbone."),
+        ([], "model.backbone."),
+        (["model", "state_dict"], "module.model._orig_mod.model."),
+    ],
+)
+def test_wrappers_in_any_order_and_depth(tmp_path, naming, keys, prefix):
+    source = randomize(m.VideoClassifier(**TINY, clip_size=(4, 32, 32)))
+    state = source.state_dict()
+    if naming == "official":
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    elif naming == "hub":
+        state = support.weights.to_hugging_face(state)
+    content = {prefix + key: value for key, value in state.items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "file.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 32, 32))
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    assert same(model, source)
+
+
+def test_a_part_that_was_compiled_and_a_model_without_head(tmp_path):
+    """torch.compile(model.encoder) names the wrapper in the middle; transformers' VideoMAEModel has no prefix."""
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    compiled = {key.replace("encoder.blocks", "encoder._orig_mod.blocks"): x for key, x in source.state_dict().items()}
+    bare = hugging_face(source).videomae
+    bare.load_state_dict(
+        {
+            key.replace("q_bias", "query.bias").replace("v_bias", "value.bias").removeprefix("videomae."): x
+            for key, x in support.weights.to_hugging_face(source.state_dict()).items()
+            if key.startswith("videomae.")
+        }
+    )
+    for state in (compiled, bare.state_dict()):
+        torch.save(state, tmp_path / "file.pth")
+        model = m.VideoClassifier(**{**TINY, "depth": 3}, clip_size=(4, 32, 32))
+        support.weights.load_weights(model, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+        assert same(model.encoder.blocks, source.encoder.blocks)
+
+
 def test_mmaction2_checkpoint(tmp_path):
     source = randomize(m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32)))
     names = {
@@ -181,7 +256,7 @@ def test_mmaction2_checkpoint(tmp_path):
         "fc_norm": "backbone.fc_norm",
         "head": "cls_head.fc_cls",
     }
-    state = {"backbone.pos_embed": torch.zeros(1, 8, 48)}
+    state = {"backbone.pos_embed": m.sincos_positions(8, 48)[None]}
     for key, value in source.state_dict().items():
         for ours, theirs in names.items():
             if key.startswith(ours):
@@ -191,7 +266,7 @@ def test_mmaction2_checkpoint(tmp_path):
     torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mm.pth")
     model = m.VideoClassifier(width=48, depth=2, heads=4, classes=5, clip_size=(4, 32, 32))
     support.weights.load_weights(model, tmp_path / "mm.pth")
-    assert same(model, source)
+    assert same(model, source) and torch.equal(model.encoder.pos_embed, source.encoder.pos_embed)
 
 
 def test_pretrained_encoder_into_classifier_says_what_is_fresh(tmp_path, capsys):
@@ -236,12 +311,23 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
 
 
 class Evil:
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
     def __reduce__(self):
-        return print, ("code from a file was run",)
+        return self.call[0], self.call[1:]
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
-    torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Evil(print, "code from a file was run"),
+        np.array([Evil(print, "code from a file was run")], dtype=object),
+        Evil(np.frombuffer, b"12345678"),
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, evil):
+    torch.save({"model": {"lr": np.float64(0.1)}, "args": evil}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="safely"):
         support.weights.read_checkpoint(tmp_path / "evil.pth")
     assert "code from a file" not in capsys.readouterr().out
@@ -286,6 +372,67 @@ def test_weights_of_one_clip_size_run_at_another(tmp_path):
     with torch.no_grad():
         assert relative(large(clip), small(clip)) < 1e-6
         assert torch.equal(support.weights.build_from(m.VideoClassifier, tmp_path / "own.pt").eval()(clip), small(clip))
+
+
+# ---- stored position tables ----
+
+
+def logits_with(model: m.VideoClassifier, positions: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+    """Written out: positions (N, D) of the clip's own grid."""
+    x = model.encoder.patch_embed(clip) + positions
+    for block in model.encoder.blocks:
+        x = block(x)
+    return model.head(model.fc_norm(x.mean(dim=1)))
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.pos_embed", "backbone.pos_embed", "pos_embed", "videomae.embeddings.position_embeddings"]
+)
+@pytest.mark.parametrize("batched", [True, False])
+@torch.no_grad()
+def test_a_learned_position_table_is_used(tmp_path, name, batched):
+    source = randomize(m.VideoClassifier(**TINY, clip_size=(4, 48, 48)))
+    learned, clip = torch.randn(2 * 3 * 3, 48), torch.randn(1, 3, 4, 48, 48)
+    torch.save({**source.state_dict(), name: learned[None] if batched else learned}, tmp_path / "file.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48)).eval()
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    assert torch.equal(model(clip), logits_with(source, learned, clip))
+    larger = torch.randn(1, 3, 8, 64, 64)
+    stretched = m.interpolate_positions(learned, (2, 3, 3), (4, 4, 4))
+    assert torch.equal(model(larger), logits_with(source, stretched, larger))
+
+
+def test_a_position_table_of_other_clips_is_interpolated_or_refused(tmp_path):
+    source = m.VideoClassifier(**TINY, clip_size=(8, 48, 48))
+    content = {"model": {**source.state_dict(), "encoder.pos_embed": torch.randn(1, 4 * 3 * 3, 48)}}
+    torch.save(content, tmp_path / "official.pth")
+    model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48))
+    sentence = r"encoder.pos_embed of \(1, 36, 48\), not \(18, 48\): set model.pretrained_clip to the clips"
+    with pytest.raises(UserError, match=sentence):
+        support.weights.load_weights(model, tmp_path / "official.pth")
+    torch.save(content | {"model_options": source.options}, tmp_path / "own.pth")  # its grid is known
+    support.weights.load_weights(model, tmp_path / "own.pth")
+    expected = m.interpolate_positions(content["model"]["encoder.pos_embed"][0], (4, 3, 3), (2, 3, 3))
+    assert torch.equal(model.encoder.pos_embed, expected)
+
+
+@torch.no_grad()
+def test_position_tables_of_encoder_and_decoder_are_told_apart(tmp_path):
+    source = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
+    source.encoder.pos_embed.normal_(), source.pos_embed.normal_()
+    tables = {"encoder.pos_embed": source.encoder.pos_embed, "pos_embed": source.pos_embed[None]}
+    torch.save({"model": source.state_dict() | tables}, tmp_path / "file.pth")
+    model = m.VideoMAE(**SMALL, clip_size=(4, 32, 32)).eval()
+    support.weights.load_weights(model, tmp_path / "file.pth")
+    _, visible, masked = tokens(model.grid, 1)
+    clip = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(model(clip, visible, masked), source(clip, visible, masked))
+    classifier = m.VideoClassifier(**{**TINY, "depth": 3}, clip_size=(4, 32, 32))
+    support.weights.load_weights(classifier, tmp_path / "file.pth", fresh=("fc_norm.", "head."))
+    assert torch.equal(classifier.encoder.pos_embed, source.encoder.pos_embed)
+
+
+# ---- image models ----
 
 
 def image_vit(naming: str, side: int = 3) -> dict[str, torch.Tensor]:
