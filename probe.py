@@ -33,8 +33,6 @@ class LinearProbe(nn.Module):
     Table 11 says no more about the model; here there is no batch norm before the linear layer.
     """
 
-    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")  # load_weights
-
     def __init__(self, *, classes: int, **encoder: Any) -> None:
         super().__init__()
         self.encoder = Encoder(**encoder).requires_grad_(False)
