@@ -33,7 +33,7 @@ def test_every_key_and_file_in_it_exists():
     folders = (ROOT, *(stage.CONFIGS for stage in STAGES))
     missing = [name for name in files if name not in written and not any((folder / name).exists() for folder in folders)]
     assert not missing
-    assert (ROOT / "assets/toy.png").exists()
+    assert (ROOT / "docs/toy.png").exists()
 
 
 MAP = re.findall(r"^\| ((?:Sec\.|Eq\.|Tables?|Figures?) [^|]+) \| ([^\n]+) \|$", README[README.index("## From the paper to the code") :].split("\n## ")[0], re.MULTILINE)
