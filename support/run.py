@@ -25,6 +25,8 @@ from support.config import UserError, _flatten, as_dict, pick
 
 def launch(main: Callable[[], None]) -> None:
     """Run a stage's `main`; a `UserError` or ctrl-C ends it with one sentence and a non-zero exit status."""
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
