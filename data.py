@@ -40,7 +40,7 @@ def dense_clip(length: int, frames: int, stride: int, generator: Generator | Non
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
-    last = start + (length - 1 - start) // stride * stride
+    last = start + (length - 1 - start) // stride * stride  # in the authors' code never length - 1
     return [min(start + i * stride, last) for i in range(frames)]
 
 
@@ -79,7 +79,7 @@ def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[
 def uniform_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
     """`clips` interleaved clips over the whole video; no stride. A single one takes the middle of each part."""
     part = length / frames
-    offsets = [k * part / clips for k in range(clips)] if clips > 1 else [part / 2]
+    offsets = [k * part / clips for k in range(clips)] if clips > 1 else [part / 2]  # the authors' code: [0]
     indices = sorted(int(offset + part * i) for offset in offsets for i in range(frames))
     return [indices[k::clips] for k in range(clips)]
 
