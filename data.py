@@ -98,7 +98,8 @@ def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
     """
     height, width = frames.shape[-2:]
     short = min(height, width)
-    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=True)
+    # antialias=False, here and in Augmentation: as cv2 and F.interpolate resize in the authors' code
+    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)
     spare = max(frames.shape[-2:]) - size
     starts = [int(j * spare / (crops - 1)) for j in range(crops)] if crops > 1 else [spare // 2]
     return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
@@ -142,7 +143,7 @@ class Augmentation:
 
     def __init__(self, config: SimpleNamespace) -> None:
         self.operations, self.magnitude, self.std = config.randaugment  # each is done half the time; magnitude of 10
-        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=True)
+        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
         self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
         self.erase = config.erase
 
