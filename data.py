@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from masking import split
 from support.config import UserError
+from support.randaugment import rand_augment
 from support.run import pick_below as random_below
 from support.run import sample_generator
 from support.video import BrokenVideo, Video
@@ -142,7 +142,7 @@ class Augmentation:
     """
 
     def __init__(self, config: SimpleNamespace) -> None:
-        self.operations, self.magnitude, self.std = config.randaugment  # each is done half the time; magnitude of 10
+        self.randaugment = config.randaugment
         self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
         self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
         self.erase = config.erase
@@ -150,23 +150,17 @@ class Augmentation:
     def __call__(self, frames: Tensor, generator: Generator) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
             torch.manual_seed(random_below(2**62, generator))
-            clip = self._rand_augment(tv_tensors.Video(frames))
-            clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
+            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
+            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
                 clip = self._erased(clip)
         return clip
 
-    def _rand_augment(self, clip: Tensor) -> Tensor:
-        for _ in range(int(self.operations)):
-            if torch.rand(()) < 0.5:
-                level = (self.magnitude + self.std * torch.randn(())).clamp(0, 10)
-                magnitude = round(float(level) * 3)  # torchvision counts to 30
-                fill = [int(255 * mean) for mean in MEAN]
-                clip = v2.RandAugment(1, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)(clip)
-        return clip
-
     def _erased(self, clip: Tensor) -> Tensor:
-        """A copy in which one box, the same in all frames, is noise."""
+        """A copy in which one box, the same in all frames, is noise.
+
+        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
+        """
         top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         noise = torch.randn(len(clip), 3, height, width) * std + mean

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import audio_only, numbered_frame, write_numbered
 from PIL import Image
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -231,26 +230,16 @@ def test_one_augmentation_for_all_frames(moving):
     assert len(seen) == 60
 
 
-def test_randaugment_by_its_numbers(monkeypatch, moving):
-    """Four operations, each half the time, of magnitude 7 of 10 with std 0.5; torchvision counts to 30."""
-    magnitudes, per_clip = [], Counter()
-    original = v2.RandAugment
+def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch, moving):
+    seen = []
 
-    def recorded(operations, magnitude, **options):
-        assert operations == 1
-        magnitudes.append(magnitude)
-        return original(operations, magnitude, **options)
+    def recorded(frames, *numbers):
+        seen.append((frames, numbers))
+        return frames
 
-    monkeypatch.setattr(data.v2, "RandAugment", recorded)
-    augment = augmentation(randaugment=(4, 7, 0.5))
-    small = moving[:1, :, ::4, ::4]
-    for number in range(300):
-        before = len(magnitudes)
-        augment(small, sample_generator(0, 0, number))
-        per_clip[len(magnitudes) - before] += 1
-    assert set(per_clip) == {0, 1, 2, 3, 4} and len(magnitudes) == pytest.approx(600, abs=60)
-    values = torch.tensor(magnitudes, dtype=torch.float64)
-    assert float(values.mean()) == pytest.approx(21, abs=0.3) and float(values.std()) == pytest.approx(1.5, abs=0.3)
+    monkeypatch.setattr(data, "rand_augment", recorded)
+    augmentation(randaugment=(4, 7, 0.5))(moving, sample_generator(0, 0, 0))
+    assert seen == [(moving, (4, 7, 0.5))]
 
 
 def test_flip_is_of_half_of_the_clips_and_whole_clips():
