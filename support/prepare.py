@@ -116,7 +116,7 @@ def _copy_lists(source: Path, named: list[str], out: Path) -> None:
 
     In the copies videos are named as they are now: relative to `out`, ending in .mp4.
     """
-    targets = {file: out / file.relative_to(source) for file in files_below(source) if file.suffix.lower() in LISTS}
+    targets = {file: out / file.relative_to(source) for file in files_below(source, LISTS)}
     for name in filter(None, named):
         for file in find_files(str(source), re.sub(r"=\d+$", "", name)):
             if file.is_file() and (file := Path(os.path.abspath(file))) not in targets:
