@@ -111,7 +111,7 @@ def resized_clip(frame: ava.Frame, rows: list[ava.Row], movies: Movies, options:
     boxes, labels = ava.to_persons(rows, options.actions)
     boxes = boxes * torch.tensor([width, height, width, height])
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-    clip = TF.resize(clip, [options.short_side], antialias=True)
+    clip = TF.resize(clip, [options.short_side], antialias=False)  # as cv2 resizes in the authors' code
     return clip, TF.resize(boxes, [options.short_side]), labels
 
 
@@ -202,8 +202,6 @@ class ActionDetector(nn.Module):
 
     Unlike a classifier's, the encoder keeps its last norm. Fine-tuned weights have none: then it starts at 1 and 0.
     """
-
-    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")  # load_weights
 
     def __init__(self, *, classes: int, **encoder: Any) -> None:
         super().__init__()

@@ -237,6 +237,15 @@ def test_the_pixel_under_a_corner_stays_under_it(coded, movie, short, flip):
         assert place_at(clip[0], box[2], box[3]) == pytest.approx(place[2:], abs=0.006)
 
 
+def test_frames_are_resized_without_antialiasing(coded):
+    row = files.Row(("321x180", 902), (0.0, 0.0, 1.0, 1.0), 1, 1.0)
+    options = configured("data.short_side=60", *AT_30).data
+    clip, _, _ = detect_ava.resized_clip(row.frame, [row], coded, options)
+    frames = detect_ava.read_clip(coded["321x180"], 902, options).float()
+    wanted = nn.functional.interpolate(frames, (107, 60), mode="bilinear", align_corners=False)
+    assert clip.shape == (8, 3, 107, 60) and (clip.float() - wanted).abs().max() <= 1
+
+
 def test_boxes_are_clamped_to_the_crop_and_lost_ones_stay_without_area(coded):
     config = configured("data.short_side=64", "data.size=16", "data.rate=30", "data.starts_at=902")
     corners = [(0.0, 0.0, 0.05, 0.05), (0.0, 0.0, 1.0, 1.0), (0.95, 0.95, 1.0, 1.0)]
