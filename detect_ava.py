@@ -129,15 +129,12 @@ def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def jitter_colors(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255."""
-    shift = (2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])
-    hue, saturation, value = shift.tolist()
-    frames = TF.adjust_hue(frames, hue).float() / 255  # (T, 3, H, W)
-    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # HSV value is high,
-    spread = (high - low).clamp(min=1e-6)  # its saturation spread / high,
-    away = (high - frames) / spread  # (T, 3, H, W) and its hue this: 0 for the strongest channel, 1 for the weakest
-    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
-    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
+    """Frames uint8 (T, 3, H, W), their hue moved by up to 10 steps of 180, saturation and value by up to 26 of 255."""
+    hue, saturation, value = (random_below(2 * most + 1, generator) - most for most in (10, 26, 26))
+    shift = torch.tensor([round(hue * 255 / 180), saturation, value])[:, None, None]  # a full turn of hue is 255 in PIL
+    hsv = [TF.pil_to_tensor(TF.to_pil_image(frame).convert("HSV")).int() + shift for frame in frames]
+    hsv = [torch.cat([frame[:1] % 255, frame[1:].clamp(0, 255)]).byte() for frame in hsv]
+    return torch.stack([TF.pil_to_tensor(TF.to_pil_image(frame, "HSV").convert("RGB")) for frame in hsv])
 
 
 @dataclass(eq=False, kw_only=True)
@@ -150,13 +147,13 @@ class KeyFrameClips(data.TrainingVideos):
     def sample(self, video: tuple[ava.Frame, list[ava.Row]], generator: torch.Generator) -> tuple[Tensor, ...]:
         options, size = self.options, self.options.size
         clip, boxes, labels = resized_clip(*video, self.movies, options)
-        if options.jitter_boxes:
-            boxes = jitter_boxes(boxes, generator)
         top, left = (random_below(side - size + 1, generator) for side in clip.shape[-2:])
         # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
         clip, boxes = (TF.crop(item, top, left, size, size) for item in (clip, boxes))  # (T, 3, H, W), (M, 4)
         if options.flip and random_below(2, generator):
             clip, boxes = TF.horizontal_flip(clip), TF.horizontal_flip(boxes)
+        if options.jitter_boxes:
+            boxes = TF.clamp_bounding_boxes(jitter_boxes(boxes, generator))
         if options.jitter_colours:
             clip = jitter_colors(clip, generator)
         return clip.contiguous(), boxes.as_subclass(Tensor), labels
