@@ -68,7 +68,6 @@ class TestSet(NamedTuple):
     persons: KeyFrames  # that a detector found
     ground_truth: list[ava.Row]
     actions: ava.Actions  # those evaluated
-    excluded: set[ava.Frame]
 
 
 # ---- clips with boxes (Sec. B) ----
@@ -269,14 +268,14 @@ def find_test(options: SimpleNamespace, root: Path) -> TestSet:
     if max(actions) > options.actions:
         what = f"{root / options.labels} lists action {max(actions)}"
         raise UserError(f"{what}, more than data.actions={options.actions}")
-    ground_truth = ava.read_ground_truth(root / options.val, options.actions)
+    rows = [row for row in ava.read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     found = find_persons(root / options.boxes, options, root, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
         raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with persons")
-    if not any(row.action in actions and row.frame not in excluded for row in ground_truth):
+    if not any(row.action in actions for row in rows):
         raise UserError(f"{root / options.val} holds no row of an action in {options.labels} outside excluded frames")
-    return TestSet(movies, persons, ground_truth, actions, excluded)
+    return TestSet(movies, persons, rows, actions)
 
 
 def find_persons(path: Path, options: SimpleNamespace, root: Path, movies: Movies) -> KeyFrames:
@@ -392,7 +391,7 @@ def test(model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path
     rows, broken = detect(model, test_set.persons, test_set.movies, run, title)
     rows, summary = [row for row in rows if row.action in test_set.actions], {}
     if run.rank == 0:
-        precisions = ava.average_precisions(test_set.ground_truth, rows, test_set.actions, test_set.excluded)
+        precisions = ava.average_precisions(test_set.ground_truth, rows, test_set.actions)
         summary = ava.summarize(precisions, test_set.actions)
     if folder and run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
