@@ -205,6 +205,8 @@ class ActionDetector(nn.Module):
         self.options = self.encoder.options | dict(classes=classes)
         self.head = nn.Linear(self.options["width"], classes)
         initialize(self, partial(nn.init.trunc_normal_, std=0.02))
+        with torch.no_grad():
+            self.head.weight.mul_(0.001)  # as in VideoClassifier, and in the authors' code
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
         """Normalized clips (B, 3, T, H, W), boxes (M, 5) in pixels after a clip's index, to logits (M, classes)."""

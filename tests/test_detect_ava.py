@@ -447,6 +447,13 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
     )
 
 
+def test_the_first_logits_are_nearly_those_of_the_frequencies():
+    detector = detect_ava.build(configured("init=scratch", "model.size=S"), torch.zeros(10, 12)).eval()
+    rois = torch.tensor([[0.0, 3, 3, 40, 30], [0.0, 20, 10, 60, 60], [1.0, 0, 0, 64, 64]])
+    spread = detector(torch.randn(2, 3, 8, 64, 64), rois) - detector.head.bias
+    assert 1e-5 < spread.std() < 2e-3  # about 0.3 without the authors' factor of 0.001
+
+
 # ---- training clips ----
 
 
