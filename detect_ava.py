@@ -68,7 +68,6 @@ class TestSet(NamedTuple):
     persons: KeyFrames  # that a detector found
     ground_truth: list[ava.Row]
     actions: ava.Actions  # those evaluated
-    excluded: set[ava.Frame]
 
 
 # ---- clips with boxes (Sec. B) ----
@@ -111,7 +110,7 @@ def resized_clip(frame: ava.Frame, rows: list[ava.Row], movies: Movies, options:
     boxes, labels = ava.to_persons(rows, options.actions)
     boxes = boxes * torch.tensor([width, height, width, height])
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-    clip = TF.resize(clip, [options.short_side], antialias=True)
+    clip = TF.resize(clip, [options.short_side], antialias=False)  # as cv2 resizes in the authors' code
     return clip, TF.resize(boxes, [options.short_side]), labels
 
 
@@ -129,15 +128,12 @@ def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def jitter_colors(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames uint8 (T, 3, H, W) with hue, saturation and value moved by up to 10 of 180, 26 and 26 of 255."""
-    shift = (2 * torch.rand(3, generator=generator) - 1) * torch.tensor([10 / 180, 26 / 255, 26 / 255])
-    hue, saturation, value = shift.tolist()
-    frames = TF.adjust_hue(frames, hue).float() / 255  # (T, 3, H, W)
-    low, high = frames.amin(dim=1, keepdim=True), frames.amax(dim=1, keepdim=True)  # HSV value is high,
-    spread = (high - low).clamp(min=1e-6)  # its saturation spread / high,
-    away = (high - frames) / spread  # (T, 3, H, W) and its hue this: 0 for the strongest channel, 1 for the weakest
-    saturated = (spread / high.clamp(min=1e-6) + saturation).clamp(0, 1)
-    return ((high + value).clamp(0, 1) * (1 - saturated * away) * 255).round().byte()
+    """Frames uint8 (T, 3, H, W), their hue moved by up to 10 steps of 180, saturation and value by up to 26 of 255."""
+    hue, saturation, value = (random_below(2 * most + 1, generator) - most for most in (10, 26, 26))
+    shift = torch.tensor([round(hue * 255 / 180), saturation, value])[:, None, None]  # a full turn of hue is 255 in PIL
+    hsv = [TF.pil_to_tensor(TF.to_pil_image(frame).convert("HSV")).int() + shift for frame in frames]
+    hsv = [torch.cat([frame[:1] % 255, frame[1:].clamp(0, 255)]).byte() for frame in hsv]
+    return torch.stack([TF.pil_to_tensor(TF.to_pil_image(frame, "HSV").convert("RGB")) for frame in hsv])
 
 
 @dataclass(eq=False, kw_only=True)
@@ -150,13 +146,13 @@ class KeyFrameClips(data.TrainingVideos):
     def sample(self, video: tuple[ava.Frame, list[ava.Row]], generator: torch.Generator) -> tuple[Tensor, ...]:
         options, size = self.options, self.options.size
         clip, boxes, labels = resized_clip(*video, self.movies, options)
-        if options.jitter_boxes:
-            boxes = jitter_boxes(boxes, generator)
         top, left = (random_below(side - size + 1, generator) for side in clip.shape[-2:])
         # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
         clip, boxes = (TF.crop(item, top, left, size, size) for item in (clip, boxes))  # (T, 3, H, W), (M, 4)
         if options.flip and random_below(2, generator):
             clip, boxes = TF.horizontal_flip(clip), TF.horizontal_flip(boxes)
+        if options.jitter_boxes:
+            boxes = TF.clamp_bounding_boxes(jitter_boxes(boxes, generator))
         if options.jitter_colours:
             clip = jitter_colors(clip, generator)
         return clip.contiguous(), boxes.as_subclass(Tensor), labels
@@ -203,14 +199,14 @@ class ActionDetector(nn.Module):
     Unlike a classifier's, the encoder keeps its last norm. Fine-tuned weights have none: then it starts at 1 and 0.
     """
 
-    discards = ("encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.", "fc_norm.")  # load_weights
-
     def __init__(self, *, classes: int, **encoder: Any) -> None:
         super().__init__()
         self.encoder = Encoder(**encoder)
         self.options = self.encoder.options | dict(classes=classes)
         self.head = nn.Linear(self.options["width"], classes)
         initialize(self, partial(nn.init.trunc_normal_, std=0.02))
+        with torch.no_grad():
+            self.head.weight.mul_(0.001)  # as in VideoClassifier, and in the authors' code
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
         """Normalized clips (B, 3, T, H, W), boxes (M, 5) in pixels after a clip's index, to logits (M, classes)."""
@@ -274,14 +270,14 @@ def find_test(options: SimpleNamespace, root: Path) -> TestSet:
     if max(actions) > options.actions:
         what = f"{root / options.labels} lists action {max(actions)}"
         raise UserError(f"{what}, more than data.actions={options.actions}")
-    ground_truth = ava.read_ground_truth(root / options.val, options.actions)
+    rows = [row for row in ava.read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     found = find_persons(root / options.boxes, options, root, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
         raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with persons")
-    if not any(row.action in actions and row.frame not in excluded for row in ground_truth):
+    if not any(row.action in actions for row in rows):
         raise UserError(f"{root / options.val} holds no row of an action in {options.labels} outside excluded frames")
-    return TestSet(movies, persons, ground_truth, actions, excluded)
+    return TestSet(movies, persons, rows, actions)
 
 
 def find_persons(path: Path, options: SimpleNamespace, root: Path, movies: Movies) -> KeyFrames:
@@ -397,7 +393,7 @@ def test(model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path
     rows, broken = detect(model, test_set.persons, test_set.movies, run, title)
     rows, summary = [row for row in rows if row.action in test_set.actions], {}
     if run.rank == 0:
-        precisions = ava.average_precisions(test_set.ground_truth, rows, test_set.actions, test_set.excluded)
+        precisions = ava.average_precisions(test_set.ground_truth, rows, test_set.actions)
         summary = ava.summarize(precisions, test_set.actions)
     if folder and run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

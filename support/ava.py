@@ -203,12 +203,7 @@ def read_actions(path: Path) -> Actions:
             raise UserError(f"{where}: action {number} is listed twice, or is 0; ids start at 1")
         actions[int(number)] = re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", "")
         position = match.end()
-    known = {
-        14: "walk",
-        15: "answer phone",
-        63: "write",
-        64: "fight/hit (a person)",
-    }  # where AVA's groups end and begin
+    known = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # the first and last of groups
     if all(actions.get(number) == (name, "") for number, name in known.items()):
         return {number: (name, GROUPS[(number > 14) + (number > 63)]) for number, (name, _) in actions.items()}
     return actions
@@ -299,23 +294,23 @@ def _count_frames(folder: Path) -> int:
 
 
 def average_precisions(
-    ground_truth: list[Row], detections: list[Row], actions: Iterable[int], excluded: set[Frame], skip_empty=False
+    ground_truth: list[Row], detections: list[Row], actions: Iterable[int], skip_empty: bool = False
 ) -> dict[int, float]:
     """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
 
     A detection looks only at the true box that it overlaps most, and is wrong if a detection with a higher score has
-    taken that one, even where a second box overlaps enough. Excluded frames and detections without area do not count.
-    Detections in frames without ground truth are wrong, unless `skip_empty`, mmaction2's default, skips these frames.
-    Equal scores and equal overlaps are decided by frame and box; in the official evaluator by the order of rows.
+    taken that one, even where a second box overlaps enough. Detections without area do not count. Those in frames
+    without ground truth are wrong, unless `skip_empty`, mmaction2's default, skips these frames. Equal scores and equal
+    overlaps are decided by frame and box; in the official evaluator by the order of rows.
     """
     truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
     for frame, box, action, _ in sorted(ground_truth):
-        if action in truth and frame not in excluded:
+        if action in truth:
             truth[action].setdefault(frame, []).append(box)
     frames, taken = {frame for of_action in truth.values() for frame in of_action}, set()
     correct: dict[int, list[bool]] = {action: [] for action in truth}  # of each detection, best first
     for frame, box, action, _ in sorted(detections, key=lambda row: (-row.score, row.frame, row.box)):
-        skipped = frame in excluded or (skip_empty and frame not in frames)
+        skipped = skip_empty and frame not in frames
         if action in truth and not skipped and box[0] < box[2] and box[1] < box[3]:
             overlaps = {true_box: iou(box, true_box) for true_box in truth[action].get(frame, ())}
             best = max(overlaps, key=overlaps.get, default=None)
@@ -381,7 +376,8 @@ def main(words: list[str] | None = None) -> None:
     known = max(ACTIONS, *actions)
     truth, rows = read_ground_truth(a.ground_truth, known), read_detections(a.detections, known)
     excluded = read_exclusions(a.exclude) if a.exclude else set()
-    summary = summarize(average_precisions(truth, rows, actions, excluded, a.skip_frames_without_ground_truth), actions)
+    counted = [[row for row in of_file if row.frame not in excluded] for of_file in (truth, rows)]
+    summary = summarize(average_precisions(*counted, actions, a.skip_frames_without_ground_truth), actions)
     if summary["mAP"] is None:
         raise UserError(f"{a.ground_truth} holds no row of an action in {a.labels} outside excluded frames")
     frames, true_frames = {row.frame for row in rows}, {row.frame for row in truth}

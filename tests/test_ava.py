@@ -45,7 +45,7 @@ class Files:
     ) -> dict[int, float]:
         truth = ava.read_ground_truth(self.write("truth.csv", truth))
         found = ava.read_detections(self.write("found.csv", found))
-        return ava.average_precisions(truth, found, actions, **dict(excluded=set()) | options)
+        return ava.average_precisions(truth, found, actions, **options)
 
 
 @pytest.fixture
@@ -106,12 +106,6 @@ def test_frames_without_ground_truth_count_unless_skipped(average_precisions):
 
 def test_frames_without_detections_count(average_precisions):
     assert average_precisions([(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.9)])[1] == pytest.approx(1 / 2)
-
-
-def test_excluded_frames_count_on_neither_side(average_precisions):
-    truth, found = [(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.9), (905, RIGHT, 1, 0.9)]
-    assert average_precisions(truth, found, excluded={("v", 903), ("v", 905)}) == {1: 1.0}
-    assert average_precisions(truth, found, excluded={("w", 903)})[1] == pytest.approx(1 / 2 * 1 / 3)
 
 
 def test_actions_without_ground_truth_or_detections_or_in_no_list(average_precisions):
@@ -256,7 +250,8 @@ def test_equals_the_official_algorithm_on_random_rows(tmp_path, seed):
             skip,
         )
         ground_truth, detections = ava.read_ground_truth(tmp_path / "truth"), ava.read_detections(tmp_path / "found")
-        precisions = ava.average_precisions(ground_truth, detections, actions, excluded, skip_empty=skip)
+        counted = [[row for row in rows if row.frame not in excluded] for rows in (ground_truth, detections)]
+        precisions = ava.average_precisions(*counted, actions, skip_empty=skip)
         assert precisions == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert 5 < ava.mean_percent(precisions.values()) < 95
 
@@ -271,7 +266,7 @@ def test_order_of_rows_is_of_no_consequence_even_with_ties(tmp_path, seed):
         for name, rows in (("truth", truth), ("found", found)):
             (tmp_path / name).write_text("\n".join(rows))
         ground_truth, detections = ava.read_ground_truth(tmp_path / "truth"), ava.read_detections(tmp_path / "found")
-        results.append(ava.average_precisions(ground_truth, detections, range(1, 5), set()))
+        results.append(ava.average_precisions(ground_truth, detections, range(1, 5)))
     assert all(result == results[0] for result in results)
     # ... and it is what the official algorithm says if rows come in the order of frame and box.
     for name, rows in (("truth", truth), ("found", found)):
@@ -316,6 +311,18 @@ def test_command(tmp_path):
     run("support.ava", found, *options, "--skip-frames-without-ground-truth", "--out", tmp_path / "other.json")
     skipped = json.loads((tmp_path / "other.json").read_text())
     assert skipped["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)  # 904 has only action 9
+
+
+def test_excluded_frames_count_on_neither_side(tmp_path):
+    files = Files(tmp_path)
+    truth = files.write("gt.csv", [(902, LEFT, 1), (903, LEFT, 1)])
+    found = files.write("mine.csv", [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.9), (905, RIGHT, 1, 0.9)])
+    (tmp_path / "list.pbtxt").write_text(LIST)
+    options = [found, "--ground-truth", truth, "--labels", tmp_path / "list.pbtxt", "--exclude", tmp_path / "x.csv"]
+    (tmp_path / "x.csv").write_text("v,0903\nv,905\n")
+    assert "100.00  mAP at IoU 0.5" in run("support.ava", *options).stdout
+    (tmp_path / "x.csv").write_text("w,0903\n")
+    assert " 16.67  mAP at IoU 0.5" in run("support.ava", *options).stdout  # 1/2 of 1/3
 
 
 def test_command_says_what_is_wrong(tmp_path):
@@ -383,8 +390,8 @@ def test_detections_are_worth_the_same_in_memory_and_from_their_file(tmp_path):
         row._replace(action=1 + i % 4, score=score) for i, (row, score) in enumerate(zip(rows, scores, strict=True))
     ]
     ava.write_rows(tmp_path / "found", detections)
-    in_memory = ava.average_precisions(rows, detections, range(1, 5), set())
-    assert in_memory == ava.average_precisions(rows, ava.read_detections(tmp_path / "found"), range(1, 5), set())
+    in_memory = ava.average_precisions(rows, detections, range(1, 5))
+    assert in_memory == ava.average_precisions(rows, ava.read_detections(tmp_path / "found"), range(1, 5))
     assert 5 < ava.mean_percent(in_memory.values()) < 95
 
 
@@ -630,7 +637,7 @@ def test_toy_annotations_are_read_as_ava_itself(toy_ava):
         assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, :2] < boxes[:, 2:]).all()
         excluded = ava.read_exclusions(annotations / f"ava_{split}_excluded_timestamps_v2.2.csv")
         assert all(video in movies for video, _ in excluded)
-        perfect = ava.average_precisions(truth, truth, actions, set())
+        perfect = ava.average_precisions(truth, truth, actions)
         assert all(math.isnan(value) or value == pytest.approx(1) for value in perfect.values())
         found = ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
         assert 0.5 < sum(len(rows) for rows in found.values()) / len(boxes) < 1.3

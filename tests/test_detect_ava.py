@@ -23,7 +23,7 @@ import support.weights
 from support import ava as files
 from support import toy
 from support.config import UserError, load_config
-from support.run import Run
+from support.run import Run, random_below
 from support.video import BrokenVideo
 
 NO_PERSONS = torch.zeros(0, 12)  # labels
@@ -237,6 +237,15 @@ def test_the_pixel_under_a_corner_stays_under_it(coded, movie, short, flip):
         assert place_at(clip[0], box[2], box[3]) == pytest.approx(place[2:], abs=0.006)
 
 
+def test_frames_are_resized_without_antialiasing(coded):
+    row = files.Row(("321x180", 902), (0.0, 0.0, 1.0, 1.0), 1, 1.0)
+    options = configured("data.short_side=60", *AT_30).data
+    clip, _, _ = detect_ava.resized_clip(row.frame, [row], coded, options)
+    frames = detect_ava.read_clip(coded["321x180"], 902, options).float()
+    wanted = nn.functional.interpolate(frames, (107, 60), mode="bilinear", align_corners=False)
+    assert clip.shape == (8, 3, 107, 60) and (clip.float() - wanted).abs().max() <= 1
+
+
 def test_boxes_are_clamped_to_the_crop_and_lost_ones_stay_without_area(coded):
     config = configured("data.short_side=64", "data.size=16", "data.rate=30", "data.starts_at=902")
     corners = [(0.0, 0.0, 0.05, 0.05), (0.0, 0.0, 1.0, 1.0), (0.95, 0.95, 1.0, 1.0)]
@@ -438,6 +447,13 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
     )
 
 
+def test_the_first_logits_are_nearly_those_of_the_frequencies():
+    detector = detect_ava.build(configured("init=scratch", "model.size=S"), torch.zeros(10, 12)).eval()
+    rois = torch.tensor([[0.0, 3, 3, 40, 30], [0.0, 20, 10, 60, 60], [1.0, 0, 0, 64, 64]])
+    spread = detector(torch.randn(2, 3, 8, 64, 64), rois) - detector.head.bias
+    assert 1e-5 < spread.std() < 2e-3  # about 0.3 without the authors' factor of 0.001
+
+
 # ---- training clips ----
 
 
@@ -459,22 +475,45 @@ def test_training_clips_and_their_boxes(ava):
     assert not torch.equal(other[0], samples[2][0])
 
 
-def test_colour_jitter_moves_hue_saturation_and_value():
-    """Against Python's own conversion, with the shifts that the generator draws."""
-    frames = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    frames[0, :, 0, 0] = 77  # grey stays grey
-    frames[0, :, 0, 1] = 0
-    jittered = detect_ava.jitter_colors(frames, torch.Generator().manual_seed(3))
-    hue, saturation, value = (
-        (2 * torch.rand(3, generator=torch.Generator().manual_seed(3)) - 1)
-        * torch.tensor([10 / 180, 26 / 255, 26 / 255])
-    ).tolist()
-    assert abs(hue) > 0.01 and abs(saturation) > 0.01 and abs(value) > 0.01
-    for t, y, x in ((t, y, x) for t in range(2) for y in range(4) for x in range(5)):
-        h, s, v = colorsys.rgb_to_hsv(*(frames[t, :, y, x] / 255).tolist())
-        s, v = (min(max(a, 0), 1) for a in (s + saturation if s else 0, v + value))
-        wanted = 255 * torch.tensor(colorsys.hsv_to_rgb((h + hue) % 1, s, v))
-        assert (jittered[t, :, y, x] - wanted).abs().max() < 6  # hue comes back from torchvision in whole numbers
+def test_color_jitter_moves_hue_saturation_and_value_by_whole_steps():
+    """Against Python's own conversion. Gray has the hue 0, red, which more saturation shows."""
+    frames = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames[0, :, 0, 0], frames[0, :, 0, 1] = 77, 0
+    for seed in range(5):
+        jittered = detect_ava.jitter_colors(frames, torch.Generator().manual_seed(seed))
+        assert jittered.dtype == torch.uint8 and jittered.shape == frames.shape
+        generator = torch.Generator().manual_seed(seed)
+        hue, saturation, value = (random_below(2 * most + 1, generator) - most for most in (10, 26, 26))
+        for t, y, x in ((t, y, x) for t in range(2) for y in range(4) for x in range(5)):
+            h, s, v = colorsys.rgb_to_hsv(*(frames[t, :, y, x] / 255).tolist())
+            s, v = (min(max(a, 0), 1) for a in (s + saturation / 255, v + value / 255))
+            wanted = 255 * torch.tensor(colorsys.hsv_to_rgb((h + hue / 180) % 1, s, v))
+            assert (jittered[t, :, y, x] - wanted).abs().max() < 9  # PIL has whole numbers
+
+
+def test_color_jitter_fills_its_bounds():
+    frame, shifts = torch.tensor([200, 100, 100], dtype=torch.uint8).view(1, 3, 1, 1), []
+    for seed in range(1500):
+        jittered = detect_ava.jitter_colors(frame, torch.Generator().manual_seed(seed))
+        shifts.append(colorsys.rgb_to_hsv(*jittered.flatten().tolist()))
+    hue, saturation, value = torch.tensor(shifts).unbind(dim=1)
+    hue = (hue + 0.5) % 1 - 0.5
+    assert hue.min() * 180 == pytest.approx(-10, abs=1.2) and hue.max() * 180 == pytest.approx(10, abs=1.2)
+    assert (saturation - 0.5).abs().max() * 255 == pytest.approx(26, abs=2.5)
+    assert (value.min(), value.max()) == (174, 226)
+
+
+def test_boxes_are_jittered_after_the_crop(coded):
+    """As in the authors' code: what is left of a box inside the crop is jittered, and stays inside."""
+    config = configured("data.short_side=64", "data.size=16", "data.jitter_boxes=true", *AT_30)
+    frame = ("64x64", 902)
+    whole = [files.Row(frame, (0.0, 0.0, 1.0, 1.0), 1, 1.0)]
+    clips = detect_ava.KeyFrameClips([(frame, whole)], 0, movies=coded, options=config.data)
+    boxes = torch.cat([clips[epoch, 0][1] for epoch in range(200)])
+    assert boxes.min() == 0 and boxes.max() == 16  # moved outward, clamped
+    inward = torch.tensor([1.6, 0.8, 14.4, 15.2])  # by up to 0.1 of a width, 0.05 of a height of 16
+    assert (boxes[:, :2] <= inward[:2] + 1e-4).all() and (boxes[:, 2:] >= inward[2:] - 1e-4).all()
+    assert boxes[:, :2].amax(dim=0).tolist() == pytest.approx([1.6, 0.8], abs=0.1)
 
 
 def test_statistics_are_a_key():
