@@ -46,18 +46,6 @@ def check(config: SimpleNamespace) -> None:
             raise UserError(f"data.{key}={limits} has to name the smaller number first")
 
 
-def find_videos(
-    config: SimpleNamespace, known: list[str] | None = None
-) -> tuple[LabelledVideos, LabelledVideos, list[str]]:
-    """Labelled videos for training and for testing, and the names of the classes.
-
-    If the classes are `known`, from a checkpoint, testing needs no training videos.
-    """
-    root, train_videos, val_videos = toy.find(config.data)
-    classes = config.data.classes if config.data.root else "classes.txt"
-    return labelled_videos(root, train_videos, val_videos, classes, config.data.per_class, known)
-
-
 def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
     """The classifier, with random weights (`init=scratch`, Table 1d) or those of any file that `load_weights` reads."""
     torch.manual_seed(config.run.seed)
@@ -89,7 +77,7 @@ def train(config: SimpleNamespace) -> None:
     check(config)
     check_init(config.init, "scratch")
     run = Run(config, DEFAULT)
-    videos, val_videos, names = find_videos(config)
+    videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
     model = build(config, len(names)).to(run.device)
     if config.run.recompute:
         recompute_blocks(model)
@@ -235,7 +223,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
     check(config)
     run = Run(config, DEFAULT)
     known = read_checkpoint(weights)[1].get("classes")
-    _, videos, names = find_videos(config, known)
+    _, videos, names = labelled_videos(*toy.find(config.data), config.data.per_class, known)
     model = build_from(VideoClassifier, weights, config.model.pretrained_clip).to(run.device)
     if known and known != names:
         raise UserError(f"{weights} was trained on other classes than these videos have: set data.classes")

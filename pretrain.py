@@ -131,10 +131,10 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
 
 
 def train(config: SimpleNamespace) -> None:
-    """Pre-train as `config` says (Table 9: AdamW, linear warm-up, half a cosine), or resume; draw pictures at the end."""
+    """Pre-train as `config` says (Table 9), or resume; draw pictures at the end."""
     model, objective, sample_mask = build(config)
     run = Run(config, DEFAULT)
-    root, train_videos, val_videos = toy.find(config.data)
+    root, train_videos, val_videos, _ = toy.find(config.data)
     videos = list_videos(root, train_videos)
     clips = data.PretrainingClips(
         videos,
@@ -155,8 +155,8 @@ def train(config: SimpleNamespace) -> None:
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x "
+        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n{len(videos):,} "
+        f"videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x "
         f"{config.data.size} pixels\n{config.mask.type} mask: {len(masked):,} of {len(masked) + len(visible):,} cubes "
         f"masked, {len(visible):,} visible"
     )

@@ -1,6 +1,6 @@
 """Linear probing: what a linear classifier can read from a frozen pre-trained encoder (Table 11, Table 3).
 
-    laptop:   torchrun probe.py                         # toy videos, from the encoder that `torchrun pretrain.py` leaves
+    laptop:   torchrun probe.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
 
 An encoder with random weights, PyTorch's own initialization, can be probed next to it, on the same clips.
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from finetune import find_videos, test_and_write
+from finetune import test_and_write
 from model import Encoder, cube_grid
+from support import toy
 from support.config import load_config, parse, pick, say
+from support.datasets import labelled_videos
 from support.run import Run, launch, warmup_cosine
 from support.weights import check_init, encoder_options, load_weights
 
@@ -70,7 +72,7 @@ def train(config: SimpleNamespace) -> None:
     cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
     pick(data.SAMPLING, config.data.sampling, "data.sampling")
     run = Run(config, DEFAULT)
-    videos, val_videos, names = find_videos(config)
+    videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
     probes = nn.ModuleDict(build(config, len(names))).to(run.device)
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)

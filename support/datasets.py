@@ -5,30 +5,25 @@ python -m support.datasets configs/finetune/ucf101_base.yaml data.root=/data/ucf
 
 import argparse
 import csv
+import glob
 import json
-import multiprocessing
+import os
 import re
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from support.config import UserError, load_config, parse
 from support.run import launch
 from support.video import BrokenVideo, Video
 
-CONFIG = Path(__file__).parents[1] / "configs" / "finetune" / "toy.yaml"
-SUFFIXES = tuple(
-    ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
-)
+CONFIGS = Path(__file__).parents[1] / "configs"
+SUFFIXES = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+HIDDEN = re.compile(r"\..*|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|__MACOSX|lost\+found")
 
 LabelledVideos = list[tuple[Path, int]]  # each with the number of its class
 
@@ -37,11 +32,11 @@ class Entry(NamedTuple):
     """One video of a dataset."""
 
     path: Path
-    label: str  # a number or a class's name, as the dataset writes it; "" if it does not say
+    label: str | int  # a class's name, or a number that a list gives; "" if the dataset does not say
     where: str  # the file and line that name the video
 
 
-def list_entries(root: str, selection: str) -> list[Entry]:
+def list_entries(root: str, selection: str, labels: bool = True) -> list[Entry]:
     """The videos that a configuration names.
 
     selection: empty for everything below `root`, or the name, below `root`, of
@@ -51,19 +46,30 @@ def list_entries(root: str, selection: str) -> list[Entry]:
     - a .csv file with the columns label, youtube_id, time_start, time_end (Kinetics);
     - files with lines `name flag`, one for each class, as `*_test_split1.txt=FLAG`: those with this flag (HMDB51).
     An `id` means the video of this name, whatever its suffix, anywhere below `root`.
+    labels: False to ignore what follows the paths in a list.
     Raises UserError, with the line, for what cannot be read, is named twice or is not there at all.
     """
     pattern, flag = re.fullmatch(r"(.*?)(?:=(\d+))?", selection).groups()
-    where = Path(root, pattern) if not pattern or Path(root, pattern).exists() else Path(pattern)
-    if flag:
-        entries = _read_flagged(root, pattern, flag)
-    elif where.is_dir():
-        videos = sorted(path for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        entries = [Entry(path, path.parent.name if path.parent != where else "", str(path.parent)) for path in videos]
-    elif where.is_file():
-        entries = _read_list(root, where)
-    else:
-        raise UserError(f"there is no folder or list file {where}: set data.root, and data.train or data.val below it")
+    files = find_files(root, pattern)
+    where = files[0] if len(files) == 1 else Path(pattern or root)
+    if not files or len(files) > 1 and not flag:
+        what = f"no file matches {where} below {root}" if flag else f"there is no folder or list file {where}"
+        raise UserError(f"{what}: set data.root, and data.train or data.val below it")
+    try:
+        if flag:
+            entries = [entry for file in files for entry in _read_flagged(root, file, pattern, flag)]
+        elif where.is_dir():
+            entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos_below(where)]
+            entries = [entry._replace(label="") if entry.path.parent == where else entry for entry in entries]
+        else:
+            entries = _read_list(root, where, labels)
+        if Path(root, "prepared.json").exists():
+            entries = _as_prepared(root, entries)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        what = f"{where} is not a list of videos in a form that support/datasets.py describes"
+        raise UserError(f"{what} ({type(error).__name__}: {error})") from None
     if not entries:
         raise UserError(f"no videos found in {where} (files ending in {' '.join(SUFFIXES)})")
     seen: dict[Path, str] = {}
@@ -76,128 +82,177 @@ def list_entries(root: str, selection: str) -> list[Entry]:
 
 def list_videos(root: str, selection: str) -> list[Path]:
     """The paths alone of `list_entries`: pre-training needs no labels."""
-    return [entry.path for entry in list_entries(root, selection)]
+    return [entry.path for entry in list_entries(root, selection, labels=False)]
 
 
-def _read_list(root: str, file: Path) -> list[Entry]:
-    try:
-        text = file.read_text("utf-8-sig")
-        if file.suffix == ".json":
-            items = [(str(item["id"]), item.get("template") or item.get("label") or "") for item in json.loads(text)]
-            labels = [re.sub(r"[\[\]]", "", label) for _, label in items]
-            named = [(id, label, f"{file}: id {id}") for (id, _), label in zip(items, labels, strict=True)]
-            return _find_by_name(root, named)
-        rows = csv.DictReader(text.lstrip().splitlines())
-        if {"youtube_id", "time_start", "time_end"} <= set(rows.fieldnames or ()):
-            named = []
-            for row in rows:
-                name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-                named.append((name, row.get("label") or "", f"{file}: youtube_id {row['youtube_id']}"))
-            return _find_by_name(root, named)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{file} is not a list of videos in a form that support/datasets.py describes ({what})"
-        ) from None
-    entries = []
-    for where, line in _lines(file):
-        path, label = _split(line)
-        if label.startswith("-"):
-            raise UserError(f"{where}: label {label} for {path}; labels count from 0")
-        entries.append(Entry(Path(root, path), label or Path(path).parent.name, where))
-    return entries
+def find_files(root: str, name: str) -> list[Path]:
+    """The files that a path or pattern means: below `root`, from the current folder, or as prepare copied them."""
+    places = [(root, name), ("", name)] if name else [(root, "")]
+    if Path(root, "prepared.json").exists():
+        places.append((root, Path(name).name))
+    for folder, pattern in places:
+        if Path(folder, pattern).exists():
+            return [Path(folder, pattern)]
+        if found := glob.glob(pattern, root_dir=folder or None, recursive=True):
+            return [Path(folder, match) for match in sorted(found)]
+    return []
 
 
-def _read_flagged(root: str, pattern: str, flag: str) -> list[Entry]:
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, but for hidden ones. Links are followed, except to a folder above them."""
+
+    def leads_back(path: Path) -> bool:
+        return path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents)
+
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not HIDDEN.fullmatch(name) and not leads_back(Path(place, name))]
+        files += [Path(place, name) for name in names if not HIDDEN.fullmatch(name)]
+    return sorted(files)
+
+
+def videos_below(folder: Path) -> list[Path]:
+    """The videos among `files_below`."""
+    return [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def _read_list(root: str, file: Path, labels: bool) -> list[Entry]:
+    lines = [] if file.suffix == ".json" else _lines(file)
+    table = csv.DictReader((line for _, line in lines), skipinitialspace=True)
+    table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    if file.suffix == ".json":
+        items = json.loads(file.read_text("utf-8-sig"))
+        names = [re.sub(r"[\[\]]", "", item.get("template") or item.get("label") or "") for item in items]
+        named = [(str(item["id"]), name, f"id {item['id']}") for item, name in zip(items, names, strict=True)]
+    elif {"youtube_id", "time_start", "time_end"} <= set(table.fieldnames):
+        named = []
+        for row in table:
+            name = f"{row['youtube_id'].strip()}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+            named.append((name, (row.get("label") or "").strip(), f"youtube_id {row['youtube_id']}"))
+    else:
+        return [_read_line(root, line, where, labels) for where, line in lines]
+    paths = {path.stem: path for path in videos_below(Path(root))}
+    return [Entry(paths.get(name, Path(root, name)), label, f"{file}: {where}") for name, label, where in named]
+
+
+def _read_line(root: str, line: str, where: str, labels: bool) -> Entry:
+    path, label = _split(line)
+    if Path(path).suffix.lower() not in SUFFIXES and not os.path.isfile(Path(root, path)):
+        raise UserError(f"{where}: '{line}' does not start with the path of a video")
+    if labels and re.match(r"-?\d+[\s,;]", label):
+        what = f"{where}: '{label}' is more than a label"
+        raise UserError(f"{what}; lines are 'path label', not 'path frames label' as for folders of frames")
+    number = int(label) if re.fullmatch(r"-?\d+", label) else None
+    return Entry(Path(root, path), label or Path(path).parent.name if number is None else number, where)
+
+
+def _read_flagged(root: str, file: Path, pattern: str, flag: str) -> list[Entry]:
     """HMDB51: CLASS_test_split1.txt with lines `name flag`; the class is what stands before the pattern's text."""
-    entries = []
-    for file in sorted(Path(root).glob(pattern)):
-        label = file.name.removesuffix(pattern.rpartition("*")[2])
-        for where, line in _lines(file):
-            name, its_flag = _split(line)
-            if not its_flag.isdecimal():
-                raise UserError(f"{where}: expected 'name flag', not '{line}'")
-            if its_flag == flag:
-                entries.append(Entry(Path(root, label, name), label, where))
+    label, entries = file.name.removesuffix(pattern.rpartition("*")[2]), []
+    for where, line in _lines(file):
+        name, its_flag = _split(line)
+        if not its_flag.isdecimal():
+            raise UserError(f"{where}: expected 'name flag', not '{line}'")
+        if its_flag == flag:
+            entries.append(Entry(Path(root, label, name), label, where))
     return entries
-
-
-def _find_by_name(root: str, named: list[tuple[str, str, str]]) -> list[Entry]:
-    """Entries for (name, label, where): found once for all below `root`; a missing one stays, as a broken video."""
-    paths = {path.stem: path for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in SUFFIXES}
-    return [Entry(paths.get(name, Path(root, name)), label, where) for name, label, where in named]
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
     """A text file's lines that are not blank, each with its file and number."""
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a text file in UTF-8 ({error})") from None
+    lines = file.read_text("utf-8-sig").splitlines()
     return [(f"{file}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _split(line: str) -> tuple[str, str]:
     """Path and label, or "", of a list's line. A name may hold blanks: what follows its suffix is the label."""
     suffix = "|".join(map(re.escape, SUFFIXES))
-    match = re.fullmatch(rf"(.*?(?:{suffix}))(?:[\s,]+(.+))?", line, re.IGNORECASE)
-    path, label = (match or re.fullmatch(r"(.*?)(?:[\s,]+(\d+))?", line)).groups()
-    return path, label or ""
+    forms = r'"([^"]+)"(.*)', rf"(.*?(?:{suffix}))((?:[\s,].*)?)", r"(.*?)((?:[\s,]+-?\d+)*)"
+    path, label = next(filter(None, (re.fullmatch(form, line, re.IGNORECASE) for form in forms))).groups()
+    return path, label.strip(' \t,"')
+
+
+def _as_prepared(root: str, entries: list[Entry]) -> list[Entry]:
+    """In a folder that prepare filled, lists from elsewhere name the originals: the .mp4 files in their place."""
+    original = json.loads(Path(root, "prepared.json").read_text("utf-8"))["root"]
+    for number, (path, label, where) in enumerate(entries):
+        path = Path(root, path.relative_to(original)) if path.is_relative_to(original) else path
+        entries[number] = Entry(path.with_suffix(".mp4") if path.suffix.lower() in SUFFIXES else path, label, where)
+    return entries
 
 
 class Classes:
-    """The names of a dataset's classes, and which class a label means.
+    """The names of a dataset's classes, and which class a label means: the one of this name, or else of this number.
 
-    From a file: lines `name`, numbered from 0 (Kinetics), lines `number name` (UCF101's classInd.txt) or a .json object
-    {"name": "number"} (Something-Something V2's labels). Without one, from the labels of the training videos.
+    From a file: lines `name`, numbered from 0 (Kinetics), lines `number name` (UCF101's classInd.txt) or `name,number`,
+    with or without a header, or a .json object {"name": "number"} (Something-Something V2's labels). Without one, from
+    the labels of the training videos: names in alphabetical order, or numbers.
     """
 
     def __init__(self, root: str, file: str, entries: list[Entry]) -> None:
-        if file:
-            self.where = Path(root, file) if Path(root, file).exists() else Path(file)
-            numbered = self._read(self.where)
-        else:
-            self.where = "the training videos"
-            labels = {entry.label for entry in entries if entry.label}
-            numbered = list(enumerate(sorted(labels)))
-            if all(label.isdecimal() for label in labels):
-                numbered = [(number, str(number)) for number in sorted({int(label) for label in labels})]
-                if numbered and numbered[-1][0] >= len(numbered):
-                    used = f"have {len(numbered)} different labels, and {numbered[-1][0]} is one of them"
-                    what = "labels count from 0, or data.classes names a file with all classes"
-                    raise UserError(f"the training videos {used}; {what}")
+        self.where = (find_files(root, file) or [Path(file)])[0] if file else "the training videos"
+        numbered = _read_classes(self.where) if file else _number_labels(entries)
         self.names = [name for _, name in numbered]
-        self.by_label = {str(number): index for index, (number, _) in enumerate(numbered)}
-        self.by_label |= {self._plain(name): index for index, name in enumerate(self.names)}
-
-    @staticmethod
-    def _read(file: Path) -> list[tuple[int, str]]:
-        try:
-            if file.suffix == ".json":
-                content = json.loads(file.read_text("utf-8-sig"))
-                return sorted((int(number), name) for name, number in content.items())
-            lines = [line for _, line in _lines(file)]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
-        if not lines:
-            raise UserError(f"data.classes: {file} names no class")
-        matches = [re.fullmatch(r"(\d+)[\s,]+(.+)", line) for line in lines]
-        return [(int(match[1]), match[2]) for match in matches] if all(matches) else list(enumerate(lines))
-
-    @staticmethod
-    def _plain(name: str) -> str:
-        return name.replace("_", " ").lower()  # folders are often named riding_a_bike for "riding a bike"
+        self.by_label: dict[str | int, int] = {}
+        has_numbers = not any(name.isdecimal() for name in self.names)  # apart from names
+        for index, (number, name) in enumerate(numbered):
+            for key in (_plain(name), number) if has_numbers else (_plain(name),):
+                if self.by_label.setdefault(key, index) != index:
+                    what = f"classes '{self.names[self.by_label[key]]}' and '{name}' cannot be told apart"
+                    raise UserError(f"{self.where}: {what}; rename or renumber one of the two")
 
     def index(self, entry: Entry) -> int:
         """The class of an entry. Raises UserError with its file and line."""
-        is_number = entry.label.isdecimal()
-        index = self.by_label.get(str(int(entry.label)) if is_number else self._plain(entry.label))
+        label, video = entry.label, entry.path.name
+        index = self.by_label.get(_plain(str(label)))
+        if index is None and str(label).isdecimal():
+            index = self.by_label.get(int(label))
         if index is None:
-            what = f"unknown class '{entry.label}'" if entry.label else "no label"
-            what = f"label {entry.label} is out of range" if is_number else what
+            what = f"unknown class '{label}' for {video}" if label else f"no label for {video}"
+            if isinstance(label, int):
+                what = f"label {label} for {video}; labels count from 0"
+                what = f"label {label} is out of range for {video}" if label >= 0 else what
             classes = f"{self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ..."
-            raise UserError(f"{entry.where}: {what} for {entry.path.name}; {classes}")
+            raise UserError(f"{entry.where}: {what}; {classes}")
         return index
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").lower()  # folders are often named riding_a_bike for "riding a bike"
+
+
+def _number_labels(entries: list[Entry]) -> list[tuple[int, str]]:
+    numbers = sorted({entry.label for entry in entries if isinstance(entry.label, int) and entry.label >= 0})
+    names = {entry.label: entry.where for entry in entries if isinstance(entry.label, str) and entry.label}
+    if numbers and names:
+        name, where = next(iter(names.items()))
+        raise UserError(f"{where}: label '{name}' among others that are numbers")
+    if numbers and numbers[-1] >= len(numbers):
+        used = f"the training videos have {len(numbers)} different labels, and {numbers[-1]} is one of them"
+        raise UserError(f"{used}; labels count from 0, or data.classes names a file with all classes")
+    return [(number, str(number)) for number in numbers] or list(enumerate(sorted(names)))
+
+
+def _read_classes(file: Path) -> list[tuple[int, str]]:
+    try:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text("utf-8-sig"))
+            return sorted((int(number), name) for name, number in content.items())
+        lines = _lines(file)
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
+    for form in (r'"?(?P<number>\d+)"?[\s,]+(?P<name>.+)', r'(?P<name>.+?)\s*[,\t]\s*"?(?P<number>\d+)"?'):
+        matches = [re.fullmatch(form, line) for _, line in lines]
+        others = [where for (where, _), match in zip(lines[1:], matches[1:], strict=True) if not match]
+        if any(matches) and not others:  # the first line may be a header
+            return [(int(match["number"]), match["name"].strip('"')) for match in matches if match]
+        if any(matches) and 2 * sum(map(bool, matches)) >= len(lines):
+            raise UserError(f"{others[0]}: expected a number and a name, as in the other lines")
+    names = [line.strip('"') for _, line in lines]
+    if not names:
+        raise UserError(f"data.classes: {file} names no class")
+    is_header = re.fullmatch("names?|labels?|class|classes|class_name|category", names[0].lower())
+    return list(enumerate(names[1:] if is_header else names))
 
 
 def labelled_videos(
@@ -212,25 +267,23 @@ def labelled_videos(
     """
     videos: LabelledVideos = []
     if known and val:
-        table = Classes(root, classes, [Entry(Path(), name, "") for name in known])
+        table = Classes(root, classes, [Entry(Path(), name, "the checkpoint") for name in known])
         names = known if sorted(known) == sorted(table.names) else table.names
         val_videos = [(entry.path, names.index(table.names[table.index(entry)])) for entry in list_entries(root, val)]
     else:
         entries = list_entries(root, train)
         table = Classes(root, classes, entries)
-        names = table.names
-        by_class: list[LabelledVideos] = [[] for _ in names]
+        names, by_class = table.names, [[] for _ in table.names]
         for entry in entries:
-            by_class[table.index(entry)].append((entry.path, table.index(entry)))
-        if val:
-            val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)]
-        else:
-            val_videos = [video for group in by_class for video in group[4::5]]
-            by_class = [[video for place, video in enumerate(group) if place % 5 != 4] for group in by_class]
-            if not val_videos:
-                what = f"no class in {root} has five videos, so none can be kept for testing"
-                raise UserError(f"{what}: name test videos by data.val")
-        videos = [video for group in by_class for video in group[: per_class or None]]
+            by_class[table.index(entry)].append(entry.path)
+        for label, paths in enumerate(by_class):
+            kept = [path for place, path in enumerate(paths) if val or place % 5 != 4]
+            videos += [(path, label) for path in kept[: per_class or None]]
+        held_out = [(path, label) for label, paths in enumerate(by_class) for path in paths[4::5]]
+        val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)] if val else held_out
+        if not val_videos:
+            what = f"no class in {root} has five videos, so none can be kept for testing"
+            raise UserError(f"{what}: name test videos by data.val")
     if not any(path.exists() for path, _ in val_videos):  # known now, not after days of training
         what = f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}"
         raise UserError(f"{what}: look at data.root and data.val")
@@ -240,39 +293,45 @@ def labelled_videos(
 # ---- a dataset looked over before days of training ----
 
 
-def check(root: str, train: str, val: str, classes: str, processes: int) -> bool:
+def check(config: SimpleNamespace) -> bool:
     """Print the number of videos of each class, for training and for testing, and what is wrong; return if all is well.
 
-    Wrong are labels, files that cannot be read (the first, the middle and the last frame are decoded), and test videos
-    that are among those for training.
+    config: the group `data` of a configuration. Wrong are labels, files that cannot be read (the first, the middle and
+    the last frame are decoded), and test videos that are among those for training.
     """
+    labels = hasattr(config, "classes")  # pre-training has none
     table, well, seen = None, True, set()
-    for what, selection in (("training", train), ("testing", val)) if val else (("training", train),):
-        entries = list_entries(root, selection)
-        table = table or Classes(root, classes, entries)
-        count, wrong = Counter(), []
-        for entry in entries:
+    for what, selection in (("training", config.train), ("testing", config.val)):
+        if what == "testing" and not selection:
+            break
+        entries = list_entries(config.root, selection, labels)
+        labelled = entries if labels else []
+        table = table or Classes(config.root, config.classes if labels else "", labelled)
+        count, wrong, paths = Counter(), [], [entry.path for entry in entries]
+        for entry in labelled:
             try:
                 count[table.index(entry)] += 1
             except UserError as error:
                 wrong.append(str(error))
-        paths = [entry.path for entry in entries]
-        reasons = in_processes(processes, _unreadable, paths)
-        broken = [reason for reason in tqdm(reasons, f"reading {what} videos", len(paths), unit="video") if reason]
-        print(f"{len(paths):,} videos for {what} in {selection or root}, {len(table.names)} classes, ", end="")
-        print(f"{len(wrong)} wrong labels, {len(broken)} unreadable")
+        bar = dict(desc=f"reading {what} videos", unit="video")
+        broken = list(filter(None, thread_map(_unreadable, paths, max_workers=max(1, config.workers), **bar)))
+        print(
+            f"{len(paths):,} videos for {what} in {selection or config.root}, {len(table.names)} classes, "
+            f"{len(wrong)} wrong labels, {len(broken)} unreadable"
+        )
         for index, name in enumerate(table.names):
             print(f"{count[index]:8,}  {name}")
         for report in (*wrong, *broken):
             print(f"  {report}")
         if both := seen.intersection(paths):
             print(f"  {len(both):,} videos are for training as well, {min(both)} for one")
-        seen = set(paths)
+        seen.update(paths)
         well = well and not (wrong or broken or both)
     return well
 
 
 def _unreadable(path: Path) -> str:
+    """Why a video's first, middle or last frame cannot be read, or ""."""
     try:
         with Video(path) as video:
             video.frames([0, len(video) // 2, len(video) - 1])
@@ -281,27 +340,11 @@ def _unreadable(path: Path) -> str:
     return ""
 
 
-def in_processes(processes: int, function: Callable, *arguments: list) -> Iterator[Any]:
-    """Like map, computed by some processes, or by this one if `processes` is 1."""
-    if processes == 1:
-        yield from map(function, *arguments)
-        return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) as pool:
-        try:
-            yield from pool.map(function, *arguments)
-        except BrokenProcessPool:
-            what = "a process was killed, perhaps for lack of memory"
-            raise UserError(f"{what}: give the same command again, with fewer processes") from None
-
-
-def _begin_process() -> None:
-    torch.set_num_threads(1)  # videos are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it without a traceback
-
-
 def read_settings(settings: list[str]) -> SimpleNamespace:
-    """The group `data` of the configuration that a command line asks for."""
-    config = load_config(CONFIG, settings).data
+    """The group `data` of the configuration, of any stage but detection, that a command line asks for."""
+    stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
+    stage = stages[0] if stages and stages[0] in ("pretrain", "probe") else "finetune"
+    config = load_config(CONFIGS / stage / "toy.yaml", settings).data
     if not config.root:
         raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
     return config
@@ -309,8 +352,7 @@ def read_settings(settings: list[str]) -> SimpleNamespace:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    config = read_settings(parse(parser).settings)
-    if not check(config.root, config.train, config.val, config.classes, max(1, config.workers)):
+    if not check(read_settings(parse(parser).settings)):
         sys.exit(1)
 
 

@@ -59,7 +59,7 @@ def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, 
             text = "\n".join(f"{name} {p:.2f}" if p < 1 else f"{name}" for name, p in found)
             # within the frame, whose edge would cut off the labels of draw_bounding_boxes
             _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font)
-            place = max(0, min(left + 3, width - right)), max(0, min(top + 2, height - bottom))
+            place = max(0, int(min(left + 3, width - right - 1))), max(0, int(min(top + 2, height - bottom - 1)))
             draw.rectangle(draw.multiline_textbbox(place, text, font), fill="black")
             draw.multiline_text(place, text, colour, font)
     return TF.pil_to_tensor(picture)

@@ -6,19 +6,26 @@ python -m support.prepare data.root=/data/ucf101 --to /data/ucf101_256
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import statistics
-from fractions import Fraction
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from support.config import UserError, parse
-from support.datasets import SUFFIXES, in_processes, list_videos, read_settings
+from support.datasets import SUFFIXES, files_below, find_files, list_videos, read_settings
 from support.run import launch
 from support.video import BrokenVideo, Video, write_mp4
 
@@ -31,89 +38,135 @@ X264 = {
 }  # fmt: skip
 LISTS = (".csv", ".json", ".pbtxt", ".tsv", ".txt")  # lists and labels next to the videos
 
+if not hasattr(Video, "times"):  # a shim for the old support.video; to be deleted at the merge
+    from fractions import Fraction
 
-def prepare(root: str, selections: list[str], out: Path, short: int, processes: int) -> None:
-    """Encode the videos that `selections` name below `root` into the same tree below `out`; copy lists and labels.
+    import support.video
 
-    Frames and times stay. Frames become upright, with even sides, the shorter one at most `short` pixels. The same
-    command resumes. What cannot be read to its last frame is named and left out.
+    def write_mp4(*arguments, times, **options):
+        unit = Fraction(1, math.lcm(*(time.denominator for time in times)))
+        support.video.write_mp4(*arguments, times=[int(time / unit) for time in times], unit=unit, **options)
+
+    def _times(video):
+        times = [packet.pts for packet in video.packets if not packet.is_discard]
+        if None in times or len(set(times)) < len(times):  # AVI states no times, only a rate
+            return [number / video.rate for number in range(len(video))]
+        return [time * video.time_base for time in sorted(times)]
+
+    Video.rate = property(lambda video: video.stream.average_rate or Fraction(25))
+    Video.time_base = property(lambda video: video.stream.time_base)
+    Video.times = property(_times)
+
+
+def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> None:
+    """Encode a configuration's videos into the same tree below `out`, and copy lists and labels.
+
+    config: the group `data`. All frames and times stay. Frames become upright, with even sides, the shorter one at most
+    `short` pixels. The same command resumes. What cannot be read to its last frame is named and left out.
     """
-    source, out = Path(os.path.abspath(root)), Path(os.path.abspath(out))
+    source, out = Path(os.path.abspath(config.root)), Path(os.path.abspath(out))
     if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
         what = f"--to {out} and data.root={source} are the same folder or one is inside the other"
         raise UserError(f"{what}: name a folder next to it")
-    targets: dict[Path, Path] = {}
-    for video in sorted(
-        {Path(os.path.abspath(path)) for name in selections for path in list_videos(str(source), name)}
-    ):
-        if not video.is_relative_to(source):
-            what = f"{video} is not below data.root={source}, so it has no place in {out}"
-            raise UserError(f"{what}: set data.root to a folder that holds all videos")
-        target = out / video.relative_to(source).with_suffix(".mp4")
-        if target in targets:
-            raise UserError(f"{targets[target]} and {video} would both become {target}: rename one of the two")
-        targets[target] = video
+    selections = [config.train, config.val] if config.val else [config.train]
+    videos = {Path(os.path.abspath(path)) for name in selections for path in list_videos(str(source), name)}
+    if outside := [video for video in videos if not video.is_relative_to(source)]:
+        what = f"{min(outside)} is not below data.root={source}, so it has no place in {out}"
+        raise UserError(f"{what}: set data.root to a folder that holds all videos")
+    sources = _sources({video: out / video.relative_to(source).with_suffix(".mp4") for video in sorted(videos)})
     try:
         _begin_folder(out, json.dumps({"root": str(source), "short": short, "x264": X264}))
-        _copy_lists(source, [Path(selection) for selection in selections if Path(selection).is_file()], out)
-        for target in targets:
+        _copy_lists(source, [*selections, getattr(config, "classes", "")], out)
+        for target in sources:
             target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be filled ({error}): fix this and give the same command again") from None
-    todo = [target for target in targets if not target.exists()]
-    sources = [targets[target] for target in todo]
-    reasons = in_processes(processes, _prepare_one, sources, todo, [short] * len(todo))
-    bar = tqdm(reasons, "preparing videos", len(targets), initial=len(targets) - len(todo), unit="video")
-    broken = [reason for reason in bar if reason]
-    done = [target for target in targets if target.exists()]
-    (out / "prepared.txt").write_text("".join(f"{target.relative_to(out).as_posix()}\n" for target in done))
-    (out / "unreadable.txt").write_text("".join(f"{reason}\n" for reason in broken))
+    todo = [target for target in sources if not target.exists()]
+    pool = (
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) if processes > 1 else None
+    )
+    with pool or nullcontext():
+        in_turn = pool.map if pool else map
+        reasons = in_turn(partial(_prepare_one, short=short), [sources[target] for target in todo], todo)
+        bar = tqdm(reasons, "preparing videos", len(sources), initial=len(sources) - len(todo), unit="video")
+        try:
+            broken = [reason for reason in bar if reason]
+        except BrokenProcessPool:
+            what = "a process was killed, perhaps for lack of memory"
+            raise UserError(f"{what}: give the same command again, with fewer --processes") from None
+    done = [target for target in sources if target.exists()]
+    _write_lines(out / "prepared.txt", [target.relative_to(out).as_posix() for target in done])
+    _write_lines(out / "unreadable.txt", broken)
     for reason in broken:
         print(f"  cannot be read: {reason}")
     if not done:
-        raise UserError(f"none of the {len(targets)} videos below {source} could be read")
-    ratios = [_psnr_of_prepared(targets[target], target) for target in done[:: math.ceil(len(done) / 64)]]
-    before, after = (sum(os.path.getsize(path) for path in paths) / 1e6 for paths in (map(targets.get, done), done))
+        raise UserError(f"none of the {len(sources)} videos below {source} could be read")
+    ratios = [_psnr_of_prepared(sources[target], target) for target in done[:: math.ceil(len(done) / 64)]]
+    before, after = (sum(os.path.getsize(path) for path in paths) / 1e6 for paths in (map(sources.get, done), done))
     print(
-        f"{len(done):,} of {len(targets):,} videos are in {out}: {before:,.1f} MB became {after:,.1f} MB, "
+        f"{len(done):,} of {len(sources):,} videos are in {out}: {before:,.1f} MB became {after:,.1f} MB, "
         f"{after / before:.2f} times;\nPSNR against the originals in the same size {statistics.median(ratios):.1f} dB, "
         f"lowest {min(ratios):.1f} dB, of {len(ratios)} videos\ntrain with data.root={out}"
     )
 
 
+def _sources(targets: dict[Path, Path]) -> dict[Path, Path]:
+    """What each target is made from. Raises UserError if two would become the same."""
+    sources: dict[Path, Path] = {}
+    for source, target in targets.items():
+        if sources.setdefault(target, source) != source:
+            raise UserError(f"{sources[target]} and {source} would both become {target}: rename one of the two")
+    return sources
+
+
 def _begin_folder(out: Path, settings: str) -> None:
     mark = out / "prepared.json"
-    if out.exists() and any(out.iterdir()) and not (mark.exists() and mark.read_text() == settings):
+    if out.exists() and any(out.iterdir()) and not (mark.exists() and mark.read_text("utf-8") == settings):
         what = f"{out} is not empty, and what it holds was not prepared in the same way from the same folder"
         raise UserError(f"{what}: name another --to or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(settings)
+    mark.write_text(settings, "utf-8")
     for part in out.rglob("*.part"):  # of a run that was killed
         part.unlink()
 
 
-def _copy_lists(source: Path, outside: list[Path], out: Path) -> None:
-    """Copy lists and labels, in which videos are named as they are now: relative to `out`, ending in .mp4."""
-    files = {file: out / file.relative_to(source) for file in source.rglob("*") if file.suffix.lower() in LISTS}
-    files |= {file: out / file.name for file in outside if not Path(os.path.abspath(file)).is_relative_to(source)}
+def _copy_lists(source: Path, named: list[str], out: Path) -> None:
+    """Copy the lists and labels below `source`, and those that a configuration names, wherever they are.
+
+    In the copies videos are named as they are now: relative to `out`, ending in .mp4.
+    """
+    targets = {file: out / file.relative_to(source) for file in files_below(source) if file.suffix.lower() in LISTS}
+    for name in filter(None, named):
+        for file in find_files(str(source), re.sub(r"=\d+$", "", name)):
+            if file.is_file() and (file := Path(os.path.abspath(file))) not in targets:
+                targets[file] = out / file.name
     suffix = "|".join(map(re.escape, SUFFIXES)).encode()
-    for file, copy in files.items():
-        text = re.sub(rb"(?m)^" + re.escape(f"{source}/".encode()), b"", file.read_bytes())
+    for copy, file in _sources(targets).items():
+        text = re.sub(rb"(?m)^" + re.escape(os.fsencode(f"{source}/")), b"", file.read_bytes())
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(re.sub(rb"(?im)(?:" + suffix + rb")(?=[\s,\"]|$)", b".mp4", text))
 
 
+def _write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), "utf-8", errors="surrogateescape")
+
+
+def _begin_process() -> None:
+    torch.set_num_threads(1)  # videos are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it without a traceback
+
+
 def _prepare_one(source: Path, target: Path, short: int) -> str:
-    """Encode one video; "" or why it cannot be read. Written next to the target and renamed: what is there is whole."""
+    """Encode one video; "" or why it cannot be. Written next to the target and renamed: what is there is whole."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with Video(source) as video:
-            times = [packet.pts for packet in video.packets if not packet.is_discard]
-            rate, unit = video.stream.average_rate or Fraction(25), video.stream.time_base
-            if None in times or len(set(times)) < len(times):  # AVI states no times, only a rate
-                times, unit = range(len(video)), 1 / rate
             frames = (TF.resize(frame, _prepared_size(frame, short), antialias=True) for frame in video.every_frame())
-            write_mp4(part, frames, rate, options=X264, times=sorted(times), unit=unit)
+            times = video.times
+            write_mp4(part, frames, video.rate, options=X264, times=[time - times[0] for time in times])
+        with Video(part) as written:
+            if len(written) != len(times):
+                raise BrokenVideo(f"{source}: {len(times)} frames became {len(written)}")
         os.replace(part, target)
     except OSError as error:  # reading is not what failed: that is a BrokenVideo
         raise UserError(f"{target} cannot be written ({error}): fix this and give the same command again") from None
@@ -155,8 +208,7 @@ def main() -> None:
         raise UserError("where to? Give a new folder by --to FOLDER")
     if arguments.short < 16 or arguments.processes < 1:
         raise UserError("--short has to be at least 16 and --processes at least 1")
-    selections = [config.train, config.val] if config.val else [config.train]
-    prepare(config.root, selections, arguments.to, arguments.short, arguments.processes)
+    prepare(config, arguments.to, arguments.short, arguments.processes)
 
 
 if __name__ == "__main__":

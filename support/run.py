@@ -30,6 +30,8 @@ from support.config import UserError, as_dict, pick, say
 
 def launch(main: Callable[[], None]) -> None:
     """Run a command. A UserError, an OSError or ctrl-C ends it with one sentence and a non-zero exit status."""
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:  # a loader worker's comes with its traceback, the sentence at the end

@@ -43,9 +43,11 @@ AVA_HEIGHT, AVA_WIDTH, AVA_FRAMES = 72, 96, 60  # five seconds: key frames at se
 AVA_FOLDER, AVA_VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
 
 
-def find(data: SimpleNamespace) -> tuple[str, str, str]:
-    """`data.root`, `data.train` and `data.val` of a configuration; without a root those of the toy videos."""
-    return (data.root, data.train, data.val) if data.root else (str(render(FOLDER)), "train", "val")
+def find(data: SimpleNamespace) -> tuple[str, str, str, str]:
+    """A configuration's root, train, val and, if it has them, classes; without a root those of the toy videos."""
+    if data.root:
+        return data.root, data.train, data.val, getattr(data, "classes", "")
+    return str(render(FOLDER)), "train", "val", "classes.txt"
 
 
 def find_ava(data: SimpleNamespace) -> Path:

@@ -22,10 +22,10 @@ from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_position
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
-# Where files keep a model's tensors, and what wrappers and other models put before their names.
+# Where a file's tensors may be, and what may stand before their names.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
 WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
-# This project's names are the official ones. Parts of other names and of these, replaced one after the other:
+# This project's names are the official ones. What stands for their parts elsewhere, replaced one after the other:
 HUGGING_FACE = [  # in both directions
     ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
     ("embeddings.position_embeddings", "encoder.pos_embed"),
@@ -40,34 +40,37 @@ HUGGING_FACE = [  # in both directions
     (".intermediate.dense.", ".mlp.fc1."),
     (".output.dense.", ".mlp.fc2."),
 ]
-OTHERS = [  # regular expressions
-    (r"^(classifier|cls_head\.fc_cls)\.", "head."),  # Hugging Face, mmaction2
+OTHERS = [  # regular expressions, for reading
+    (r"^(classifier|cls_head\.fc_cls|roi_heads?(\.\w+)*)\.(weight|bias)$", r"head.\3"),  # also official detection
     (r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),  # transformers 5
-    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2
+    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2, also the next two
     (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
-    (r"^roi_heads?\.(\w+\.)*(weight|bias)$", r"head.\2"),  # official action detection: the head's one layer
-    (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models: the encoder alone
+    (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models
     (r"^encoder\.(?=head\.|fc_norm\.)", ""),
 ]
-# Parts that a file may hold in vain, for models without them. Anything else that is left over is a mistake.
-PARTS = ("encoder.norm.", "fc_norm.", "encoder_to_decoder.", "mask_token", "decoder", "cls_token", "pre_logits.")
-# What official checkpoints hold next to tensors, plain values: the command line, learning rates computed by numpy.
-SCALAR = np.float64(0).__reduce__()[0]
+# A model without such a part leaves it unused. Anything else that is left over is a mistake.
+PARTS = "encoder.norm. fc_norm. encoder_to_decoder. mask_token decoder pos_embed cls_token pre_logits.".split()
+# Official checkpoints contain their command line and numpy's scalars, whose module numpy 2 renamed: values, no code.
 SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
-SAFE += [
-    (SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
-]  # its module before and since numpy 2
+SAFE += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+
+
+def weights_file(path: str | Path) -> Path:
+    """`path`, or if that is a run's folder or one of Hugging Face, the file of weights in it."""
+    files = (Path(path) / name for name in ("checkpoint.pt", "model.safetensors", "pytorch_model.bin"))
+    return next((file for file in files if file.is_file()), Path(path))
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """A file's tensors under this project's names, and all that the file holds. Raises UserError.
+    """The tensors of a file, or of the one in a folder, under this project's names; and all that the file holds.
 
-    Reads this project's files, official ones, mmaction2's and Hugging Face's, `.safetensors` if that package is
-    installed, under any of `KEYS` and `WRAPPERS`. Never runs code from a file.
-    Tensors stay in the file until they are used, so reading a file again costs next to nothing.
+    Reads this project's, official, mmaction2 and Hugging Face checkpoints, `.safetensors` if that package is installed.
+    Never runs code from a file. Reading again costs little: tensors stay in the file until they are used.
+    Two keys are added: "config.json", Hugging Face's next to the file, or {}; "clip_size", frames, height and width
+    that the model was trained on, if file or config.json say so, or None. Raises UserError.
     """
-    path = Path(path)
+    path = weights_file(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; give the path of a checkpoint file")
     try:
@@ -78,10 +81,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         else:
             with torch.serialization.safe_globals(SAFE):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        described = path.with_name("config.json")
+        hub = json.loads(described.read_text("utf-8-sig")) if described.is_file() else {}
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # many types for one mistake
-        reason = f"it is another kind of file, was cut off, or would run code ({type(error).__name__})"
+        reason = f"it or its config.json is another kind of file, cut off, or would run code ({type(error).__name__})"
         raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
@@ -94,7 +99,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     state = _to_own_names(state)
     if isinstance(content.get("positions"), Tensor):  # in this project's files
         state["encoder.pos_embed"] = content["positions"]
-    return state, content
+    size = [hub["num_frames"], *np.broadcast_to(hub["image_size"], 2).tolist()] if "num_frames" in hub else None
+    size = content.get("model_options", {}).get("clip_size", size)
+    return state, content | {"config.json": hub, "clip_size": size}
 
 
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,35 +130,32 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
-    encoder, clip_size = model.encoder, _clip_size(content)
-    if state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
+    own = model.state_dict() | dict(model.named_buffers())  # with the position tables
+    encoder = model.encoder
+    kernel = state.get("encoder.patch_embed.proj.weight", encoder.patch_embed.proj.weight)
+    if kernel.ndim == 4:
         say(f"{path}: weights of an image model, inflated to cubes")
         state = inflate(state, encoder.patch_embed.cube[0], encoder.grid)
-    tables = {key: state.pop(key) for key in ("encoder.pos_embed", "pos_embed") if key in state}
+    # Positions belong to the clips of the training: those that the file names, else those that the model is built for.
+    grid = cube_grid(content["clip_size"], kernel.shape[2:]) if content["clip_size"] else encoder.grid
+    for key in [key for key in own if key.endswith("pos_embed")]:
+        table = state.get(key, sincos_positions(math.prod(grid), own[key].shape[1]))
+        table = table.float().reshape(-1, table.shape[-1])  # (N, D)
+        state[key] = interpolate_positions(table, grid, encoder.grid) if len(table) == math.prod(grid) else table
 
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    initial = sorted(key for key in own if own[key] != given.get(key))
-    unused = sorted(given.keys() - own.keys())
+    used = [key for key in own if key in state and own[key].shape == state[key].shape]
+    initial, unused = sorted(own.keys() - used), sorted(state.keys() - own.keys())
     lacking = tuple(part for part in PARTS if not any(key.startswith(part) for key in own))
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
     misfits = [key for key in initial if not key.startswith(fresh)]
-    wrong = [f"{key} is {given.get(key, 'missing')}, the model's {own[key]}" for key in misfits]
+    wrong = [f"{key} is {shapes.get(key, 'missing')}, the model's {tuple(own[key].shape)}" for key in misfits]
     wrong += [f"{key} is left over" for key in unused if not key.startswith(lacking)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        what = f"{path} does not fit this {type(model).__name__} (another model size, or another stage?)"
-        raise UserError(f"{what}: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict({key: state[key] for key in own if key not in initial}, strict=False)
-    # Position tables belong to the clips of the training: those that the file names, else those of the model.
-    grid = cube_grid(clip_size, encoder.patch_embed.cube) if clip_size else encoder.grid
-    for key, part in (("encoder.pos_embed", encoder), ("pos_embed", model)):  # the decoder's is the model's
-        if hasattr(part, "pos_embed"):
-            computed = sincos_positions(math.prod(grid), part.pos_embed.shape[1])
-            table = tables.get(key, computed).float()  # (N, D) or (1, N, D)
-            if table.shape not in (computed.shape, (1, *computed.shape)):
-                what = f"a position table {key} of {tuple(table.shape)}, not {tuple(computed.shape)}"
-                raise UserError(f"{path} has {what}: set model.pretrained_clip to the clips that it was trained on")
-            part.pos_embed.copy_(interpolate_positions(table.reshape(computed.shape), grid, encoder.grid))
+        what = f"this {type(model).__name__} (another model size, model.pretrained_clip or stage?)"
+        raise UserError(f"{path} does not fit {what}: {'; '.join(wrong[:3])}{more}")
+    for key in used:
+        own[key].copy_(state[key])
     for what, keys in (("not in the file, start fresh", initial), ("left over, not used", unused)):
         if keys:
             say(f"{path}: {what}: {', '.join(sorted({'.'.join(key.split('.')[:2]) for key in keys}))}")
@@ -183,16 +187,11 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> dict[str, Tens
     return video | {"encoder.pos_embed": (time[:, None] + image[None]).flatten(0, 1)}  # (N, D)
 
 
-def _clip_size(content: dict) -> list[int] | None:
-    """Frames, height and width of the clips that a file's model was trained on, if the file says so."""
-    return content["model_options"]["clip_size"] if "model_options" in content else None
-
-
 def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
     """The arguments of the `VideoMAE` or `VideoClassifier` that a checkpoint holds. Raises UserError.
 
-    This project's checkpoints contain them. For others, sizes are those of the tensors, the number of heads comes from
-    `SIZES` by width, and `clip_size` is the caller's.
+    This project's checkpoints contain them. For others, sizes are those of the tensors, heads and clip size those of a
+    config.json. Without one, the number of heads is that of `SIZES` for this width, `clip_size` the caller's.
     """
     state, content = read_checkpoint(path)
     if "model_options" in content:
@@ -201,14 +200,18 @@ def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 2
         raise UserError(f"{path} has no encoder.patch_embed.proj.weight: it is no checkpoint of a VideoMAE model")
     width, _, *cube = state["encoder.patch_embed.proj.weight"].shape
     heads = {size["width"]: (size["heads"], size["decoder_heads"]) for size in SIZES.values()}
+    hub = content["config.json"]
+    if "num_attention_heads" in hub and (width, hub["num_attention_heads"]) != (384, 16):  # the hub's ViT-S have 6
+        heads[width] = hub["num_attention_heads"], hub.get("decoder_num_attention_heads")
     if width not in heads:
         raise UserError(f"{path} has an encoder of width {width}; known are {', '.join(map(str, heads))}")
     blocks = {tuple(key.split(".")[:3]) for key in state if ".blocks." in key}
-    depth = Counter(part for part, _, _ in blocks)  # "encoder": 12
-    options = dict(width=width, depth=depth["encoder"], heads=heads[width][0], clip_size=list(clip_size), cube=cube)
+    depth = Counter(part for part, _, _ in blocks)
+    options = dict(width=width, depth=depth["encoder"], heads=heads[width][0], cube=cube)
+    options |= dict(clip_size=list(content["clip_size"] or clip_size))
     if "decoder.head.weight" in state:
-        options |= dict(decoder_width=state["mask_token"].shape[2], decoder_depth=depth["decoder"])
         frames = len(state["decoder.head.weight"]) // (3 * math.prod(cube[1:]))
+        options |= dict(decoder_width=state["mask_token"].shape[2], decoder_depth=depth["decoder"])
         options |= dict(decoder_heads=heads[width][1], frames_per_token=frames)
     elif "head.weight" in state:
         options |= dict(classes=len(state["head.weight"]))
@@ -218,14 +221,10 @@ def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 2
 def build_from(kind: type[nn.Module], path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> Any:
     """A model of this kind with the weights of a checkpoint; for `clip_size` see `read_options`. Raises UserError."""
     options = read_options(path, clip_size)
-    pretraining = kind is VideoMAE
-    if ("decoder_width" if pretraining else "classes") not in options:
-        what = (
-            "a pre-training checkpoint, with its decoder"
-            if pretraining
-            else "a fine-tuned checkpoint, with its classes"
-        )
-        raise UserError(f"{path} is not {what}")
+    if kind is VideoMAE and "decoder_width" not in options:
+        raise UserError(f"{path} is not a pre-training checkpoint, with its decoder")
+    if kind is not VideoMAE and "classes" not in options:
+        raise UserError(f"{path} is not a fine-tuned checkpoint, with its classes")
     model = kind(**options)
     load_weights(model, path)
     return model
@@ -234,31 +233,29 @@ def build_from(kind: type[nn.Module], path: str | Path, clip_size: tuple[int, in
 def stored_config(path: str | Path, default: Path, settings: list[str]) -> SimpleNamespace:
     """The configuration for weights: a .yaml file in `settings`, else the checkpoint's own, else Kinetics' recipe.
 
-    default: the stage's default file, next to its k400_base.yaml.
+    default: the stage's default file, next to its k400_base.yaml. That recipe takes clip and cube of a config.json.
     """
-    stored = read_checkpoint(path)[1].get("config")
-    return load_config(default, settings, stored or as_dict(load_config(default, [f"{default.parent}/k400_base.yaml"])))
+    content = read_checkpoint(path)[1]
+    recipe = [str(default.with_name("k400_base.yaml"))]
+    if content["clip_size"]:
+        (frames, size, _), cube = content["clip_size"], read_options(path)["cube"]
+        recipe += [f"data.frames={frames}", f"data.size={size}", f"model.cube={cube}"]
+    return load_config(default, settings, content.get("config") or as_dict(load_config(default, recipe)))
 
 
 def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
     """Arguments of `Encoder`: the model's size, and the clip size that the weights `init` were trained on."""
     clip_size = [config.data.frames, config.data.size, config.data.size]
     if config.init != "scratch":
-        clip_size = _clip_size(read_checkpoint(config.init)[1]) or config.model.pretrained_clip
+        clip_size = read_checkpoint(config.init)[1]["clip_size"] or config.model.pretrained_clip
     return encoder_size(config.model.size) | dict(clip_size=clip_size, cube=config.model.cube)
 
 
 def check_init(init: str, *others: str) -> None:
     """UserError unless `init` is a file of weights or one of the `others`, words that the stage knows."""
-    if init in others or Path(init).is_file():
-        return
-    start = f", name another file, or start with init={others[0]}" if others else ", or name another file"
-    what = (
-        f"init={init} is a folder, not a file of weights"
-        if Path(init).is_dir() and init
-        else f"no weights at init={init}"
-    )
-    raise UserError(f"{what}: make them with pretrain.py{start}")
+    if init not in others and not weights_file(init).is_file():
+        start = f", name another file, or start with init={others[0]}" if others else ", or name another file"
+        raise UserError(f"no weights at init={init}: make them with pretrain.py{start}")
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,17 +282,16 @@ def export_hugging_face(model: VideoMAE, folder: str | Path, normalize_target: b
     if height != side or p1 != p2 or o["frames_per_token"] != p0:
         what = "square frames and cubes and the target of the paper's default only"
         raise UserError(f"transformers' VideoMAE knows {what}")
-    config = dict(architectures=["VideoMAEForPreTraining"], model_type="videomae", use_mean_pooling=False)
-    config |= dict(layer_norm_eps=o["eps"], norm_pix_loss=normalize_target)
+    config = dict(architectures=["VideoMAEForPreTraining"], model_type="videomae", layer_norm_eps=o["eps"])
     config |= dict(image_size=height, num_frames=frames, patch_size=p1, tubelet_size=p0)
+    config |= dict(norm_pix_loss=normalize_target, use_mean_pooling=False)
     for prefix in ("", "decoder_"):
         width, depth, heads = (o[f"{prefix}{name}"] for name in ("width", "depth", "heads"))
         config |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": 4 * width}
         config |= {f"{prefix}num_hidden_layers": depth, f"{prefix}num_attention_heads": heads}
-    processor = dict(image_processor_type="VideoMAEImageProcessor", crop_size=dict(height=height, width=height))
-    processor |= dict(
-        size=dict(shortest_edge=height), image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
-    )
+    processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=height))
+    processor |= dict(crop_size=dict(height=height, width=height))
+    processor |= dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # the class's default is 0.5
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")

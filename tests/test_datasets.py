@@ -1,12 +1,14 @@
 """Videos and labels as each dataset's own files give them, and a dataset looked over."""
 
 import json
+import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import run, write_numbered
+from conftest import ROOT, command, run, write_numbered
 
 from support.config import UserError
 from support.datasets import labelled_videos, list_entries, list_videos
@@ -144,10 +146,23 @@ def test_plain_list_with_names_of_classes(tmp_path):
     assert train == [(root / "c.mp4", 0), (root / "a b.mp4", 1)] and val == [(root / "d.mp4", 1)]
 
 
-def test_folders_named_by_numbers(tmp_path):
-    root = tree(tmp_path, "train/00/a.mp4", "train/01/b.mp4", "val/01/c.mp4")
-    train, val, names = labelled(root, "train", "val")
-    assert len(names) == 2 and [label for _, label in train] == [0, 1] and [label for _, label in val] == [1]
+@pytest.mark.parametrize("names", [["00", "01"], ["1", "2", "3"], ["10", "9"], ["1", "jump"]])
+def test_class_folders_named_by_numbers_are_names(tmp_path, names):
+    root = tree(tmp_path, *(f"train/{name}/a.mp4" for name in names), f"val/{names[-1]}/b.mp4")
+    train, val, found = labelled(root, "train", "val")
+    assert found == names and [label for _, label in train] == list(range(len(names)))
+    assert [label for _, label in val] == [len(names) - 1]
+
+
+def test_a_number_is_not_a_place_among_classes_that_are_named_by_numbers(tmp_path):
+    root = tree(tmp_path, *(f"train/{name}/a.mp4" for name in "123"), val_txt="train/1/a.mp4 0\n")
+    with pytest.raises(UserError, match="line 1: label 0 is out of range for a.mp4; the training videos has 3 classes"):
+        labelled(root, "train", "val.txt")
+
+
+def test_class_folders_numbered_as_in_the_class_file(tmp_path):
+    root = tree(tmp_path, "train/002/a.mp4", "val/1/b.mp4", names_txt="1 jump\n2 run\n")
+    assert [video[0][1] for video in labelled(root, "train", "val", "names.txt")[:2]] == [1, 0]
 
 
 def test_videos_of_a_tree_and_of_a_list(tmp_path):
@@ -166,6 +181,85 @@ def test_a_list_need_not_be_below_the_root(tmp_path, monkeypatch):
     tree(tmp_path, mine_txt="a.mp4 0\n")
     monkeypatch.chdir(tmp_path)
     assert list_videos(str(root), "mine.txt") == list_videos(str(root), "../mine.txt") == [root / "a.mp4"]
+
+
+def test_links_to_folders_and_videos_are_followed_and_loops_are_not(tmp_path):
+    elsewhere = tree(tmp_path / "elsewhere", "jump/a.mp4", "run/b.mp4", "c.mp4", "csv_000001_000011.mp4")
+    root = tree(tmp_path / "root", "train/walk/d.mp4")
+    (root / "train" / "jump").symlink_to(elsewhere / "jump")
+    (root / "train" / "walk" / "c.mp4").symlink_to(elsewhere / "c.mp4")
+    (root / "train" / "walk" / "gone.mp4").symlink_to(elsewhere / "gone.mp4")  # stays, as a broken video
+    (root / "train" / "loop").symlink_to(root)
+    (elsewhere / "jump" / "back").symlink_to(root / "train" / "walk")
+    (root / "train" / "walk" / "there").symlink_to(elsewhere / "jump")
+    train, _, names = labelled(root, "train", "train")
+    found = {("jump/a.mp4", "jump"), ("walk/c.mp4", "walk"), ("walk/d.mp4", "walk"), ("walk/gone.mp4", "walk")}
+    assert found <= {(path.relative_to(root / "train").as_posix(), names[label]) for path, label in train}
+    assert len(train) < 20 and not any("loop" in path.parts for path, _ in train)
+    (root / "far").symlink_to(elsewhere)
+    tree(root, k_csv=HEAD + "jump,csv,1,11\n")
+    assert list_videos(str(root), "k.csv") == [root / "far" / "csv_000001_000011.mp4"]
+
+
+def test_hidden_and_system_entries_are_skipped(tmp_path):
+    hidden = ".ipynb_checkpoints/a.mp4", "@eaDir/b.mp4", "run/._c.mp4", "__MACOSX/run/c.mp4", "run/@eaDir/d/e.mp4"
+    root = tree(tmp_path / ".cache", *hidden, "run/c.mp4", "-_id/d.mp4", *("#recycle/f.mp4", "lost+found/g.mp4"))
+    assert list_videos(str(root), "") == [root / "-_id/d.mp4", root / "run/c.mp4"]
+    (root / "splits").mkdir()
+    for name in ("run_test_split1.txt", "._run_test_split1.txt"):
+        (root / "splits" / name).write_bytes(b"c.mp4 1\n" if name[0] == "r" else b"\x00\x05\x16\xff")
+    assert list_videos(str(root), "splits/*_test_split1.txt=1") == [root / "run/c.mp4"]
+
+
+HEADER = "label,youtube_id,time_start,time_end,split\n"
+KINETICS = {
+    "all quoted": '"label","youtube_id","time_start","time_end","split"\n"jump, high","-a","1","11","train"\n',
+    "blanks": 'label, youtube_id, time_start, time_end, split\n"jump, high", -a, 1, 11, train\n',
+    "quoted after blanks": 'youtube_id , "label", time_start, time_end\n -a , "jump, high", "1", 11\n',
+    "byte order mark": "\ufeff" + HEADER + '"jump, high",-a,1,11,train\r\n\r\n',
+}
+
+
+@pytest.mark.parametrize("text", KINETICS.values(), ids=KINETICS)
+def test_kinetics_csv_is_read_by_the_rules_of_csv(tmp_path, text):
+    root = tree(tmp_path, "x/-a_000001_000011.mp4", train_csv=text)
+    train, _, names = labelled(root, "train.csv", "train.csv")
+    assert train == [(root / "x/-a_000001_000011.mp4", 0)] and names == ["jump, high"]
+
+
+@pytest.mark.parametrize(
+    "line", ['"a b.mp4" jump', '"a b.mp4","jump"', 'a b.mp4,"jump"', "a b.mp4 , jump", "a b.mp4\tjump "]
+)
+def test_plain_lists_may_be_quoted(tmp_path, line):
+    root = tree(tmp_path, "a b.mp4", train_txt=line)
+    assert labelled(root, "train.txt", "train.txt")[::2] == ([(root / "a b.mp4", 0)], ["jump"])
+
+
+CLASS_FILES = {
+    "id,name with a header": "id,name\n0,brush hair\n1,cart wheel\n2,jump\n",
+    "quoted": '"id","name"\n"0","brush hair"\n"1","cart wheel"\n"2","jump"\n',
+    "name,id": "brush hair,0\ncart wheel,1\njump,2\n",
+    "name,id with a header": "name,id\nbrush hair,0\ncart wheel, 1\njump,2\n",
+    "name, tab, id": "brush hair\t0\ncart wheel\t1\njump\t2\n",
+    "number name": "0 brush hair\r\n1 cart wheel\r\n\r\n2 jump\r\n",
+    "names": "brush hair\ncart wheel\njump\n",
+    "names with a header": "\ufeffname\nbrush hair\ncart wheel\njump\n",
+}
+
+
+@pytest.mark.parametrize("text", CLASS_FILES.values(), ids=CLASS_FILES)
+def test_class_files_with_and_without_a_header(tmp_path, text):
+    root = tree(tmp_path, "a.mp4", train_txt="a.mp4 2\n", val_txt="a.mp4 Brush_Hair\n", names_csv=text)
+    train, val, names = labelled(root, "train.txt", "val.txt", "names.csv")
+    assert names == ["brush hair", "cart wheel", "jump"] and train[0][1] == 2 and val[0][1] == 0
+
+
+def test_pretraining_ignores_labels(tmp_path):
+    lines = 'a.mp4 0 -1\nb c.mp4 -1\nd.mp4,3\ne.mp4 12 0\n./f.mp4\n"g h.mp4" 0 -1\n'
+    root = tree(tmp_path, train_txt=lines)
+    assert [path.name for path in list_videos(str(root), "train.txt")] == [
+        *("a.mp4", "b c.mp4", "d.mp4", "e.mp4", "f.mp4", "g h.mp4")
+    ]
 
 
 # ---- what is wrong ----
@@ -211,14 +305,49 @@ MALFORMED = [
         "train.csv: youtube_id abc: no label for abc_000001_000011",
     ),
     ({"wave_split1_txt": "a.avi 1\nb.avi\n"}, *FLAG, "wave_split1.txt, line 2: expected 'name flag', not 'b.avi'"),
-    ({"wave_split1_txt": b"\xff.avi 1\n"}, *FLAG, "wave_split1.txt"),
+    ({"wave_split1_txt": b"\xff.avi 1\n"}, *FLAG, "wave_split1.txt is not a list of videos"),
     (
         {"wave_split1_txt": "a.avi 1\na.avi 1\n"},
         *FLAG,
         "wave_split1.txt, line 2: ROOT/wave/a.avi is named a second time",
     ),
-    ({"wave_split1_txt": "a.avi 1\n"}, "*_split1.txt=2", "", "no videos found in *_split1.txt"),
+    ({"wave_split1_txt": "a.avi 1\n"}, "*_split1.txt=2", "", "no videos found in "),
     ({"wave_split1_txt": "a.avi 1\n"}, "*_split1.txt=1", "names.txt", "line 1: unknown class 'wave' for a.avi"),
+    (
+        {"train_txt": "a.mp4 24 0\n"},
+        *TXT,
+        "train.txt, line 1: '24 0' is more than a label; lines are 'path label', not",
+    ),
+    ({"train_txt": "a.mp4 1\nb.mp4 0 # good\n"}, *NAMES, "train.txt, line 2: '0 # good' is more than a label"),
+    ({"train_txt": "a.mp4 -1 0\n"}, *NAMES, "train.txt, line 1: '-1 0' is more than a label"),
+    (
+        {"train_txt": "frames/a 24 0\n"},
+        *TXT,
+        "train.txt, line 1: 'frames/a 24 0' does not start with the path of a video",
+    ),
+    ({"train_txt": "path,label\na.mp4,0\n"}, *TXT, "train.txt, line 1: 'path,label' does not start with the path of a"),
+    (
+        {"train_txt": "a.mp4 0\nb.mp4 \u00b20\n"},
+        *TXT,
+        "train.txt, line 2: label '\u00b20' among others that are numbers",
+    ),
+    ({"train_txt": "a.mp4 0\nb.mp4 jump\n"}, *TXT, "train.txt, line 2: label 'jump' among others that are numbers"),
+    ({"train_txt": "a.mp4 \u00b20\n"}, *NAMES, "train.txt, line 1: unknown class '\u00b20' for a.mp4"),
+    ({"train_txt": "Push_Up/a.mp4\npush up/b.mp4\n"}, *TXT, "classes 'Push_Up' and 'push up' cannot be told apart"),
+    ({"names_txt": "0 one\n0 two\n"}, *NAMES, "names.txt: classes 'one' and 'two' cannot be told apart; rename or re"),
+    ({"names_txt": "id name\n0 one\n1 two\nthree\n"}, *NAMES, "names.txt, line 4: expected a number and a name, as in"),
+    (
+        {"names_txt": "# names\n# of classes\n0 a\n1 b\n2 c\n"},
+        *NAMES,
+        "names.txt, line 2: expected a number and a name",
+    ),
+    ({"names_json": '{"one": 1e999}'}, "train.txt", "names.json", "data.classes: no class names can be read from ROOT"),
+    (
+        {},
+        "s/*_split1.txt=1",
+        "",
+        "no file matches s/*_split1.txt below ROOT: set data.root, and data.train or data.val",
+    ),
     ({}, "nowhere", "", "there is no folder or list file nowhere: set data.root, and data.train or data.val below it"),
 ]
 
@@ -229,6 +358,25 @@ def test_malformed_lists_end_in_a_sentence_with_file_and_line(tmp_path, files, t
     with pytest.raises(UserError) as error:
         labelled(root, train, "val.txt", classes)
     assert sentence.replace("ROOT", str(root)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_class_folders_that_differ_only_in_case_or_underscores_are_refused(tmp_path):
+    root = tree(tmp_path, "train/Push_Up/a.mp4", "train/push up/b.mp4")
+    with pytest.raises(UserError, match="classes 'Push_Up' and 'push up' cannot be told apart; rename"):
+        labelled(root, "train", "train")
+
+
+def test_a_header_in_a_pretraining_list_is_refused(tmp_path):
+    root = tree(tmp_path, train_txt="path label\na.mp4 0\n", folders_txt="a.mp4\nframes/b 24 0\n", b_mp4="")
+    with pytest.raises(UserError, match="train.txt, line 1: 'path label' does not start with the path of a video"):
+        list_videos(str(root), "train.txt")
+    with pytest.raises(UserError, match="folders.txt, line 2: 'frames/b 24 0' does not start with the path of a video"):
+        list_videos(str(root), "folders.txt")
+
+
+def test_a_video_without_a_suffix_may_be_listed(tmp_path):
+    root = tree(tmp_path, "some video", train_txt="some video 1\n")
+    assert list_entries(str(root), "train.txt")[0][:2] == (root / "some video", 1)
 
 
 def test_a_folder_without_videos_ends_in_a_sentence(tmp_path):
@@ -305,6 +453,25 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
 
     done = run("support.datasets", *dataset[:2], "data.val=list.txt", "data.workers=2", ok=False)
     assert "label 7 is out of range for 6.mp4" in done.stdout and "1 videos are for training as well" in done.stdout
+
+
+def test_check_of_a_pretraining_list_ignores_labels(tmp_path):
+    write_numbered(tmp_path / "a.mp4", 5)
+    tree(tmp_path, train_txt="a.mp4 0 -1\n")
+    words = [f"data.root={tmp_path}", "data.train=train.txt", "data.val=", "data.workers=1"]
+    done = run("support.datasets", "configs/pretrain/k400_base.yaml", *words)
+    assert "1 videos for training in train.txt, 0 classes, 0 wrong labels, 0 unreadable" in done.stdout
+
+
+def test_check_survives_names_that_are_not_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/jump\xe9/\xff.mp4"))
+    path.parent.mkdir()
+    path.write_text("no video")
+    words = [f"data.root={tmp_path}", "data.train=", "data.val=", "data.workers=1"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as on a desktop
+    done = subprocess.run(command("support.datasets", *words), capture_output=True, cwd=ROOT, env=strict)
+    assert done.returncode == 1 and b"1 unreadable" in done.stdout
+    assert b"       1  jump\\udce9\n" in done.stdout and b"jump\\udce9/\\udcff.mp4" in done.stdout
 
 
 def test_check_without_a_dataset_ends_in_a_sentence():

@@ -1,556 +1,49 @@
-"""Frame-mAP is the official evaluator's, boxes stay on their pixels, clips hold the frames that their time says."""
+"""Action detection: clips by time and their boxes, the detector, its loss, tests and predictions."""
 
+import colorsys
 import json
 import math
-import random
 import shutil
-import subprocess
-import sys
-from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import number_of, numbered_frame, run, write_numbered
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
 
 import data
 import detect_ava
-import support.ava
-import support.run
-import support.video
+import model as m
+import support.weights
+from support import ava as files
 from support import toy
-from support.config import UserError
+from support.config import UserError, load_config
+from support.run import Run
 from support.video import BrokenVideo
 
-# ---- frame-mAP by hand ----
+NO_PERSONS = torch.zeros(0, 12)  # labels
+TINY = dict(width=32, depth=2, heads=2, clip_size=(4, 32, 32), cube=(2, 16, 16))
 
-LEFT, RIGHT, BELOW = (0.0, 0.0, 0.4, 0.4), (0.5, 0.0, 0.9, 0.4), (0.0, 0.5, 0.4, 0.9)
-NEAR_LEFT = (0.1, 0.0, 0.5, 0.4)  # IoU with LEFT: 0.3 / 0.5 = 0.6; with RIGHT: 0
 
+def configured(*settings: str) -> SimpleNamespace:
+    return load_config(detect_ava.DEFAULT, ["run.precision=float32", "run.compile=never", *settings])
 
-class Files:
-    """Writes rows (second, box, action[, score]) of video v as AVA's csv files and evaluates them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(self, name: str, rows: list[tuple]) -> Path:
-        path = self.folder / name
-        path.write_text("".join(f"v,{second:04d},{','.join(map(str, box))},{','.join(map(str, rest))}\n" for second, box, *rest in rows))
-        return path
-
-    def __call__(self, truth: list[tuple], found: list[tuple], actions: tuple[int, ...] = (1,), **options) -> dict[int, float]:
-        truth, found = support.ava.read_ground_truth(self.write("truth.csv", truth)), support.ava.read_detections(self.write("found.csv", found))
-        return support.ava.average_precisions(truth, found, actions, **options)
-
-
-@pytest.fixture
-def average_precisions(tmp_path: Path) -> Files:
-    return Files(tmp_path)
-
-
-def test_all_found_and_nothing_else_is_1(average_precisions):
-    assert average_precisions([(902, LEFT, 1, 7), (902, RIGHT, 1, 8)], [(902, LEFT, 1, 0.3), (902, RIGHT, 1, 0.9)]) == {1: 1.0}
-
-
-def test_a_duplicate_is_wrong(average_precisions):
-    truth = [(902, LEFT, 1), (902, RIGHT, 1)]
-    found = [(902, LEFT, 1, 0.9), (902, NEAR_LEFT, 1, 0.8), (902, RIGHT, 1, 0.7)]
-    # right, wrong, right: precision 1 at recall 1/2, 2/3 at recall 1
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
-    # The better placed of the two comes second: the higher score takes the box all the same.
-    found = [(902, NEAR_LEFT, 1, 0.9), (902, LEFT, 1, 0.8), (902, RIGHT, 1, 0.7)]
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
-
-
-def test_no_second_choice(average_precisions):
-    """Both detections overlap box a most; the second overlaps b enough too, but b is not tried."""
-    a, b = (0.0, 0.0, 0.4, 0.4), (0.05, 0.0, 0.45, 0.4)
-    found = [(902, (0.0, 0.0, 0.41, 0.4), 1, 0.9), (902, (0.0, 0.0, 0.42, 0.4), 1, 0.8)]
-    assert average_precisions([(902, a, 1), (902, b, 1)], found)[1] == pytest.approx(1 / 2)
-
-
-def test_overlap_of_exactly_one_half_is_enough(average_precisions):
-    assert average_precisions([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.25), 1, 0.5)]) == {1: 1.0}
-    assert average_precisions([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.2499), 1, 0.5)]) == {1: 0.0}
-
-
-def test_ties_in_score_do_not_depend_on_the_order_of_rows(average_precisions):
-    truth = [(902, LEFT, 1), (903, LEFT, 1)]
-    found = [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.5), (903, LEFT, 1, 0.5)]
-    # By frame, then box: right in 902; in 903 LEFT, right, before RIGHT, wrong.
-    assert average_precisions(truth, found) == {1: 1.0} == average_precisions(truth[::-1], found[::-1])
-
-
-def test_precision_never_grows_with_recall(average_precisions):
-    truth = [(second, LEFT, 1) for second in (902, 903, 904)]
-    found = [(901, LEFT, 1, 0.9), (902, LEFT, 1, 0.8), (903, LEFT, 1, 0.7)]
-    # wrong, right, right: precision 1/2 and 2/3 are raised to 2/3; recall ends at 2/3
-    assert average_precisions(truth, found)[1] == pytest.approx(2 / 3 * 2 / 3)
-
-
-def test_frames_without_ground_truth_count_unless_skipped(average_precisions):
-    truth, found = [(902, LEFT, 1), (904, LEFT, 2)], [(903, LEFT, 1, 0.9), (904, LEFT, 1, 0.8), (902, LEFT, 1, 0.7)]
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 3)
-    assert average_precisions(truth, found, skip_frames_without_ground_truth=True)[1] == 1.0  # 904 has none of action 1
-    skipped = average_precisions(truth, found, (1, 2), skip_frames_without_ground_truth=True)
-    assert skipped[1] == pytest.approx(1 / 2)  # 904 has some, of action 2
-    assert skipped[2] == 0.0
-
-
-def test_frames_without_detections_count(average_precisions):
-    assert average_precisions([(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.9)])[1] == pytest.approx(1 / 2)
-
-
-def test_excluded_frames_count_on_neither_side(average_precisions):
-    truth, found = [(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.9), (905, RIGHT, 1, 0.9)]
-    assert average_precisions(truth, found, excluded={("v", 903), ("v", 905)}) == {1: 1.0}
-    assert average_precisions(truth, found, excluded={("w", 903)})[1] == pytest.approx(1 / 2 * 1 / 3)
-
-
-def test_actions_without_ground_truth_or_detections_or_in_no_list(average_precisions):
-    truth = [(902, LEFT, 1), (902, LEFT, 3), (902, LEFT, 80)]
-    found = [(902, LEFT, 1, 0.9), (902, LEFT, 2, 0.9), (902, RIGHT, 79, 0.99)]
-    result = average_precisions(truth, found, (1, 2, 3))
-    assert result[1] == 1.0 and math.isnan(result[2]) and result[3] == 0.0
-    assert support.ava.mean_of(result.values()) == 0.5
-
-
-def test_actions_do_not_mix(average_precisions):
-    truth, found = [(902, LEFT, 1), (902, LEFT, 2)], [(902, LEFT, 1, 0.9), (902, RIGHT, 2, 0.9)]
-    assert average_precisions(truth, found, (1, 2)) == {1: 1.0, 2: 0.0}
-
-
-def test_detections_without_area_are_dropped_but_ground_truth_without_area_counts(average_precisions):
-    nothing, inverted = (0.5, 0.5, 0.5, 0.9), (0.9, 0.0, 0.5, 0.4)
-    assert average_precisions([(902, RIGHT, 1)], [(902, nothing, 1, 0.9), (902, inverted, 1, 0.8), (902, RIGHT, 1, 0.7)]) == {1: 1.0}
-    assert average_precisions([(902, RIGHT, 1), (902, nothing, 1)], [(902, nothing, 1, 0.9), (902, RIGHT, 1, 0.7)])[1] == pytest.approx(1 / 2)
-
-
-def test_boxes_outside_the_frame_are_not_cut_off(average_precisions):
-    outside = (-0.4, 0.0, 0.4, 0.4)  # IoU with LEFT 1/2; if cut off at the edge it would be 1, and (-0.5, ...) would match too
-    assert average_precisions([(902, LEFT, 1)], [(902, outside, 1, 0.9)]) == {1: 1.0}
-    assert average_precisions([(902, LEFT, 1)], [(902, (-0.5, 0.0, 0.4, 0.4), 1, 0.9)]) == {1: 0.0}
-
-
-def test_without_any_detection_left(average_precisions):
-    assert average_precisions([(902, LEFT, 1)], [(902, LEFT, 2, 0.9)]) == {1: 0.0}
-
-
-# ---- frame-mAP against a slow transcription of the official evaluator ----
-
-
-def official(truth: Path, found: Path, actions: set[int], excluded: set[str], skip_empty: bool) -> dict[int, float]:
-    """get_ava_performance.py and object_detection_evaluation.py of ActivityNet, loop for loop, in plain Python."""
-
-    def read_csv(path: Path) -> dict[str, list[tuple]]:
-        entries = defaultdict(list)
-        for line in path.read_text().splitlines():
-            row = line.split(",")
-            score = float(row[7]) if len(row) == 8 else 1.0
-            if int(row[6]) in actions:
-                entries[f"{row[0]},{int(row[1]):04d}"].append((score, int(row[6]), *map(float, row[2:6])))
-        return {key: sorted(rows, key=lambda row: -row[0]) for key, rows in entries.items()}
-
-    def iou(a: tuple, b: tuple) -> float:
-        both = max(0.0, min(a[3], b[3]) - max(a[1], b[1])) * max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-        return both / ((a[3] - a[1]) * (a[2] - a[0]) + (b[3] - b[1]) * (b[2] - b[0]) - both)
-
-    truth, found = read_csv(truth), read_csv(found)
-    number_of_truth, scores_and_labels = defaultdict(int), defaultdict(list)
-    for key, rows in truth.items():
-        if key not in excluded:
-            for _, action, *_ in rows:
-                number_of_truth[action] += 1
-    for key, rows in found.items():
-        if key in excluded or skip_empty and key not in truth:
-            continue
-        for action in actions:
-            boxes = [(score, box) for score, kind, *box in rows if kind == action and box[0] < box[2] and box[1] < box[3]]
-            candidates = [box for _, kind, *box in truth.get(key, []) if kind == action]
-            taken = [False] * len(candidates)
-            for score, box in boxes:
-                overlaps = [iou(box, candidate) for candidate in candidates]
-                label = False
-                if overlaps and max(overlaps) >= 0.5:
-                    best = overlaps.index(max(overlaps))
-                    if not taken[best]:
-                        label = taken[best] = True
-                scores_and_labels[action].append((score, label))
-    result = {}
-    for action in actions:
-        if not number_of_truth[action]:
-            result[action] = math.nan
-            continue
-        right, precision, recall = 0, [0.0], [0.0]
-        for place, (_, label) in enumerate(sorted(scores_and_labels[action], key=lambda pair: -pair[0]), 1):
-            right += label
-            precision.append(right / place)
-            recall.append(right / number_of_truth[action])
-        precision.append(0.0)
-        recall.append(1.0)
-        for place in range(len(precision) - 2, -1, -1):
-            precision[place] = max(precision[place], precision[place + 1])
-        result[action] = sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall)) if recall[i] != recall[i - 1])
-    return result
-
-
-def random_rows(seed: int, scores: list[float] | None) -> tuple[list[str], list[str]]:
-    """Rows of ground truth and of detections: boxes on a coarse grid, so that overlaps repeat and claims conflict."""
-    generator = random.Random(seed)
-
-    def box(spread: float) -> tuple[float, ...]:
-        x, y = generator.choice([0.1, 0.2, 0.25, 0.5]), generator.choice([0.0, 0.1, 0.3])
-        return tuple(round(edge + generator.choice([0, 0, spread, -spread]), 3) for edge in (x, y, x + 0.3, y + 0.4))
-
-    truth, found = set(), set()
-    for _ in range(600):
-        frame, action = f"{generator.choice('abc')},{generator.randint(900, 915):04d}", generator.randint(1, 4)
-        if generator.random() < 0.7 and not frame.endswith("7"):
-            truth.add(f"{frame},{','.join(map(str, box(0)))},{action}")
-        score = generator.choice(scores) if scores else generator.random()
-        found.add(f"{frame},{','.join(map(str, box(generator.choice([0.02, 0.1, 0.4]))))},{action},{score}")
-    truth, found = sorted(truth), sorted(found)
-    generator.shuffle(truth)
-    generator.shuffle(found)
-    return truth, found
-
-
-def by_place(row: str) -> tuple:
-    """Sorts rows by frame and box. Where two scores or two overlaps are equal, the official result depends on the order of rows."""
-    video, second, *numbers = row.split(",")
-    return video, int(second), *map(float, numbers[:4])
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_equals_the_official_algorithm_on_random_rows(tmp_path, seed):
-    truth, found = random_rows(seed, scores=None)
-    for name, rows in (("truth", sorted(truth, key=by_place)), ("found", found)):
-        (tmp_path / name).write_text("\n".join(rows))
-    actions, excluded = set(range(1, 4)), {("a", 903), ("b", 904), ("c", 917)}
-    for skip in (False, True):
-        expected = official(tmp_path / "truth", tmp_path / "found", actions, {f"{video},{second:04d}" for video, second in excluded}, skip)
-        ground_truth, detections = support.ava.read_ground_truth(tmp_path / "truth"), support.ava.read_detections(tmp_path / "found")
-        precisions = support.ava.average_precisions(ground_truth, detections, actions, excluded, skip_frames_without_ground_truth=skip)
-        assert precisions == pytest.approx(expected, abs=1e-12, nan_ok=True)
-    assert 0.05 < support.ava.mean_of(precisions.values()) < 0.95
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_order_of_rows_is_of_no_consequence_even_with_ties(tmp_path, seed):
-    results = []
-    for order in range(4):
-        truth, found = random_rows(seed, scores=[0.2, 0.5, 0.5, 0.9])
-        random.Random(order).shuffle(truth)
-        random.Random(order).shuffle(found)
-        for name, rows in (("truth", truth), ("found", found)):
-            (tmp_path / name).write_text("\n".join(rows))
-        ground_truth, detections = support.ava.read_ground_truth(tmp_path / "truth"), support.ava.read_detections(tmp_path / "found")
-        results.append(support.ava.average_precisions(ground_truth, detections, range(1, 5)))
-    assert all(result == results[0] for result in results)
-    # ... and it is what the official algorithm says if rows come in the order of frame and box.
-    for name, rows in (("truth", truth), ("found", found)):
-        (tmp_path / name).write_text("\n".join(sorted(rows, key=by_place)))
-    assert results[0] == pytest.approx(official(tmp_path / "truth", tmp_path / "found", set(range(1, 5)), set(), False), abs=1e-12)
-
-
-# ---- the command ----
-
-LIST = """# evaluated actions
-label {
-  name: "sit"
-  label_id: 1
-  label_type: PERSON_MOVEMENT
-}
-label { name: "read \\"{aloud}\\"" label_id: 2 label_type: OBJECT_MANIPULATION }
-label { name: "hug (a person)" label_id: 5 label_type: PERSON_INTERACTION }
-label { name: "talk to" label_id: 6 label_type: PERSON_INTERACTION }
-"""
-
-
-def test_evaluate_command(tmp_path):
-    files = Files(tmp_path)
-    truth = files.write("gt.csv", [(902, LEFT, 1, 4), (902, LEFT, 5, 4), (903, LEFT, 6, 4), (904, LEFT, 9, 0), (905, LEFT, 1, 0)])
-    found = files.write("mine.csv", [(902, LEFT, 1, 0.9), (903, LEFT, 1, 0.95), (902, RIGHT, 5, 0.3), (903, LEFT, 6, 0.2), (904, LEFT, 6, 0.3)])
-    (tmp_path / "list.pbtxt").write_text(LIST)
-    (tmp_path / "out.csv").write_text("v,0905\n")
-    options = ["--evaluate", found, "--ground-truth", truth, "--labels", tmp_path / "list.pbtxt", "--exclude", tmp_path / "out.csv"]
-    printed = run("detect_ava.py", *options).stdout
-    result = json.loads((tmp_path / "mine_mAP.json").read_text())
-    assert result["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1 / 2) / 3)
-    assert result["groups"] == {"person movement": pytest.approx(50), "object manipulation": None, "person interaction": pytest.approx(25)}
-    assert [action["AP"] for action in result["actions"]] == [pytest.approx(50), None, 0, pytest.approx(50)]
-    assert " 33.33  mAP at IoU 0.5" in printed and " 25.00  mean of person interaction" in printed and '  none    2 read "{aloud}"' in printed
-    run("detect_ava.py", *options, "--skip-frames-without-ground-truth", "--out", tmp_path / "other.json")
-    assert json.loads((tmp_path / "other.json").read_text())["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)  # 904 has only action 9
-
-
-def test_evaluate_command_says_what_is_wrong(tmp_path):
-    files = Files(tmp_path)
-    found = files.write("mine.csv", [(902, LEFT, 1, 0.9)])
-    (tmp_path / "list.pbtxt").write_text(LIST)
-    done = run("detect_ava.py", "--evaluate", found, ok=False)
-    assert done.returncode and done.stderr.startswith("detect_ava.py: --evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt")
-    truth = files.write("gt.csv", [(902, LEFT, 3)])
-    done = run("detect_ava.py", "--evaluate", found, "--ground-truth", truth, "--labels", tmp_path / "list.pbtxt", ok=False)
-    assert done.returncode and "holds no row of an action in" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-# ---- readers ----
-
-
-def test_ground_truth_becomes_key_frames_and_rows_again(tmp_path):
-    (tmp_path / "gt.csv").write_text(
-        "-bc,0903,0.5,0.1,0.9,0.8,12,1\r\n-bc,902,0.1,0.1,0.3,0.8,80,0\r\n\r\nab,0902,0.2,0.2,0.4,0.4,3,5\r\n"
-        "-bc,0903,0.1,0.1,0.3,0.8,11,0\r\n-bc,0903,0.50,0.1,0.9,0.8,79,1\r\n"
-    )
-    rows = support.ava.read_ground_truth(tmp_path / "gt.csv")
-    frames = support.ava.key_frames(rows)
-    assert [(frame.video, frame.second) for frame in frames] == [("-bc", 902), ("-bc", 903), ("ab", 902)]
-    assert frames[1].boxes.tolist() == [[0.1, 0.1, 0.3, 0.8], [0.5, 0.1, 0.9, 0.8]] and frames[1].scores.tolist() == [1, 1]
-    assert frames[1].labels.shape == (2, 80) and [(i, j + 1) for i, j in frames[1].labels.nonzero().tolist()] == [(0, 11), (1, 12), (1, 79)]
-    support.ava.write_rows(tmp_path / "again.csv", support.ava.to_rows(frames))
-    assert (tmp_path / "again.csv").read_text().splitlines() == [
-        "-bc,0902,0.1,0.1,0.3,0.8,80,1", "-bc,0903,0.1,0.1,0.3,0.8,11,1", "-bc,0903,0.5,0.1,0.9,0.8,12,1", "-bc,0903,0.5,0.1,0.9,0.8,79,1",
-        "ab,0902,0.2,0.2,0.4,0.4,3,1",
-    ]  # fmt: skip
-
-
-def test_predictions_evaluate_alike_in_memory_and_from_their_file(tmp_path):
-    truth, _ = random_rows(0, None)
-    (tmp_path / "truth").write_text("\n".join(truth))
-    rows = support.ava.read_ground_truth(tmp_path / "truth")
-    frames = support.ava.key_frames(rows)
-    for frame in frames:
-        frame.labels = (frame.labels + 0.8 * torch.rand(frame.labels.shape, generator=torch.Generator().manual_seed(frame.second))) / 2
-    detections = support.ava.to_rows(frames)
-    support.ava.write_rows(tmp_path / "found", detections)
-    in_memory = support.ava.average_precisions(rows, detections, range(1, 5))
-    assert in_memory == support.ava.average_precisions(rows, support.ava.read_detections(tmp_path / "found"), range(1, 5))
-    assert 0.5 < support.ava.mean_of(in_memory.values()) <= 1
-
-
-GOOD = "v,0902,0.1,0.1,0.3,0.8,12,1\n"
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("v,0902,0.1,0.1,0.3,0.8", "6 columns"),
-        ("v,0902,0.1,0.1,0.3,0.8,12,1,1", "9 columns"),
-        ("v,0902,0.1,left,0.3,0.8,12,1", "could not convert string to float: 'left'"),
-        ("v,soon,0.1,0.1,0.3,0.8,12,1", "second that is not a whole number"),
-        (",0902,0.1,0.1,0.3,0.8,12,1", "no video"),
-        ("v,0902,0.1,0.1,0.3,0.8,81,1", "unknown action 81, known are 1 to 80"),
-        ("v,0902,0.1,0.1,0.3,0.8,0,1", "unknown action 0"),
-        ("v,0902,0.1,0.1,0.3,0.8,,1", "invalid literal for int"),
-        ("v,0902,0.1,0.1,0.3,0.8,sit,1", "'sit'"),
-        ("v,0902,nan,0.1,0.3,0.8,12,1", "not finite"),
-        ("v,0902,32,17,190,240,12,1", "a box in pixels"),
-        ("v,0902,0.4,0.1,0.3,0.8,12,1", "lies beyond the other"),
-    ],
-)
-def test_malformed_rows_are_refused_with_file_and_line(tmp_path, row, reason):
-    (tmp_path / "gt.csv").write_text(GOOD + "\n" + GOOD + row + "\n")
-    with pytest.raises(UserError, match=rf"gt.csv, line 4: .*{reason}.*; a row is video,second,x1,y1,x2,y2,action,person"):
-        support.ava.read_ground_truth(tmp_path / "gt.csv")
-
-
-@pytest.mark.parametrize("score", ["high", "inf", "nan"])
-def test_malformed_scores_are_refused(tmp_path, score):
-    (tmp_path / "found.csv").write_text(f"{GOOD}v,0902,0.1,0.1,0.3,0.8,12,{score}\n")
-    with pytest.raises(UserError, match=r"found.csv, line 2: .*; a row is video,second,x1,y1,x2,y2,action,score"):
-        support.ava.read_detections(tmp_path / "found.csv")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\x00\xff\xfe binary"])
-def test_files_without_rows_are_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / "gt.csv").write_bytes(content)
-    with pytest.raises(UserError, match="gt.csv"):
-        support.ava.read_ground_truth(tmp_path / "gt.csv")
-
-
-def test_exclusions(tmp_path):
-    (tmp_path / "x.csv").write_text("v,0902\n\nw,903\n")
-    assert support.ava.read_exclusions(tmp_path / "x.csv") == {("v", 902), ("w", 903)}
-    (tmp_path / "x.csv").write_text("v,0902\nv,0902,1\n")
-    with pytest.raises(UserError, match="x.csv, line 2: a row of excluded frames is video,second, not v,0902,1"):
-        support.ava.read_exclusions(tmp_path / "x.csv")
-
-
-def test_lists_of_actions(tmp_path):
-    path = tmp_path / "list.pbtxt"
-    path.write_text(LIST)
-    actions = support.ava.read_actions(path)
-    assert list(actions) == [1, 2, 5, 6] and actions[2] == support.ava.Action('read "{aloud}"', "OBJECT_MANIPULATION")
-    path.write_text('item {\n  name: "sit"\n  id: 11\n}\nitem {\n  name: "stand"\n  id: 12\n}\n')
-    assert support.ava.read_actions(path) == {11: support.ava.Action("sit", ""), 12: support.ava.Action("stand", "")}
-    assert support.ava.summarize({11: 0.5, 12: math.nan}, support.ava.read_actions(path)) == {
-        "mAP": 50, "groups": {}, "actions": [{"id": 11, "name": "sit", "AP": 50}, {"id": 12, "name": "stand", "AP": None}]
-    }  # fmt: skip
-    # The list of the 60 evaluated actions states no types, but its ids are AVA's: 14 poses, 49 with objects, 17 with persons.
-    names = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}
-    path.write_text("".join(f'item {{\n  name: "{names.get(i, i)}"\n  id: {i}\n}}\n' for i in range(1, 81)))
-    groups = [action.group for action in support.ava.read_actions(path).values()]
-    assert [groups.count(group) for group in support.ava.GROUPS] == [14, 49, 17] and groups == sorted(groups, key=list(support.ava.GROUPS).index)
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("", 1), ("sit\nstand\n", 2), ('item { id: 1 }\n', 1), ('\nitem { name: "sit" }\n', 2), ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', 2),
-        ('item { name: "a" id: 0 }', 1), ('item { name: "a" id: 1 }\n}\n', 2), ('item { name: "a" id: 1 }\nnoise item { name: "b" id: 2 }', 2),
-    ],
-)  # fmt: skip
-def test_malformed_lists_of_actions_are_refused_with_file_and_line(tmp_path, text, line):
-    (tmp_path / "list.pbtxt").write_text(text)
-    with pytest.raises(UserError, match=f"list.pbtxt, line {line}"):
-        support.ava.read_actions(tmp_path / "list.pbtxt")
-    (tmp_path / "list.pbtxt").write_text("# a comment\n\n  # another\n" + text)
-    with pytest.raises(UserError, match=f"list.pbtxt, line {line + 3 if text else 1}"):
-        support.ava.read_actions(tmp_path / "list.pbtxt")
-
-
-def test_person_boxes_of_slowfast(tmp_path):
-    path = tmp_path / "boxes.csv"
-    path.write_text(
-        "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
-        "v,0902,0.5,0.1,0.7,0.8,14,0.8\nw,0902,0,0,1,1,,0.7\n"
-    )
-    frames = support.ava.read_person_boxes(path, 0.8)
-    assert [(frame.video, frame.second, frame.scores.tolist()) for frame in frames] == [("v", 902, [0.8]), ("v", 903, [0.95])]
-    assert frames[0].labels.nonzero()[:, 1].tolist() == [11, 13] and frames[1].labels.sum() == 0 and frames[1].labels.shape == (1, 80)
-    with pytest.raises(UserError, match="boxes.csv: none of 5 boxes has a score of 0.99 or more; the highest is 0.950"):
-        support.ava.read_person_boxes(path, 0.99)
-
-
-def test_person_boxes_of_aia(tmp_path):
-    (tmp_path / "names.txt").write_text("first-One.mkv\n2nd.mp4\n")
-    sizes = {"first-One": (400, 200), "2nd": (200, 100)}
-    entries = [
-        {"image_id": 10902, "bbox": [20, 10, 40, 50], "category_id": 1, "score": 0.9},
-        {"image_id": 1798, "bbox": [100, 0, 300, 200], "category_id": 1, "score": 0.85},
-        {"image_id": 10902, "bbox": [0, 0, 10, 10], "category_id": 1, "score": 0.2},
-    ]
-    path = tmp_path / "boxes.json"
-    path.write_text(json.dumps(entries))
-    frames = support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    assert [(frame.video, frame.second, frame.boxes.tolist(), frame.scores.tolist()) for frame in frames] == [
-        ("2nd", 902, [[0.1, 0.1, 0.3, 0.6]], [0.9]), ("first-One", 1798, [[0.25, 0, 1, 1]], [0.85])
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="give AVA's list of file names"):
-        support.ava.read_person_boxes(path, 0.8)
-    for change, reason in (
-        ({"image_id": 20902}, "names.txt lists 2"), ({"image_id": None}, "int"), ({"bbox": [1, 2, 3]}, "not enough values"),
-        ({"score": math.nan}, "not finite"), ({"bbox": [900, 10, 20, 20]}, "of another size"),
-        ({"bbox": 7}, "not iterable"), ({"score": "high"}, "could not convert"),
-    ):  # fmt: skip
-        path.write_text(json.dumps([entries[0], entries[1] | change]))
-        with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}"):
-            support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    path.write_text(json.dumps(entries))
-    frames = support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {"first-One": (400, 200)})
-    assert [frame.video for frame in frames] == ["first-One"]  # the other movie is missing
-    with pytest.raises(UserError, match="a movie for none of its 3 boxes"):
-        support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {})
-    for content in ("{}", "[]", "not json", "[1]"):
-        path.write_text(content)
-        with pytest.raises(UserError, match="boxes.json"):
-            support.ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-
-
-def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
-    import pickle
-
-    path = tmp_path / "ava_dense_proposals.pkl"
-    path.write_bytes(pickle.dumps({"v,0902": [[0.1, 0.1, 0.3, 0.8, 0.95], [0.5, 0.1, 0.7, 0.8, 0.81]], "w,1798": [[0, 0, 1, 1, 0.9]]}))
-    with pytest.raises(UserError, match="is a pickle, which could run any code") as refusal:
-        support.ava.read_person_boxes(path, 0.8)
-    command = str(refusal.value).partition("convert it with python")[2]
-    subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
-    frames = support.ava.read_person_boxes(tmp_path / "boxes.csv", 0.8)
-    assert [(frame.video, frame.second, frame.scores.tolist()) for frame in frames] == [("v", 902, [0.95, 0.81]), ("w", 1798, [0.9])]
-
-
-# ---- boxes ----
-
-
-def colour_coded(height: int, width: int) -> torch.Tensor:
-    """Frames (2, 3, H, W) whose red is the place from left to right and whose green that from top to bottom."""
-    frames = torch.zeros(2, 3, height, width)
-    frames[:, 0] = (torch.arange(width) + 0.5) / width
-    frames[:, 1] = ((torch.arange(height) + 0.5) / height)[:, None]
-    frames[:, 2] = 0.5
-    return frames
-
-
-def place_of(frames: torch.Tensor, x: float, y: float) -> list[float]:
-    """The place, in fractions of the coded frame, that the colour at (x, y) in pixels tells."""
-    height, width = frames.shape[-2:]
-    grid = torch.tensor([[[[2 * x / width - 1, 2 * y / height - 1]]]], dtype=frames.dtype)
-    return F.grid_sample(frames[-1:], grid, align_corners=False)[0, :2, 0, 0].tolist()
-
-
-@pytest.mark.parametrize(("height", "width", "short"), [(180, 321, 128), (321, 180, 128), (97, 100, 256), (64, 64, 64)])
-def test_the_pixel_under_a_corner_stays_under_it(height, width, short):
-    boxes = torch.tensor([[0.4, 0.42, 0.55, 0.61], [0.45, 0.4, 0.6, 0.5]], dtype=torch.float64)
-    frames, pixels = colour_coded(height, width), detect_ava.to_pixels(boxes, height, width)
-
-    def check(frames: torch.Tensor, pixels: torch.Tensor, flipped: bool = False) -> None:
-        for box, (x1, y1, x2, y2) in zip(pixels.tolist(), boxes.tolist()):
-            corners = [(box[0], box[1], x2 if flipped else x1, y1), (box[2], box[3], x1 if flipped else x2, y2)]
-            for x, y, *place in corners:
-                assert place_of(frames, x, y) == pytest.approx(place, abs=1.5e-3)
-
-    check(frames, pixels)
-    frames, pixels = detect_ava.resize_short_side(frames, pixels, short)
-    assert min(frames.shape[-2:]) == short
-    check(frames, pixels)
-    side, top, left = int(0.6 * short), (frames.shape[-2] - int(0.6 * short)) // 2, (frames.shape[-1] - int(0.6 * short)) // 2
-    frames, pixels = detect_ava.crop(frames, pixels, top, left, side, side)
-    assert frames.shape[-2:] == (side, side)
-    check(frames, pixels)
-    frames, pixels = detect_ava.flip(frames, pixels)
-    check(frames, pixels, flipped=True)
-    assert (pixels[:, :2] < pixels[:, 2:]).all()
-    frames = frames[..., :-3]
-    padded = detect_ava.pad(frames, (2, 16, 32))
-    assert padded.shape == (2, 3, math.ceil(side / 16) * 16, math.ceil((side - 3) / 32) * 32)
-    assert torch.equal(padded[..., :side, : side - 3], frames) and not padded[..., side:, :].any() and not padded[..., side - 3 :].any()
-
-
-def test_boxes_are_cut_off_at_the_window(tmp_path):
-    boxes = torch.tensor([[10.0, 10, 30, 40], [0, 0, 12, 12], [70, 5, 90, 80]])
-    _, cut = detect_ava.crop(torch.zeros(1, 3, 100, 100), boxes, top=20, left=20, height=40, width=50)
-    assert cut.tolist() == [[0, 0, 10, 20], [0, 0, 0, 0], [50, 0, 50, 40]]  # the second and third are lost: no area
-    _, none = detect_ava.crop(torch.zeros(1, 3, 100, 100), torch.zeros(0, 4), top=20, left=20, height=40, width=50)
-    assert none.shape == (0, 4)  # a frame without persons is legal
-
-
-def test_jitter_stays_in_its_bounds_and_fills_them():
-    boxes = torch.tensor([[100.0, 200.0, 200.0, 400.0]]).repeat(4000, 1)  # 100 wide, 200 high
-    jittered = detect_ava.jitter_boxes(boxes, torch.Generator().manual_seed(0))
-    low, high = (jittered - boxes).amin(dim=0), (jittered - boxes).amax(dim=0)
-    assert low.tolist() == pytest.approx([-20, -20, -10, -10], abs=0.2) and high.tolist() == pytest.approx([10, 10, 20, 20], abs=0.2)
-    assert (low >= torch.tensor([-20, -20, -10, -10])).all() and (high <= torch.tensor([10, 10, 20, 20])).all()
-    assert torch.corrcoef((jittered - boxes).T).fill_diagonal_(0).abs().max() < 0.06  # each edge on its own
-
-
-def test_enlarged_boxes():
-    boxes = torch.tensor([[100.0, 200.0, 200.0, 400.0]])
-    assert detect_ava.enlarge_boxes(boxes).tolist() == [[95, 195, 205, 405]]
-    assert detect_ava.enlarge_boxes(boxes[:0]).shape == (0, 4)
+@pytest.fixture(scope="module")
+def ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
 
 
 # ---- clips by time ----
 
 OPEN_GOP = {"x264-params": "keyint=25:min-keyint=25:bframes=3:open-gop=1:scenecut=0"}
 OFFSETS = [4 * i - 32 for i in range(16)]  # of 16 frames, 4 apart, at 30 a second
-OFFSETS_AT_25 = [-27, -23, -20, -17, -13, -10, -7, -3, 0, 3, 7, 10, 13, 17, 20, 23]  # the nearest of the frames at 25 a second
+OFFSETS_AT_25 = [-27, -23, -20, -17, -13, -10, -7, -3, 0, 3, 7, 10, 13, 17, 20, 23]  # the nearest
 LENGTH = 12  # seconds
 
 
@@ -560,7 +53,7 @@ def times(rate: int, begin: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Movies whose frames show their numbers: at 25 and 30 fps, cut to start at second 900 and whole, in several containers."""
+    """Movies whose frames show their numbers: at 25 and 30 fps, cut at second 900 and whole, in mp4 and Matroska."""
     folder = tmp_path_factory.mktemp("movies")
     for rate in (25, 30):
         for suffix in ("mp4", "mkv"):
@@ -573,27 +66,43 @@ def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def clip_of(path: Path, second: int, **options) -> list[int]:
-    clip = support.video.read_clip(path, second, frames=16, stride=4, **options)
-    assert clip.dtype == torch.uint8 and clip.shape[:2] == (16, 3)
+def clip_of(
+    path: Path, second: int, frames: int = 16, stride: int = 4, rate: float = 30.0, starts_at: int = 900
+) -> list:
+    options = SimpleNamespace(frames=frames, stride=stride, rate=rate, starts_at=starts_at)
+    clip = detect_ava.read_clip(path, second, options)
+    assert clip.dtype == torch.uint8 and clip.shape[:2] == (frames, 3)
     return [number_of(frame) for frame in clip]
 
 
-def test_clip_times():
-    assert support.video.clip_times(902, 16, 4) == [902 + Fraction(offset, 30) for offset in OFFSETS]
-    assert support.video.clip_times(902, 8, 2, rate=12) == [902 + Fraction(offset, 12) for offset in (-8, -6, -4, -2, 0, 2, 4, 6)]
+def test_the_nearest_frame_is_taken_the_earlier_of_two():
+    times = [Fraction(number, 25) for number in range(50)]
+    assert [detect_ava.nearest(times, Fraction(time)) for time in ("-1", "0.019", "0.02", "0.021", "1.5", "9")] == [
+        0,
+        0,
+        0,
+        1,
+        37,
+        49,
+    ]
 
 
-@pytest.mark.parametrize("name", ["cut30.mp4", "cut30.mkv", "one_key_frame.mp4", "all_key_frames.mp4", "late_start.mkv"])
+@pytest.mark.parametrize(
+    "name", ["cut30.mp4", "cut30.mkv", "one_key_frame.mp4", "all_key_frames.mp4", "late_start.mkv"]
+)
 def test_clips_of_a_cut_movie_at_30_fps(movies, name):
     for second in range(900, 912):  # at both ends the first and the last frame stand in
-        assert clip_of(movies / name, second) == [min(max((second - 900) * 30 + offset, 0), LENGTH * 30 - 1) for offset in OFFSETS]
+        assert clip_of(movies / name, second) == [
+            min(max((second - 900) * 30 + offset, 0), LENGTH * 30 - 1) for offset in OFFSETS
+        ]
 
 
 @pytest.mark.parametrize("name", ["cut25.mp4", "cut25.mkv"])
 def test_clips_of_a_cut_movie_at_25_fps_show_the_same_times(movies, name):
     for second in range(900, 912):
-        assert clip_of(movies / name, second) == [min(max((second - 900) * 25 + offset, 0), LENGTH * 25 - 1) for offset in OFFSETS_AT_25]
+        assert clip_of(movies / name, second) == [
+            min(max((second - 900) * 25 + offset, 0), LENGTH * 25 - 1) for offset in OFFSETS_AT_25
+        ]
 
 
 @pytest.mark.parametrize(("rate", "offsets"), [(25, OFFSETS_AT_25), (30, OFFSETS)])
@@ -606,7 +115,12 @@ def test_clips_of_a_whole_movie(movies, rate, offsets):
 
 
 def test_a_second_outside_the_movie_is_refused(movies):
-    for name, second, starts_at in (("cut30.mp4", 899, 900), ("cut30.mp4", 914, 900), ("cut25.mkv", 1798, 900), ("cut30.mp4", 902, 0)):
+    for name, second, starts_at in (
+        ("cut30.mp4", 899, 900),
+        ("cut30.mp4", 914, 900),
+        ("cut25.mkv", 1798, 900),
+        ("cut30.mp4", 902, 0),
+    ):
         with pytest.raises(BrokenVideo, match=f"{name}.*second {second} lies outside.*is the movie cut or whole"):
             clip_of(movies / name, second, starts_at=starts_at)
 
@@ -616,8 +130,12 @@ def test_only_packets_near_the_key_frame_are_read(movies, monkeypatch):
     really_open = av.open
 
     class Counting:
-        def __init__(self, container): self.container = container
-        def __getattr__(self, name): return getattr(self.container, name)
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
         def demux(self, stream):
             for packet in self.container.demux(stream):
                 read.append(packet.pts * packet.time_base)
@@ -627,7 +145,7 @@ def test_only_packets_near_the_key_frame_are_read(movies, monkeypatch):
     for name in ("cut30.mp4", "cut30.mkv"):
         read.clear()
         assert clip_of(movies / name, 906)[8] == 180
-        # From 6 - 32/30 s to 6 + 28/30 s, from the key frame before (each 25 frames, and one more where it is sought again) on.
+        # From 6 - 32/30 s to 6 + 28/30 s; from the key frame before, one in 25 frames, or from the one before that.
         assert min(read) > 3 and max(read) < 7.3
 
 
@@ -644,94 +162,559 @@ def test_clips_from_a_folder_of_frames(tmp_path):
     folder.mkdir()
     for number in range(100):
         frame = torch.from_numpy(numbered_frame(number).to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
-        data.TF.to_pil_image(frame).save(folder / f"movie_{number + 1:06d}.jpg", quality=95)
-    (folder / "notes.txt").touch()
+        TF.to_pil_image(frame).save(folder / f"movie_{number + 1:06d}.jpg", quality=95)
     assert clip_of(folder, 902) == [60 + offset for offset in OFFSETS]
     assert clip_of(folder, 900) == [max(offset, 0) for offset in OFFSETS]
     assert clip_of(folder, 903) == [min(90 + offset, 99) for offset in OFFSETS]
-    assert [number_of(frame) for frame in support.video.read_clip(folder, 902, frames=8, stride=2, rate=12)] == [40, 45, 50, 55, 60, 65, 70, 75]
+    assert clip_of(folder, 902, frames=8, stride=2, rate=12.0) == [40, 45, 50, 55, 60, 65, 70, 75]
     for second in (899, 904):
         with pytest.raises(BrokenVideo, match="lies outside"):
             clip_of(folder, second)
     (folder / "movie_000057.jpg").unlink()
     with pytest.raises(BrokenVideo, match="movie_000057.jpg"):
         clip_of(folder, 902)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BrokenVideo, match="empty_000001.jpg"):
-        clip_of(tmp_path / "empty", 902)
 
 
-def test_list_of_movies(tmp_path):
-    for name in ("-5K.mkv", "b.MP4", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "frames").mkdir()
-    assert support.ava.list_movies(tmp_path) == {"-5K": tmp_path / "-5K.mkv", "b": tmp_path / "b.MP4", "frames": tmp_path / "frames"}
-    with pytest.raises(UserError, match="no folder"):
-        support.ava.list_movies(tmp_path / "none")
-    with pytest.raises(UserError, match="no movies"):
-        support.ava.list_movies(tmp_path / "frames")
-
-
-# ---- toy videos ----
+# ---- boxes ----
 
 
 @pytest.fixture(scope="module")
-def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
+def coded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Movies, folders of frames, whose red is the place from left to right and whose green that from top to bottom."""
+    folder, movies = tmp_path_factory.mktemp("coded"), {}
+    for height, width in ((180, 321), (321, 180), (97, 100), (64, 64)):
+        movies[f"{height}x{width}"] = folder / f"{height}x{width}"
+        movies[f"{height}x{width}"].mkdir()
+        red = (torch.arange(width) + 0.5).expand(height, -1) / width
+        green = (torch.arange(height)[:, None] + 0.5).expand(-1, width) / height
+        picture = (torch.stack([red, green, torch.full_like(red, 0.5)]) * 255).round().byte()
+        for number in range(1, 9):
+            path = folder / f"{height}x{width}" / f"{height}x{width}_{number:06d}.jpg"
+            TF.to_pil_image(picture).save(path, quality=100, subsampling=0)
+    return movies
 
 
-def test_toy_annotations_are_read_as_ava_itself(toy_ava):
-    actions = support.ava.read_actions(toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt")
-    assert [action.name for action in actions.values()] == list(toy.ACTIONS)
-    movies = support.ava.list_movies(toy_ava / "videos")
-    assert len(movies) == 10
-    for split in ("train", "val"):
-        truth = support.ava.read_ground_truth(toy_ava / "annotations" / f"ava_{split}_v2.2.csv", len(toy.ACTIONS))
-        frames = support.ava.key_frames(truth, len(toy.ACTIONS))
-        assert all(frame.video in movies and 901 <= frame.second <= 904 for frame in frames)
-        assert all(1 <= count <= 2 for frame in frames for count in frame.labels.sum(dim=1).tolist())
-        assert all((frame.boxes >= 0).all() and (frame.boxes <= 1).all() and (frame.boxes[:, :2] < frame.boxes[:, 2:]).all() for frame in frames)
-        excluded = support.ava.read_exclusions(toy_ava / "annotations" / f"ava_{split}_excluded_timestamps_v2.2.csv")
-        assert all(video in movies for video, _ in excluded)
-        perfect = support.ava.average_precisions(truth, support.ava.to_rows(frames), actions)
-        assert all(math.isnan(value) or value == pytest.approx(1) for value in perfect.values())
-        found = support.ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
-        assert 0.5 < sum(len(frame.boxes) for frame in found) / sum(len(frame.boxes) for frame in frames) < 1.3
-        clip = support.video.read_clip(movies[frames[0].video], frames[0].second, frames=8, stride=2, rate=toy.RATE)
-        assert clip.shape == (8, 3, toy.AVA_HEIGHT, toy.AVA_WIDTH)
+def place_at(clip: torch.Tensor, x: float, y: float) -> list[float]:
+    """The place, in fractions of the coded frame, that the color at (x, y) in pixels of a clip (T, 3, H, W) tells."""
+    height, width = clip.shape[-2:]
+    grid = torch.tensor([[[[2 * x / width - 1, 2 * y / height - 1]]]])
+    sampled = nn.functional.grid_sample(clip[-1:].float() / 255, grid, padding_mode="border", align_corners=False)
+    return sampled[0, :2, 0, 0].tolist()
 
 
-def test_toy_videos_are_the_same_each_time_and_an_interrupted_rendering_is_finished(toy_ava, tmp_path):
-    again = tmp_path / "videos"
-    shutil.copytree(toy_ava, again)
-    (again / "annotations" / "ava_action_list_v2.2.pbtxt").unlink()
-    (again / "annotations" / "ava_val_v2.2.csv").write_text("cut off")
-    (again / "videos" / "val_00002.mp4").unlink()
-    toy.render_ava(again, {"train": 6, "val": 4})
-    files = [path.relative_to(toy_ava) for path in sorted(toy_ava.rglob("*")) if path.is_file()]
-    assert len(files) == 10 + 2 * 3 + 2
-    assert all((again / path).read_bytes() == (toy_ava / path).read_bytes() for path in files)
-    with pytest.raises(UserError, match="other settings"):
-        toy.render_ava(again, {"train": 7, "val": 4})
+AT_30 = ["data.rate=30", "data.starts_at=902"]
+BOXES = [(0.4, 0.42, 0.55, 0.61), (0.45, 0.4, 0.6, 0.5)]
 
 
-def test_toy_boxes_follow_the_motions_that_the_labels_say():
-    """In frames without a change of motion, a wrap or a cut, the centre of a box goes where its label says."""
-    checked = set()
-    for seed in range(30):
-        _, shapes = toy.render_scene(support.run.sample_generator(0, 0, seed))
-        for motions, boxes in shapes:
-            for frame in range(4, toy.AVA_FRAMES - 4):
-                before, after = boxes[frame - 4], boxes[frame + 4]
-                if not before or not after or motions[frame - 4] != motions[frame + 4]:
-                    continue
-                if min(*before, *after) <= 0 or max(before[2], after[2]) >= toy.AVA_WIDTH or max(before[3], after[3]) >= toy.AVA_HEIGHT:
-                    continue
-                dx, dy = ((after[i] + after[i + 2] - before[i] - before[i + 2]) / 2 for i in (0, 1))
-                if abs(dx) > 40 or abs(dy) > 40:
-                    continue
-                for name, way in (("left", -dx), ("right", dx), ("up", -dy), ("down", dy)):
-                    if any(motion.startswith("moving") and name in motion for motion in motions[frame]):
-                        checked.add(name)
-                        assert way >= 4  # at least 1 pixel a frame; an outline that turns or grows shifts its box by some
-    assert checked == {"left", "right", "up", "down"}
+@pytest.mark.parametrize(("movie", "short"), [("180x321", 128), ("321x180", 128), ("97x100", 256), ("64x64", 64)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_pixel_under_a_corner_stays_under_it(coded, movie, short, flip):
+    """Through resizing, random crops and flips."""
+    size, checked = int(0.9 * short), 0
+    config = configured(f"data.short_side={short}", f"data.size={size}", f"data.flip={flip}", *AT_30)
+    rows = [files.Row((movie, 902), box, action, 1.0) for action, box in enumerate(BOXES, 1)]
+    clips = detect_ava.KeyFrameClips([((movie, 902), rows)], 0, movies=coded, options=config.data)
+    flipped = 0
+    for epoch in range(6):
+        clip, boxes, labels, broken = clips[epoch, 0]
+        assert clip.shape == (8, 3, size, size) and not broken and labels.argmax(dim=1).tolist() == [0, 1]
+        assert (boxes[:, :2] < boxes[:, 2:]).all()
+        mirrored = place_at(clip, 1, 5)[0] > place_at(clip, size - 1, 5)[0]
+        flipped += mirrored
+        for box, (x1, y1, x2, y2) in zip(boxes.tolist(), BOXES, strict=True):
+            left, right = (x2, x1) if mirrored else (x1, x2)
+            for corner, place in ((box[:2], (left, y1)), (box[2:], (right, y2))):
+                for edge, seen, wanted in zip(corner, place_at(clip, *corner), place, strict=True):
+                    assert seen == pytest.approx(wanted, abs=0.006) or edge in (0, size)  # clamped
+                    checked += 0 < edge < size
+    assert checked > 24
+    assert 0 < flipped < 6 if flip else flipped == 0
+    options = SimpleNamespace(**vars(config.data) | dict(widen_boxes=False))
+    scores, clip, rois, broken = detect_ava.test_batch([((movie, 902), rows)], coded, options)
+    assert min(clip.shape[-2:]) == short and len(scores) == 2 and not broken
+    for box, place in zip(rois[:, 1:].tolist(), sorted(BOXES), strict=True):
+        assert place_at(clip[0], box[0], box[1]) == pytest.approx(place[:2], abs=0.006)
+        assert place_at(clip[0], box[2], box[3]) == pytest.approx(place[2:], abs=0.006)
+
+
+def test_boxes_are_clamped_to_the_crop_and_lost_ones_stay_without_area(coded):
+    config = configured("data.short_side=64", "data.size=16", "data.rate=30", "data.starts_at=902")
+    corners = [(0.0, 0.0, 0.05, 0.05), (0.0, 0.0, 1.0, 1.0), (0.95, 0.95, 1.0, 1.0)]
+    rows = [files.Row(("64x64", 902), box, 1, 1.0) for box in corners]
+    clips = detect_ava.KeyFrameClips([(("64x64", 902), rows)], 0, movies=coded, options=config.data)
+    for epoch in range(8):
+        clip, boxes, labels, _ = clips[epoch, 0]
+        assert boxes[1].tolist() == [0, 0, 16, 16] and labels.shape == (3, 12)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        assert boxes.min() >= 0 and boxes.max() <= 16 and 0 in area.tolist()
+
+
+def in_pixels(*boxes: list[float]) -> tv_tensors.BoundingBoxes:
+    return tv_tensors.BoundingBoxes(torch.tensor(boxes).reshape(-1, 4), format="XYXY", canvas_size=(500, 500))
+
+
+def test_jitter_stays_in_its_bounds_and_fills_them():
+    boxes = in_pixels(*[[100.0, 200.0, 200.0, 400.0]] * 4000)  # 100 wide, 200 high
+    moved = detect_ava.jitter_boxes(boxes, torch.Generator().manual_seed(0)) - boxes
+    bounds = torch.tensor([[-20.0, -20, -10, -10], [10, 10, 20, 20]])
+    assert torch.allclose(torch.stack([moved.amin(dim=0), moved.amax(dim=0)]), bounds, atol=0.2)
+    assert (moved >= bounds[0] - 1e-4).all() and (moved <= bounds[1] + 1e-4).all()
+    assert torch.corrcoef(moved.T).fill_diagonal_(0).abs().max() < 0.06  # each edge on its own
+
+
+def test_boxes_are_widened_for_pooling_alone(coded):
+    config = configured("data.short_side=64", "data.rate=30", "data.starts_at=902", "data.widen_boxes=true")
+    rows = [files.Row(("64x64", 902), box, 0, 0.9) for box in ((0.25, 0.25, 0.5, 0.75), (0.5, 0.0, 1.0, 1.0))]
+    scores, _, rois, _ = detect_ava.test_batch([(("64x64", 902), rows)], coded, config.data)
+    wanted = torch.tensor([[15.2, 15.2, 32.8, 48.8], [30.4, 0, 64, 64]])  # 10 % and 5 % more; cut off at the edge
+    assert torch.allclose(rois[:, 1:], wanted) and list(scores) == [row[:2] for row in rows]
+
+
+# ---- model ----
+
+
+class Constant(nn.Module):
+    """Stands in for the encoder: every token of clip i is `values[i]` times its feature's number."""
+
+    def __init__(self, encoder: nn.Module, values: list[float]) -> None:
+        super().__init__()
+        self.patch_embed, self.values = encoder.patch_embed, torch.tensor(values)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        tokens = math.prod(m.cube_grid(clip.shape[2:], self.patch_embed.cube))
+        return self.values[:, None, None] * torch.arange(32.0).expand(len(clip), tokens, 32)
+
+
+def test_what_is_pooled_from_a_constant_map_is_that_constant():
+    """For boxes of every kind: whole, small, thin, without area, at the edge."""
+    detector = detect_ava.ActionDetector(**TINY, classes=5)
+    detector.encoder, detector.head = Constant(detector.encoder, [1.0, -2.0]), nn.Identity()
+    boxes = torch.tensor(
+        [[0, 0, 64, 48], [3, 5, 4, 7], [10, 0, 11, 48], [50, 10, 64, 20], [0, 0, 0, 0], [20, 20, 37.5, 41.3]]
+    )
+    features = detector(torch.zeros(2, 3, 4, 48, 64), detect_ava.to_rois([boxes, boxes[:2]]))
+    assert torch.allclose(features, torch.tensor([1.0] * 6 + [-2.0] * 2)[:, None] * torch.arange(32.0))
+
+
+def test_pooling_takes_the_cubes_under_the_box():
+    """One bright cube among dark ones: only the boxes that lie over it see it, whichever slice of time it is in."""
+    detector = detect_ava.ActionDetector(**TINY, classes=5)
+
+    class OneCube(Constant):
+        def forward(self, clip):
+            tokens = torch.zeros(1, 2, 4, 6, 32)
+            tokens[0, 1, 2, 4] = 1.0  # rows 32 to 48, columns 64 to 80 of 64 x 96 pixels
+            return tokens.flatten(1, 3)
+
+    detector.encoder, detector.head = OneCube(detector.encoder, []), nn.Identity()
+    boxes = torch.tensor([[64.0, 32, 80, 48], [0, 0, 96, 64], [0, 0, 40, 64], [66, 0, 80, 12]])
+    seen = detector(torch.zeros(1, 3, 4, 64, 96), detect_ava.to_rois([boxes]))[:, 0]
+    assert 0.4 < seen[0] <= 0.5 and 0.25 < seen[1] <= 0.5  # half of the time
+    assert seen[2] == 0 and seen[3] == 0
+
+
+def test_persons_of_two_clips_never_mix():
+    torch.manual_seed(0)
+    detector = detect_ava.ActionDetector(**TINY, classes=5).eval()
+    clip, boxes = (
+        torch.randn(2, 3, 4, 32, 48),
+        [torch.tensor([[0.0, 0, 20, 30], [5, 5, 45, 25]]), torch.tensor([[0.0, 0, 20, 30]])],
+    )
+    logits = detector(clip, detect_ava.to_rois(boxes))
+    other = clip.clone()
+    other[1] = torch.randn(3, 4, 32, 48)
+    changed = detector(other, detect_ava.to_rois([boxes[0], boxes[1] + 3]))
+    assert torch.equal(logits[:2], changed[:2]) and not torch.allclose(logits[2], changed[2])
+    for place in (0, 1):  # and each alone is what it was in the batch
+        alone = detector(clip[place : place + 1], detect_ava.to_rois(boxes[place : place + 1]))
+        assert torch.allclose(alone, logits[2 * place : 2 * place + 2][: len(alone)], atol=1e-6)
+
+
+def test_clips_without_persons_are_legal():
+    torch.manual_seed(0)
+    detector = detect_ava.ActionDetector(**TINY, classes=5)
+    nobody, clip = torch.zeros(0, 4), torch.randn(2, 3, 4, 32, 32)
+    one = torch.tensor([[0.0, 0, 20, 30]])
+    logits = detector(clip, detect_ava.to_rois([nobody, one]))
+    assert logits.shape == (1, 5)
+    assert torch.allclose(logits, detector(clip[1:], detect_ava.to_rois([one])), atol=1e-6)
+    loss = detect_ava.detection_loss(detector(clip, detect_ava.to_rois([nobody, nobody])), torch.zeros(0, 5), 2)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in detector.parameters())
+
+
+def test_loss_weighs_every_person_alike():
+    logits, labels = torch.randn(6, 5), torch.randint(2, (6, 5)).float()
+    p = logits.double().sigmoid()
+    by_hand = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(dim=1)  # of each person
+    assert float(detect_ava.detection_loss(logits, labels, 4)) == pytest.approx(float(by_hand.sum() / 4), rel=1e-5)
+    # two processes with 1 and 5 persons in 2 clips each: their mean is the loss of all
+    halves = [detect_ava.detection_loss(logits[part], labels[part], 2) for part in (slice(0, 1), slice(1, 6))]
+    assert float(sum(halves) / 2) == pytest.approx(float(by_hand.sum() / 4), rel=1e-5)
+
+
+def test_layer_decay_groups_hold_every_parameter_once():
+    detector = detect_ava.ActionDetector(**TINY, classes=5)
+    groups = m.parameter_groups(detector, 0.05, 0.5)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(parameter) for parameter in detector.parameters()}
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    named = {name: scale[id(parameter)] for name, parameter in detector.named_parameters()}
+    assert named["encoder.patch_embed.proj.weight"] == 0.5**3 and named["encoder.blocks.0.attn.q_bias"] == 0.5**2
+    assert named["encoder.blocks.1.mlp.fc1.weight"] == 0.5 and named["encoder.norm.weight"] == named["head.bias"] == 1
+
+
+# ---- weights from elsewhere ----
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_weights_of_the_official_action_detection_repository(tmp_path):
+    sizes = {name: m.SIZES["tiny"][name] for name in ("width", "depth", "heads")}
+    ours = randomized(detect_ava.ActionDetector(**sizes, classes=80, clip_size=(4, 32, 32))).eval()
+    clip, rois = torch.randn(1, 3, 4, 32, 48), torch.tensor([[0.0, 3, 3, 40, 30]])
+    for head in ("head", "roi_heads.action.predictor.cls_score"):
+        names = {
+            key: key.replace("encoder.", "backbone.", 1) if key.startswith("encoder.") else key.replace("head", head, 1)
+            for key in ours.state_dict()
+        }
+        torch.save(
+            {"module": {names[key]: value for key, value in ours.state_dict().items()}}, tmp_path / "official.pth"
+        )
+        theirs = support.weights.build_from(detect_ava.ActionDetector, tmp_path / "official.pth", (4, 32, 32)).eval()
+        assert torch.equal(theirs(clip, rois), ours(clip, rois))
+
+
+@pytest.mark.parametrize(
+    "naming", ["own pre-training", "own fine-tuning", "official fine-tuning", "Hugging Face pre-training"]
+)
+def test_training_starts_from_weights_of_every_stage(tmp_path, capfd, naming):
+    sizes = m.SIZES["tiny"]
+    if "pre-training" in naming:
+        source = m.VideoMAE(**sizes, decoder_depth=1, clip_size=(8, 64, 64))
+    else:
+        source = m.VideoClassifier(
+            **{name: sizes[name] for name in ("width", "depth", "heads")}, classes=7, clip_size=(8, 64, 64)
+        )
+    state = randomized(source).state_dict()
+    if naming.startswith("own"):
+        content = dict(model=state, model_options=source.options)
+    elif naming == "official fine-tuning":
+        content = {"module": {key.replace("encoder.", ""): value for key, value in state.items()}}
+    else:
+        content = support.weights.to_hugging_face(state)
+    torch.save(content, tmp_path / "weights.pt")
+    detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"), NO_PERSONS)
+    assert torch.equal(detector.encoder.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
+    if "pre-training" in naming:
+        assert torch.equal(detector.encoder.norm.weight, source.encoder.norm.weight)  # kept
+    else:
+        assert (detector.encoder.norm.weight == 1).all() and (detector.encoder.norm.bias == 0).all()  # there is none
+        assert "start fresh: encoder.norm" in capfd.readouterr().err
+
+
+def test_a_classifier_is_no_detector(tmp_path):
+    source = m.VideoClassifier(**TINY, classes=7)
+    torch.save(dict(model=source.state_dict(), model_options=source.options), tmp_path / "classifier.pt")
+    with pytest.raises(UserError, match="encoder.norm.* is missing"):
+        support.weights.build_from(detect_ava.ActionDetector, tmp_path / "classifier.pt", (4, 32, 32))
+
+
+def test_the_head_starts_at_the_frequencies_of_the_actions():
+    labels = torch.zeros(199, 12)
+    labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
+    detector = detect_ava.build(configured("init=scratch"), labels)
+    frequencies = detector.head.bias.detach().sigmoid()
+    assert (
+        frequencies[3] == pytest.approx(49.5 / 200)
+        and frequencies[4] == pytest.approx(0.9975)
+        and frequencies[0] == pytest.approx(0.0025)
+    )
+
+
+# ---- training clips ----
+
+
+def test_training_clips_and_their_boxes(ava):
+    config = configured(f"data.root={ava}", "data.flip=true", "data.jitter_boxes=true", "data.jitter_colours=true")
+    frames, movies = detect_ava.find_training(config.data, ava)
+    assert {video for video, _ in frames} <= movies.keys()
+    assert not frames.keys() & files.read_exclusions(ava / config.data.train_exclude)
+    clips = detect_ava.KeyFrameClips(list(frames.items()), 0, movies=movies, options=config.data)
+    samples = [clips[0, index] for index in range(4)]
+    clip, rois, labels, broken = detect_ava.collate(samples)
+    assert clip.shape == (4, 8, 3, 64, 64) and clip.dtype == torch.uint8 and not broken
+    wanted = [files.to_persons(rows, 12)[1] for rows in list(frames.values())[:4]]
+    assert rois[:, 0].tolist() == [float(place) for place, of_frame in enumerate(wanted) for _ in of_frame]
+    assert torch.equal(labels, torch.cat(wanted)) and labels.shape[1] == 12
+    assert (rois[:, 1:] >= 0).all() and (rois[:, 1:] <= 64).all() and (rois[:, 1:3] <= rois[:, 3:]).all()
+    again, other = clips[0, 2], clips[1, 2]
+    assert torch.equal(again[0], samples[2][0]) and torch.equal(again[1], samples[2][1])
+    assert not torch.equal(other[0], samples[2][0])
+
+
+def test_colour_jitter_moves_hue_saturation_and_value():
+    """Against Python's own conversion, with the shifts that the generator draws."""
+    frames = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    frames[0, :, 0, 0] = 77  # grey stays grey
+    frames[0, :, 0, 1] = 0
+    jittered = detect_ava.jitter_colors(frames, torch.Generator().manual_seed(3))
+    hue, saturation, value = (
+        (2 * torch.rand(3, generator=torch.Generator().manual_seed(3)) - 1)
+        * torch.tensor([10 / 180, 26 / 255, 26 / 255])
+    ).tolist()
+    assert abs(hue) > 0.01 and abs(saturation) > 0.01 and abs(value) > 0.01
+    for t, y, x in ((t, y, x) for t in range(2) for y in range(4) for x in range(5)):
+        h, s, v = colorsys.rgb_to_hsv(*(frames[t, :, y, x] / 255).tolist())
+        s, v = (min(max(a, 0), 1) for a in (s + saturation if s else 0, v + value))
+        wanted = 255 * torch.tensor(colorsys.hsv_to_rgb((h + hue) % 1, s, v))
+        assert (jittered[t, :, y, x] - wanted).abs().max() < 6  # hue comes back from torchvision in whole numbers
+
+
+def test_statistics_are_a_key():
+    clip = torch.randint(0, 256, (1, 2, 3, 4, 4), dtype=torch.uint8)
+    wanted = (clip.float() / 255 - 0.4) / 0.225
+    assert torch.allclose(data.normalize(clip, [0.4] * 3, [0.225] * 3), wanted.transpose(1, 2), atol=1e-5)
+    assert not torch.allclose(data.normalize(clip), wanted.transpose(1, 2), atol=1e-1)
+
+
+# ---- test ----
+
+
+def detections(config: SimpleNamespace, detector: nn.Module, ava: Path) -> dict[tuple, dict[int, float]]:
+    """Each person's probabilities by action, as `detect` finds them in the validation set."""
+    test_set = detect_ava.find_test(config.data, ava)
+    rows, broken = detect_ava.detect(
+        detector, test_set.persons, test_set.movies, Run(config, detect_ava.DEFAULT), "test"
+    )
+    assert not broken and rows == sorted(rows)
+    found = {}
+    for row in rows:
+        found.setdefault(row[:2], {})[row.action] = row.score
+    assert list(found) == [row[:2] for rows in test_set.persons.values() for row in rows]  # every person, where it was
+    return found
+
+
+def alike(one: dict[tuple, dict[int, float]], other: dict[tuple, dict[int, float]], scale: dict | None = None) -> bool:
+    scale = scale or dict.fromkeys(one, 1.0)
+    return all(other[key] == pytest.approx({a: p * scale[key] for a, p in one[key].items()}, abs=1e-5) for key in one)
+
+
+def test_detections_do_not_depend_on_batches(ava):
+    config = configured(f"data.root={ava}", "data.workers=0", "run.batch_per_device=1")
+    detector = randomized(detect_ava.build(configured("init=scratch"), NO_PERSONS))
+    alone = detections(config, detector, ava)
+    assert all(list(of_person) == list(range(1, 13)) for of_person in alone.values())
+    config.run.batch_per_device = 3
+    assert alike(alone, detections(config, detector, ava))
+    persons = detect_ava.find_test(config.data, ava).persons
+    scores = {row[:2]: row.score for rows in persons.values() for row in rows}
+    assert min(scores.values()) >= 0.8
+    config.data.person_score = True
+    assert alike(alone, detections(config, detector, ava), scores)
+    config.data.person_score, config.data.widen_boxes = False, True
+    wider = detections(config, detector, ava)  # pools from wider boxes, writes the original ones
+    assert wider.keys() == alone.keys() and not alike(alone, wider)
+
+
+def test_frames_are_padded_right_and_below_to_whole_cubes(coded):
+    class Recorder(nn.Module):
+        options = dict(cube=[2, 16, 32])
+
+        def forward(self, clip: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            self.seen = clip, rois
+            return torch.zeros(len(rois), 12)
+
+    recorder, config = Recorder(), configured("data.short_side=100", "data.workers=0", *AT_30)
+    row = files.Row(("97x100", 902), (0.0, 0.0, 1.0, 1.0), 0, 0.9)
+    one_run = Run(config, detect_ava.DEFAULT)
+    rows, _ = detect_ava.detect(recorder, {row.frame: [row]}, coded, one_run, "test")
+    clip, rois = recorder.seen
+    assert clip.shape == (1, 3, 8, 112, 128) and rois[0].tolist() == pytest.approx([0, 0, 0, 103, 100])
+    assert (
+        not clip[..., 100:, :].any() and not clip[..., 103:].any() and (clip[..., :100, :103] != 0).float().mean() > 0.9
+    )
+    assert [found.score for found in rows] == [0.5] * 12
+
+
+def test_a_batch_holds_key_frames_of_one_movie(ava, monkeypatch):
+    """Movies may have different sizes, which no batch could hold together."""
+    seen = []
+    really_read = detect_ava.test_batch
+
+    def reading(key_frames: list[tuple], **options) -> tuple:
+        seen.append([frame for frame, _ in key_frames])
+        return really_read(key_frames, **options)
+
+    monkeypatch.setattr(detect_ava, "test_batch", reading)
+    config = configured(f"data.root={ava}", "data.workers=0", "run.batch_per_device=2")
+    detections(config, detect_ava.build(configured("init=scratch"), NO_PERSONS), ava)
+    assert sum(seen, []) == list(detect_ava.find_test(config.data, ava).persons)
+    assert all(len({video for video, _ in batch}) == 1 and len(batch) <= 2 for batch in seen)
+    assert max(map(len, seen)) == 2
+
+
+def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(ava, tmp_path, capfd):
+    folder = tmp_path / "ava"
+    shutil.copytree(ava, folder)
+    (folder / "videos/train_00001.mp4").unlink()
+    (folder / "videos/val_00000.mp4").unlink()
+    (folder / "videos/val_00001.mp4").write_bytes((ava / "videos/val_00001.mp4").read_bytes()[:500])
+    config = configured(f"data.root={folder}", "data.workers=0", "run.pictures=0")
+    frames, _ = detect_ava.find_training(config.data, folder)
+    assert "1 of 6 movies for training" in (said := capfd.readouterr().err)
+    assert said.rstrip().endswith("left out: train_00001")
+    assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
+
+    test_set = detect_ava.find_test(config.data, folder)
+    detector, one_run = detect_ava.build(configured("init=scratch"), NO_PERSONS), Run(config, detect_ava.DEFAULT)
+    detect_ava.test(detector, test_set, one_run, "test", tmp_path / "out")
+    said = capfd.readouterr().err
+    assert said.count("no detections: ") == 2 and "movie val_00000 is missing" in said and "val_00001.mp4" in said
+    found = files.read_detections(tmp_path / "out/detections.csv", 12)
+    assert {row.frame[0] for row in found} == {"val_00002"}
+    assert {row.frame[0] for row in test_set.ground_truth} == {"val_00000", "val_00001", "val_00002"}
+
+    (folder / "videos/val_00002.mp4").unlink()
+    with pytest.raises(UserError, match="none of the .* key frames with persons can be read"):
+        detect_ava.test(detector, test_set, one_run, "test")
+    for path in folder.glob("videos/train_*.mp4"):
+        path.unlink()
+    with pytest.raises(UserError, match="has none of the movies"):
+        detect_ava.find_training(config.data, folder)
+
+
+def test_aia_boxes_give_the_same_detections_as_csv(ava, tmp_path):
+    """In pixels of the movies' own size, which is read from each movie."""
+    config = configured(f"data.root={ava}", "data.file_list=names.txt", "data.workers=0")
+    rows = files.read_person_boxes(ava / config.data.boxes, 0.8)
+    names = sorted({video for video, _ in rows})
+    (ava / "names.txt").write_text("".join(f"{name}.mp4\n" for name in names))
+    entries = []
+    for (video, second), (x1, y1, x2, y2), _, score in sum(rows.values(), []):
+        bbox = [x1 * toy.AVA_WIDTH, y1 * toy.AVA_HEIGHT, (x2 - x1) * toy.AVA_WIDTH, (y2 - y1) * toy.AVA_HEIGHT]
+        entries.append(dict(image_id=10000 * names.index(video) + second, bbox=bbox, score=score))
+    (tmp_path / "boxes.json").write_text(json.dumps(entries))
+    found = detect_ava.find_persons(tmp_path / "boxes.json", config.data, ava, files.list_movies(ava / "videos"))
+    assert list(found) == list(rows)
+    for frame, of_frame in rows.items():
+        for one, other in zip(of_frame, found[frame], strict=True):
+            assert one.box == pytest.approx(other.box) and one.score == other.score
+
+
+# ---- whole runs; what all stages share is in test_stages.py ----
+
+QUICK = ["init=scratch", "optim.batch_size=4", "optim.warmup_epochs=1", "optim.epochs=2"]
+QUICK += ["run.log_every=1", "run.pictures=1", "run.validate_every=1"]
+
+
+@pytest.fixture(scope="module")
+def reference_run(ava, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    done = run("detect_ava.py", *QUICK, f"data.root={ava}", f"run.folder={folder}")
+    assert "mAP at IoU 0.5" in done.stdout and "epoch 1: mAP" in done.stderr
+    return folder
+
+
+def test_a_run_leaves_detections_their_worth_and_pictures(reference_run, ava):
+    lines = [json.loads(line) for line in (reference_run / "log.jsonl").read_text().splitlines()]
+    summary = json.loads((reference_run / "mAP.json").read_text())
+    assert lines[-1]["test_mAP"] == summary["mAP"] and len(summary["actions"]) == 12
+    assert [line["epoch"] for line in lines if "mAP" in line] == [1]
+    checkpoint = torch.load(reference_run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["actions"][9] == "turning left" and checkpoint["model_options"]["classes"] == 12
+    assert {"model", "optimizer", "positions", "step", "config"} <= checkpoint.keys()
+    assert [path.suffix for path in (reference_run / "pictures").iterdir()] == [".png"]
+    # the file of detections, evaluated by itself, is worth the same
+    annotations = ava / "annotations"
+    options = ["--ground-truth", annotations / "ava_val_v2.2.csv", "--out", reference_run / "again.json"]
+    options += ["--labels", annotations / "ava_action_list_v2.2.pbtxt"]
+    options += ["--exclude", annotations / "ava_val_excluded_timestamps_v2.2.csv"]
+    run("support.ava", reference_run / "detections.csv", *options)
+    assert json.loads((reference_run / "again.json").read_text()) == summary
+
+
+def test_two_processes_find_what_one_does(ava, reference_run, tmp_path):
+    options = ["--test", "--weights", reference_run / "checkpoint.pt", "--out", tmp_path]
+    run("detect_ava.py", *options, "run.batch_per_device=1", processes=2)
+    ours, theirs = (files.read_detections(folder / "detections.csv", 12) for folder in (tmp_path, reference_run))
+    assert [row[:3] for row in ours] == [row[:3] for row in theirs]
+    assert [row.score for row in ours] == pytest.approx([row.score for row in theirs], abs=1e-5)
+    ours, theirs = (json.loads((folder / "mAP.json").read_text())["mAP"] for folder in (tmp_path, reference_run))
+    assert ours == pytest.approx(theirs, abs=1.0)
+
+
+def test_four_clips_are_memorized(ava, tmp_path):
+    """Trained and tested on the same four key frames, with ground-truth boxes, a detector reaches an mAP of 100 %."""
+    truth = (ava / "annotations/ava_train_v2.2.csv").read_text().splitlines()
+    frames = list(dict.fromkeys(tuple(row.split(",")[:2]) for row in truth))[:4]
+    rows = [row for row in truth if tuple(row.split(",")[:2]) in frames]
+    (tmp_path / "four.csv").write_text("\n".join(rows))
+    boxes = {",".join(row.split(",")[:6]) for row in rows}
+    (tmp_path / "boxes.csv").write_text("".join(f"{box},,0.99\n" for box in boxes))
+    values = dict(root=ava, train=tmp_path / "four.csv", val=tmp_path / "four.csv", boxes=tmp_path / "boxes.csv")
+    values |= dict(train_exclude="", val_exclude="", size=64, short_side=64, workers=0)
+    settings = ["init=scratch", *(f"data.{key}={value}" for key, value in values.items())]
+    settings += ["optim.batch_size=4", "optim.base_lr=0.2", "optim.epochs=150", "optim.warmup_epochs=10"]
+    settings += ["optim.weight_decay=0", "run.validate_every=0", "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
+    done = run("detect_ava.py", *settings)
+    assert json.loads((tmp_path / "run/mAP.json").read_text())["mAP"] == pytest.approx(100), done.stdout
+
+
+def test_weights_are_tested_and_predict_a_video(ava, reference_run, tmp_path):
+    weights = ["--weights", reference_run / "checkpoint.pt"]
+    done = run("detect_ava.py", "--test", *weights, "--out", tmp_path / "test")
+    assert "mAP at IoU 0.5" in done.stdout
+    assert json.loads((tmp_path / "test/mAP.json").read_text()) == json.loads((reference_run / "mAP.json").read_text())
+
+    options = ["--boxes", ava / "boxes/ava_val_predicted_boxes.csv", *weights]
+    out = tmp_path / "out" / "drawn.mp4"
+    done = run("detect_ava.py", "--predict", ava / "videos/val_00001.mp4", *options, "--out", out)
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).int() for frame in container.decode(stream)]
+        assert len(frames) == toy.AVA_FRAMES and stream.average_rate == toy.RATE
+    red, green, blue = torch.stack(frames).unbind(dim=3)
+    assert ((red > 200) & ((green - 165).abs() < 40) & (blue < 60)).any()  # orange boxes
+    assert "key frames: " in done.stdout
+
+    done = run("detect_ava.py", "--predict", ava / "videos/train_00001.mp4", *options, ok=False)
+    assert done.returncode and "has no boxes of video train_00001" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data.size=80"], "data.size=80 cannot be cropped from data.short_side=72"),
+        (["data.mean=[0.5]"], "data.mean expects list such as"),
+        (["data.rate=0"], "data.rate=0.0 has to be at least 0.01"),
+        (["data.actions=11"], "unknown action 12, known are 1 to 11"),
+        (["data.movies=nowhere"], "there is no folder"),
+        (["data.boxes=nowhere.csv"], "no rows can be read from"),
+        (["data.threshold=1.1"], "has a score of 1.1 or more"),
+        (["data.val_exclude=everything.csv"], "leaves out all 9 key frames with persons"),
+        (["data.val=other.csv"], "holds no row of an action in .* outside excluded frames"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(ava, tmp_path, settings, sentence):
+    rows = (ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()
+    (ava / "everything.csv").write_text("".join(f"{','.join(row.split(',')[:2])}\n" for row in rows))
+    excluded = (ava / "annotations/ava_val_excluded_timestamps_v2.2.csv").read_text().split()
+    (ava / "other.csv").write_text(f"{excluded[0]},0.1,0.1,0.5,0.5,1,0\n")
+    with pytest.raises(UserError, match=sentence):
+        detect_ava.train(configured("init=scratch", f"data.root={ava}", f"run.folder={tmp_path / 'run'}", *settings))
+
+
+def test_missing_arguments_are_said_in_a_sentence():
+    needs = "--test and --predict need --weights"
+    cases = {("--test",): needs, ("--weights", "y.pt"): needs}
+    cases |= {("--predict", "x.mp4", "--weights", "y.pt"): "--predict needs --boxes"}
+    for arguments, sentence in cases.items():
+        done = run("detect_ava.py", *arguments, ok=False)
+        assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr

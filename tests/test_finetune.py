@@ -12,7 +12,9 @@ from torchvision import tv_tensors
 
 import finetune
 import model as m
+from support import toy
 from support.config import load_config
+from support.datasets import labelled_videos
 from support.weights import build_from, to_hugging_face
 
 
@@ -297,7 +299,7 @@ def test_a_models_classes_keep_their_order(toy_videos):
     """classes.txt is not in alphabetical order; without data.classes the checkpoint's names say what an output means."""
     known = (toy_videos / "classes.txt").read_text().splitlines()
     config = configured(f"data.root={toy_videos}", "data.train=train", "data.val=val")
-    _, videos, names = finetune.find_videos(config, known)
+    _, videos, names = labelled_videos(*toy.find(config.data), 0, known)
     assert names == known != sorted(known)
     assert videos and all(path.parent.name == names[label] for path, label in videos)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import av
 import pytest
 import torch
 from conftest import (
+    ROOT,
     command,
     number_of,
     turn_by_90,
@@ -242,10 +244,118 @@ def test_a_list_alone_from_elsewhere_is_prepared_and_fixed(tmp_path):
     (tmp_path / "mine.txt").write_text(f"{root}/b.avi 3\n")
     out, _ = prepare(root, f"data.train={tmp_path}/mine.txt")
     assert (out / "b.mp4").exists() and not (out / "a.mp4").exists()
-    assert list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", "3")
+    assert list_entries(str(out), "mine.txt")[0][:2] == (out / "b.mp4", 3)
+
+
+UNPACKED = {  # videos below "videos", lists below "lists": as the archives of UCF101, HMDB51 and SSV2 are unpacked
+    "ucf101": (DATASETS["ucf101"][0], DATASETS["ucf101"][1], "{}/trainlist01.txt {}/testlist01.txt {}/classInd.txt"),
+    "hmdb51": (
+        DATASETS["hmdb51"][0],
+        {Path(name).name: text for name, text in DATASETS["hmdb51"][1].items()},
+        "{}/*_test_split1.txt=1 {}/*_test_split1.txt=1",
+    ),
+    "something_something": (
+        DATASETS["something_something"][0],
+        DATASETS["something_something"][1],
+        "{}/labels/train.json {}/labels/validation.json {}/labels/labels.json",
+    ),
+    "absolute_paths": (
+        ["b/arm wrestling/x 1.avi", "y.mp4"],
+        {"train.csv": "ROOT/b/arm wrestling/x 1.avi,1\nROOT/y.mp4,0\n", "val.txt": "ROOT/y.mp4 0"},
+        "{}/train.csv {}/val.txt",
+    ),
+}
+
+
+@pytest.mark.parametrize("named", ["beside", "absolute"])
+@pytest.mark.parametrize("name", UNPACKED)
+def test_lists_next_to_the_videos_serve_the_prepared_folder(tmp_path, name, named):
+    root, lists = tmp_path / "set" / "videos", tmp_path / "set" / "lists"
+    videos, files, text = UNPACKED[name]
+    for path in videos:
+        video(root / path, codec=CODECS.get(path[-3:].lower(), "libx264"))
+    for path, content in files.items():
+        (lists / path).parent.mkdir(parents=True, exist_ok=True)
+        (lists / path).write_bytes(content.replace("ROOT", str(root)).encode())
+    selections = (text.replace("{}", "../lists" if named == "beside" else str(lists)).split() + [""])[:3]
+    words = [f"data.{key}={value}" for key, value in zip(("train", "val", "classes"), selections, strict=True)]
+    expected = labels(root, *selections)
+    out, _ = prepare(root, *words)  # next to the original videos and lists
+    assert labels(out, *selections) == expected
+    moved = tmp_path / "elsewhere" / "prepared"
+    shutil.copytree(out, moved)
+    shutil.rmtree(tmp_path / "set")  # the prepared folder stands alone
+    assert labels(moved, *selections) == expected
+
+
+def test_lists_that_would_become_the_same_are_refused(tmp_path):
+    video(tmp_path / "videos" / "a.mp4")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "list.txt").write_text("a.mp4 0\n")
+    words = [f"data.train={tmp_path}/one/list.txt", f"data.val={tmp_path}/two/list.txt"]
+    out, said = prepare(tmp_path / "videos", *words)
+    assert f"{tmp_path}/one/list.txt and {tmp_path}/two/list.txt would both become {out}/list.txt" in said
+
+
+def test_links_are_followed_and_hidden_entries_are_left_out(tmp_path):
+    root = tmp_path / "videos"
+    video(tmp_path / "elsewhere" / "jump" / "a.mp4")
+    video(root / "run" / "b.mp4")
+    (root / "jump").symlink_to(tmp_path / "elsewhere" / "jump")
+    (root / "jump" / "loop").symlink_to(root)
+    for name in ("run/._b.mp4", ".cache/c.mp4", ".cache/list.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"\0\5\x16\7")
+    out, said = prepare(root)
+    assert "2 of 2 videos" in said
+    assert (
+        list_videos(str(out), "") == [out / "jump" / "a.mp4", out / "run" / "b.mp4"] and not (out / ".cache").exists()
+    )
+
+
+# ---- every frame stays ----
+
+
+def test_every_frame_stays_when_a_transport_streams_clock_wraps(tmp_path):
+    (tmp_path / "videos").mkdir()
+    times = [95_443_717 - 400 + 40 * i for i in range(COUNT)]  # 2^33 / 90,000 seconds are 95,443,717 ms
+    write_numbered(tmp_path / "videos" / "wraps.ts", COUNT, options={"bf": "3", "g": "12"}, times=times)
+    out, said = prepare(tmp_path / "videos")
+    assert "1 of 1 videos" in said
+    frames = support.video.read_frames(out / "wraps.mp4", list(range(COUNT)))
+    assert [number_of(frame) for frame in frames] == list(range(COUNT))
+    assert times_of(out / "wraps.mp4") == [Fraction(40 * i, 1000) for i in range(COUNT)]
+
+
+def test_a_different_number_of_frames_is_an_error(tmp_path, monkeypatch):
+    video(tmp_path / "videos" / "a.mp4")
+    write_mp4 = support.prepare.write_mp4
+
+    def write_early(*arguments, times, **options):  # mp4 does not show what comes before 0
+        write_mp4(*arguments, times=[time - Fraction(1, 10) for time in times], **options)
+
+    monkeypatch.setattr(support.prepare, "write_mp4", write_early)
+    out, said = prepare(tmp_path / "videos")
+    assert "none of the 1 videos" in said and not list(out.glob("*.mp4")) and not list(out.glob("*.part"))
+    assert f"{tmp_path / 'videos' / 'a.mp4'}: 5 frames became 2" in (out / "unreadable.txt").read_text()
 
 
 # ---- what goes wrong ----
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"\xff\xe9")
+    video(tmp_path / "videos" / f"{name}.mp4")
+    (tmp_path / "videos" / f"{name}.avi").write_text("no video")
+    (tmp_path / "videos" / "a.mp4").symlink_to(f"{name}.mp4")
+    os.rename(tmp_path / "videos" / f"{name}.avi", tmp_path / "videos" / f"{name} 2.avi")
+    words = ["support.prepare", f"data.root={tmp_path}/videos", "--to", f"{tmp_path}/prepared", "--processes", "1"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=strict, cwd=ROOT)
+    assert "2 of 3 videos are in" in done.stdout and "cannot be read: " in done.stdout, done.stderr
+    assert (tmp_path / "prepared" / "prepared.txt").read_bytes() == b"a.mp4\n\xff\xe9.mp4\n"
+    assert b"\xff\xe9 2.avi: " in (tmp_path / "prepared" / "unreadable.txt").read_bytes()
 
 
 def test_broken_videos_are_named_and_stop_nothing(tmp_path):

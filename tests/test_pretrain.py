@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log, losses, run
+from conftest import log, losses, run, write_numbered
 from PIL import Image
-from videos import write_numbered
 
 import data
 import masking

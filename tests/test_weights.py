@@ -1,11 +1,14 @@
 """Weights in all namings, against transformers, mmaction2 and image models; what configurations need of them."""
 
 import argparse
+import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -407,7 +410,7 @@ def test_a_position_table_of_other_clips_is_interpolated_or_refused(tmp_path):
     content = {"model": {**source.state_dict(), "encoder.pos_embed": torch.randn(1, 4 * 3 * 3, 48)}}
     torch.save(content, tmp_path / "official.pth")
     model = m.VideoClassifier(**TINY, clip_size=(4, 48, 48))
-    sentence = r"encoder.pos_embed of \(1, 36, 48\), not \(18, 48\): set model.pretrained_clip to the clips"
+    sentence = r"model.pretrained_clip or stage\?\): encoder.pos_embed is \(36, 48\), the model's \(18, 48\)"
     with pytest.raises(UserError, match=sentence):
         support.weights.load_weights(model, tmp_path / "official.pth")
     torch.save(content | {"model_options": source.options}, tmp_path / "own.pth")  # its grid is known
@@ -616,6 +619,70 @@ def test_init_has_to_be_there(tmp_path):
     for init in ("scratch", ""):
         with pytest.raises(UserError, match=f"no weights at init={init}: make them with pretrain.py, or name another"):
             support.weights.check_init(init)
+
+
+@pytest.fixture(scope="module")
+def hugging_face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned model of other clips and cubes than the paper's, as transformers saves it."""
+    sizes = dict(num_frames=6, image_size=40, patch_size=8, tubelet_size=3)
+    heads = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192)
+    config = transformers.VideoMAEConfig(**sizes, **heads, num_labels=7, layer_norm_eps=1e-6)
+    folder = tmp_path_factory.mktemp("hugging_face")
+    randomize(transformers.VideoMAEForVideoClassification(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors", "pytorch_model.bin"])
+def test_a_hugging_face_folder_says_which_clips_it_is_for(hugging_face_folder, tmp_path, file):
+    """Its folder or its file; what the caller says of clips is for weights that say nothing."""
+    shutil.copytree(hugging_face_folder, tmp_path, dirs_exist_ok=True)
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path).eval()
+    if file == "pytorch_model.bin":
+        torch.save(theirs.state_dict(), tmp_path / file)
+        (tmp_path / "model.safetensors").unlink()
+    own = support.weights.build_from(m.VideoClassifier, tmp_path / file, (16, 224, 224)).eval()
+    expected = dict(width=48, depth=2, heads=4, classes=7, clip_size=[6, 40, 40], cube=[3, 8, 8], eps=1e-6)
+    assert own.options == expected
+    clip = torch.randn(2, 3, 6, 40, 40)
+    with torch.no_grad():
+        assert relative(own(clip), theirs(clip.transpose(1, 2)).logits) < 1e-5
+    assert support.weights.read_checkpoint(tmp_path / file)[1]["config.json"]["num_frames"] == 6
+
+    config = support.weights.stored_config(tmp_path / file, FINETUNE, ["data.stride=2"])
+    assert (config.data.frames, config.data.size, config.model.cube, config.data.stride) == (6, 40, [3, 8, 8], 2)
+    recipe = support.weights.stored_config(tmp_path / file, FINETUNE, [str(FINETUNE.with_name("k400_base.yaml"))])
+    assert (recipe.data.frames, recipe.data.size) == (16, 224)
+    support.weights.check_init(str(tmp_path / file), "scratch")
+    config = load_config(FINETUNE, [f"init={tmp_path / file}", "model.pretrained_clip=[16,224,224]"])
+    assert support.weights.encoder_options(config)["clip_size"] == [6, 40, 40]
+
+
+def test_weights_of_a_hugging_face_folder_run_at_other_clips(hugging_face_folder):
+    model = m.VideoClassifier(**TINY | {"classes": 7}, clip_size=(9, 64, 64), cube=(3, 8, 8))
+    support.weights.load_weights(model, hugging_face_folder)
+    table = m.interpolate_positions(m.sincos_positions(2 * 5 * 5, 48), (2, 5, 5), (3, 8, 8))
+    assert torch.equal(model.encoder.pos_embed, table)
+
+
+@pytest.mark.parametrize("width, stated, heads", [(384, 6, 6), (384, 16, 6), (384, 12, 12), (128, 8, 8)])
+def test_the_number_of_heads_is_that_of_the_config_json(tmp_path, width, stated, heads):
+    """But for transformers' conversions of ViT-S: theirs says 16, while the authors trained 6."""
+    torch.save(m.VideoClassifier(width=width, depth=1, heads=2, classes=3).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": stated}), encoding="utf-8-sig")
+    assert support.weights.read_options(tmp_path)["heads"] == heads
+
+
+def test_a_run_folder_and_folders_without_weights(tmp_path):
+    with pytest.raises(UserError, match="no weights at .*; give the path of a checkpoint file"):
+        support.weights.read_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no weights at init="):
+        support.weights.check_init(str(tmp_path), "scratch")
+    torch.save(m.VideoClassifier(**TINY).state_dict(), tmp_path / "checkpoint.pt")
+    assert support.weights.weights_file(tmp_path) == tmp_path / "checkpoint.pt"
+    support.weights.read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is another kind of file"):
+        support.weights.read_checkpoint(tmp_path)
 
 
 def test_the_command_that_exports(tmp_path):
