@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -156,9 +157,10 @@ def test_commands_are_real(words):
     for option in (word for word in arguments if word.startswith("--")):
         assert f'"{option}"' in source, option
     settings = [word for word in arguments if re.match(r"\w+(\.\w+)?=|[^-].*\.yaml$", word)]
-    reads = {"support.datasets": finetune, "support.prepare": finetune, "support.study": finetune} | STAGES
-    if name in reads:
-        load_config(reads[name].DEFAULT, settings)
+    if name in ("support.datasets", "support.prepare", "support.study"):  # read recipes of several stages
+        name = next((Path(word).parent.name for word in settings if word.endswith(".yaml")), "finetune")
+    if name in STAGES:
+        load_config(STAGES[name].DEFAULT, settings)
     else:
         assert not settings
 
