@@ -141,6 +141,12 @@ def test_files_that_testing_writes_are_as_named(stage, pattern):
 # ---- commands ----
 
 
+def test_ci_finds_the_test_command():
+    """.ci/run reads it from the README."""
+    marked = README[README.index("<!-- test command -->\n```bash\n") :]
+    assert "<!-- test command -->" in (ROOT / ".ci/run").read_text("utf-8") and "pytest" in marked.split("```")[1]
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_real(words):
     """Scripts, modules, options and configuration files exist; every key=value is valid for what is started."""
