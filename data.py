@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from masking import split
 from support.config import UserError
+from support.randaugment import rand_augment
 from support.run import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
@@ -39,7 +39,7 @@ def dense_clip(length: int, frames: int, stride: int, generator: Generator | Non
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
-    last = start + (length - 1 - start) // stride * stride
+    last = start + (length - 1 - start) // stride * stride  # in the authors' code never length - 1
     return [min(start + i * stride, last) for i in range(frames)]
 
 
@@ -78,7 +78,7 @@ def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[
 def uniform_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
     """`clips` interleaved clips over the whole video; no stride. A single one takes the middle of each part."""
     part = length / frames
-    offsets = [k * part / clips for k in range(clips)] if clips > 1 else [part / 2]
+    offsets = [k * part / clips for k in range(clips)] if clips > 1 else [part / 2]  # the authors' code: [0]
     indices = sorted(int(offset + part * i) for offset in offsets for i in range(frames))
     return [indices[k::clips] for k in range(clips)]
 
@@ -97,7 +97,8 @@ def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
     """
     height, width = frames.shape[-2:]
     short = min(height, width)
-    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=True)
+    # antialias=False, here and in Augmentation: as cv2 and F.interpolate resize in the authors' code
+    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)
     spare = max(frames.shape[-2:]) - size
     starts = [int(j * spare / (crops - 1)) for j in range(crops)] if crops > 1 else [spare // 2]
     return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
@@ -140,31 +141,25 @@ class Augmentation:
     """
 
     def __init__(self, config: SimpleNamespace) -> None:
-        self.operations, self.magnitude, self.std = config.randaugment  # each is done half the time; magnitude of 10
-        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=True)
+        self.randaugment = config.randaugment
+        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
         self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
         self.erase = config.erase
 
     def __call__(self, frames: Tensor, generator: Generator) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
             torch.manual_seed(random_below(2**62, generator))
-            clip = self._rand_augment(tv_tensors.Video(frames))
-            clip = self.flip(self.crop(clip)).as_subclass(Tensor).contiguous()  # (T, 3, size, size)
+            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
+            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
             if torch.rand(()) < self.erase:
                 clip = self._erased(clip)
         return clip
 
-    def _rand_augment(self, clip: Tensor) -> Tensor:
-        for _ in range(int(self.operations)):
-            if torch.rand(()) < 0.5:
-                level = (self.magnitude + self.std * torch.randn(())).clamp(0, 10)
-                magnitude = round(float(level) * 3)  # torchvision counts to 30
-                fill = [int(255 * mean) for mean in MEAN]
-                clip = v2.RandAugment(1, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)(clip)
-        return clip
-
     def _erased(self, clip: Tensor) -> Tensor:
-        """A copy in which one box, the same in all frames, is noise."""
+        """A copy in which one box, the same in all frames, is noise.
+
+        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
+        """
         top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         noise = torch.randn(len(clip), 3, height, width) * std + mean

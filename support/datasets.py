@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from support.video import BrokenVideo, Video
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SUFFIXES = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+VIDEO = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))((?:[\s,].*)?)", re.IGNORECASE)  # in a list
+QUOTED, OTHER = re.compile(r'"([^"]+)"(.*)'), re.compile(r"(.*?)((?:[\s,]+-?\d+)*)")
 HIDDEN = re.compile(r"\..*|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|__MACOSX|lost\+found")
 
 LabelledVideos = list[tuple[Path, int]]  # each with the number of its class
@@ -59,7 +62,7 @@ def list_entries(root: str, selection: str, labels: bool = True) -> list[Entry]:
         if flag:
             entries = [entry for file in files for entry in _read_flagged(root, file, pattern, flag)]
         elif where.is_dir():
-            entries = [Entry(path, path.parent.name, str(path.parent)) for path in videos_below(where)]
+            entries = [Entry(path, path.parent.name, str(path.parent)) for path in files_below(where)]
             entries = [entry._replace(label="") if entry.path.parent == where else entry for entry in entries]
         else:
             entries = _read_list(root, where, labels)
@@ -98,8 +101,8 @@ def find_files(root: str, name: str) -> list[Path]:
     return []
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, but for hidden ones. Links are followed, except to a folder above them."""
+def files_below(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The videos, or other files, below `folder`, sorted. Hidden ones are skipped. Links are followed but for loops."""
 
     def leads_back(path: Path) -> bool:
         return path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents)
@@ -108,12 +111,7 @@ def files_below(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not HIDDEN.fullmatch(name) and not leads_back(Path(place, name))]
         files += [Path(place, name) for name in names if not HIDDEN.fullmatch(name)]
-    return sorted(files)
-
-
-def videos_below(folder: Path) -> list[Path]:
-    """The videos among `files_below`."""
-    return [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in files if path.suffix.lower() in suffixes)
 
 
 def _read_list(root: str, file: Path, labels: bool) -> list[Entry]:
@@ -130,32 +128,30 @@ def _read_list(root: str, file: Path, labels: bool) -> list[Entry]:
             name = f"{row['youtube_id'].strip()}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
             named.append((name, (row.get("label") or "").strip(), f"youtube_id {row['youtube_id']}"))
     else:
-        return [_read_line(root, line, where, labels) for where, line in lines]
-    paths = {path.stem: path for path in videos_below(Path(root))}
+        return [_read_line(root, where, line, labels) for where, line in lines]
+    paths = {path.stem: path for path in files_below(Path(root))}
     return [Entry(paths.get(name, Path(root, name)), label, f"{file}: {where}") for name, label, where in named]
 
 
-def _read_line(root: str, line: str, where: str, labels: bool) -> Entry:
+def _read_line(root: str, where: str, line: str, labels: bool) -> Entry:
     path, label = _split(line)
     if Path(path).suffix.lower() not in SUFFIXES and not os.path.isfile(Path(root, path)):
         raise UserError(f"{where}: '{line}' does not start with the path of a video")
     if labels and re.match(r"-?\d+[\s,;]", label):
         what = f"{where}: '{label}' is more than a label"
         raise UserError(f"{what}; lines are 'path label', not 'path frames label' as for folders of frames")
-    number = int(label) if re.fullmatch(r"-?\d+", label) else None
-    return Entry(Path(root, path), label or Path(path).parent.name if number is None else number, where)
+    is_number = re.fullmatch(r"-?\d+", label)
+    return Entry(Path(root, path), int(label) if is_number else label or Path(path).parent.name, where)
 
 
 def _read_flagged(root: str, file: Path, pattern: str, flag: str) -> list[Entry]:
     """HMDB51: CLASS_test_split1.txt with lines `name flag`; the class is what stands before the pattern's text."""
-    label, entries = file.name.removesuffix(pattern.rpartition("*")[2]), []
-    for where, line in _lines(file):
-        name, its_flag = _split(line)
-        if not its_flag.isdecimal():
+    label, lines = file.name.removesuffix(pattern.rpartition("*")[2]), _lines(file)
+    for where, line in lines:
+        if not _split(line)[1].isdecimal():
             raise UserError(f"{where}: expected 'name flag', not '{line}'")
-        if its_flag == flag:
-            entries.append(Entry(Path(root, label, name), label, where))
-    return entries
+    named = [(where, *_split(line)) for where, line in lines]
+    return [Entry(Path(root, label, name), label, where) for where, name, its_flag in named if its_flag == flag]
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
@@ -166,19 +162,19 @@ def _lines(file: Path) -> list[tuple[str, str]]:
 
 def _split(line: str) -> tuple[str, str]:
     """Path and label, or "", of a list's line. A name may hold blanks: what follows its suffix is the label."""
-    suffix = "|".join(map(re.escape, SUFFIXES))
-    forms = r'"([^"]+)"(.*)', rf"(.*?(?:{suffix}))((?:[\s,].*)?)", r"(.*?)((?:[\s,]+-?\d+)*)"
-    path, label = next(filter(None, (re.fullmatch(form, line, re.IGNORECASE) for form in forms))).groups()
+    path, label = (QUOTED.fullmatch(line) or VIDEO.fullmatch(line) or OTHER.fullmatch(line)).groups()
     return path, label.strip(' \t,"')
 
 
 def _as_prepared(root: str, entries: list[Entry]) -> list[Entry]:
-    """In a folder that prepare filled, lists from elsewhere name the originals: the .mp4 files in their place."""
+    """In a folder that prepare filled: the .mp4 files there in place of the originals, which lists may name."""
     original = json.loads(Path(root, "prepared.json").read_text("utf-8"))["root"]
-    for number, (path, label, where) in enumerate(entries):
+
+    def prepared(path: Path) -> Path:
         path = Path(root, path.relative_to(original)) if path.is_relative_to(original) else path
-        entries[number] = Entry(path.with_suffix(".mp4") if path.suffix.lower() in SUFFIXES else path, label, where)
-    return entries
+        return path.with_suffix(".mp4") if path.suffix.lower() in SUFFIXES else path
+
+    return [Entry(prepared(path), label, where) for path, label, where in entries]
 
 
 class Classes:

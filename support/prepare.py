@@ -38,25 +38,6 @@ X264 = {
 }  # fmt: skip
 LISTS = (".csv", ".json", ".pbtxt", ".tsv", ".txt")  # lists and labels next to the videos
 
-if not hasattr(Video, "times"):  # a shim for the old support.video; to be deleted at the merge
-    from fractions import Fraction
-
-    import support.video
-
-    def write_mp4(*arguments, times, **options):
-        unit = Fraction(1, math.lcm(*(time.denominator for time in times)))
-        support.video.write_mp4(*arguments, times=[int(time / unit) for time in times], unit=unit, **options)
-
-    def _times(video):
-        times = [packet.pts for packet in video.packets if not packet.is_discard]
-        if None in times or len(set(times)) < len(times):  # AVI states no times, only a rate
-            return [number / video.rate for number in range(len(video))]
-        return [time * video.time_base for time in sorted(times)]
-
-    Video.rate = property(lambda video: video.stream.average_rate or Fraction(25))
-    Video.time_base = property(lambda video: video.stream.time_base)
-    Video.times = property(_times)
-
 
 def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> None:
     """Encode a configuration's videos into the same tree below `out`, and copy lists and labels.
@@ -135,7 +116,7 @@ def _copy_lists(source: Path, named: list[str], out: Path) -> None:
 
     In the copies videos are named as they are now: relative to `out`, ending in .mp4.
     """
-    targets = {file: out / file.relative_to(source) for file in files_below(source) if file.suffix.lower() in LISTS}
+    targets = {file: out / file.relative_to(source) for file in files_below(source, LISTS)}
     for name in filter(None, named):
         for file in find_files(str(source), re.sub(r"=\d+$", "", name)):
             if file.is_file() and (file := Path(os.path.abspath(file))) not in targets:
