@@ -213,7 +213,7 @@ def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: li
         right[names[label]].append(prediction == names[label])
     classes = [[name, len(r), f"{100 * sum(r) / len(r):.2f}" if r else ""] for name, r in right.items()]
     for name, table in (("scores.csv", rows), ("classes.csv", [["class", "videos", "top1"], *classes])):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+        with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(table)
 
 

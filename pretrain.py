@@ -155,10 +155,10 @@ def train(config: SimpleNamespace) -> None:
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n{len(videos):,} "
-        f"videos; clips of {config.data.frames} frames, {config.data.stride} apart, {config.data.size} x "
-        f"{config.data.size} pixels\n{config.mask.type} mask: {len(masked):,} of {len(masked) + len(visible):,} cubes "
-        f"masked, {len(visible):,} visible"
+        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, "
+        f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {len(masked):,} of "
+        f"{len(masked) + len(visible):,} cubes masked, {len(visible):,} visible"
     )
     run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
     network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)

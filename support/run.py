@@ -240,7 +240,9 @@ class Run:
             self.broken = list(dict.fromkeys(gather(self.broken)))
             if self.rank == 0:
                 if self.broken:
-                    (self.folder / "broken_videos.txt").write_text("".join(f"{line}\n" for line in self.broken))
+                    (self.folder / "broken_videos.txt").write_text(
+                        "".join(f"{line}\n" for line in self.broken), "utf-8", "surrogateescape"
+                    )
                 content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
                 content |= dict(step=done, config=as_dict(self.config))
                 save_checkpoint(self.folder / "checkpoint.pt", content)

@@ -211,7 +211,7 @@ class Video(AbstractContextManager):
         raise BrokenVideo(f"{self.path}: frame {min(set(wanted) - set(found))} of {len(self)} cannot be decoded")
 
     def _decode(self, start: int | None, times: Collection[int] = ()) -> Iterator[av.VideoFrame]:
-        """Frames in the order of display from `start` on; those shown at `times` are enough. pts is as in `self.shown`."""
+        """Frames in the order of display from `start` on, or those shown at `times`. pts is as in `self.shown`."""
         skip = times and start is not None and self.stream.codec_context.name in SKIPPING
         key, first, numbers = None, self.first, count()
         for packet in chain(self._read(start, times), [None]):

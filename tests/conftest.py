@@ -17,12 +17,12 @@ import pytest
 import torch
 from av.stream import Disposition
 
-ROOT = Path(__file__).resolve().parents[1]
-
 import support.run
 import support.video
 from model import SIZES, VideoMAE
 from support import toy
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # One thread everywhere: the losses of runs are compared to the bit.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -215,7 +215,7 @@ def finished(settings, tmp_path_factory):
 
 
 def command(script: str | Path, *arguments: object, processes: int = 0) -> list[str]:
-    """The command line of a stage (its file) or of a command of support (its module), or of torchrun with some processes."""
+    """The command line of a stage (its file) or of a command of support (its module), perhaps through torchrun."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -40,7 +40,7 @@ def mixed(mixup: float, cutmix: float, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 def test_mixup_and_cutmix():
-    """Targets sum to 1 and say how much of the clip is whose; one box for all frames; either of the two, evenly often."""
+    """Targets sum to 1 and say how much of a clip is whose; one box for all frames; either of the two, evenly often."""
     cut, boxes = 0, set()
     for seed in range(60):
         clips, targets = mixed(0.8, 1.0, seed)
@@ -296,7 +296,7 @@ def test_colors_are_learned_from_scratch_and_a_broken_video_lowers_the_score(col
 
 
 def test_a_models_classes_keep_their_order(toy_videos):
-    """classes.txt is not in alphabetical order; without data.classes the checkpoint's names say what an output means."""
+    """classes.txt is not in alphabetical order; without data.classes the checkpoint says what an output means."""
     known = (toy_videos / "classes.txt").read_text().splitlines()
     config = configured(f"data.root={toy_videos}", "data.train=train", "data.val=val")
     _, videos, names = labelled_videos(*toy.find(config.data), 0, known)

@@ -87,7 +87,7 @@ def paper_layer(name: str, depth: int) -> int:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
 def test_weights_move_as_adamw_of_the_paper_moves_them(stage, settings, tmp_path, monkeypatch):
-    """Between any two steps, from the gradient that the first moment reveals: betas, decay, rates of Tables 9, 10, 12."""
+    """Between any two steps, from the gradient that the first moment reveals: betas, decay, rates (Tables 9, 10)."""
     contents, save = [], support.run.save_checkpoint
 
     def spy(path: Path, content: dict) -> None:

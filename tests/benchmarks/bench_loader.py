@@ -55,11 +55,22 @@ def ours(path: str, seed: int) -> torch.Tensor:
 
 
 def clips_of(path: str) -> data.PretrainingClips:
-    return data.PretrainingClips([Path(path)], frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=lambda generator: torch.zeros(0, dtype=torch.bool), seed=0)
+    return data.PretrainingClips(
+        [Path(path)],
+        frames=16,
+        stride=4,
+        size=224,
+        scales=SCALES,
+        flip=False,
+        draw_mask=lambda generator: torch.zeros(0, dtype=torch.bool),
+        seed=0,
+    )
 
 
 def all_views(path: str, repeat: int) -> torch.Tensor:
-    return data.TestViews([Path(path)], frames=16, stride=4, sampling="dense", size=224, clips=5, crops=3)[0][1]  # uint8 (15, T, 3, 224, 224)
+    return data.TestViews([Path(path)], frames=16, stride=4, sampling="dense", size=224, clips=5, crops=3)[0][
+        1
+    ]  # uint8 (15, T, 3, 224, 224)
 
 
 def separate_views(path: str, repeat: int) -> torch.Tensor:
@@ -75,12 +86,20 @@ def separate_views(path: str, repeat: int) -> torch.Tensor:
             frames = reader.get_batch(strided).asnumpy()
             height, width = frames.shape[1:3]
             short = min(height, width)
-            images = [Image.fromarray(frame).resize((width * 224 // short, height * 224 // short), Image.BILINEAR) for frame in frames]
+            images = [
+                Image.fromarray(frame).resize((width * 224 // short, height * 224 // short), Image.BILINEAR)
+                for frame in frames
+            ]
             start = clip * (len(strided) - 16) // 4
             stacked = numpy.stack([numpy.asarray(image) for image in images[start : start + 16]])  # (T, H, W, 3)
             axis = 2 if width >= height else 1
             place = int(crop * (stacked.shape[axis] - 224) / 2)
-            view = torch.from_numpy(stacked.take(range(place, place + 224), axis=axis)).permute(3, 0, 1, 2).float().div(255)
+            view = (
+                torch.from_numpy(stacked.take(range(place, place + 224), axis=axis))
+                .permute(3, 0, 1, 2)
+                .float()
+                .div(255)
+            )
             mean, std = (torch.tensor(values)[:, None, None, None] for values in (data.MEAN, data.STD))
             views.append(view.sub_(mean).div_(std))  # (3, T, 224, 224)
     return torch.stack(views)
@@ -135,7 +154,10 @@ def compare(ways: list[Callable[[int], float]], repeats: int) -> tuple[str, list
 
 def decode_everything(path: str) -> torch.Tensor:
     with av.open(path) as container:
-        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.best("video"))]
+        frames = [
+            torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(container.streams.best("video"))
+        ]
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 
@@ -148,7 +170,9 @@ def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
             frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
         if path == prepared:
             size = list(frames.shape[-2:])
-        clips.append(data.resized_multi_scale_crop(data.TF.resize(frames, size, antialias=True), generator, 224, SCALES, False))
+        clips.append(
+            data.resized_multi_scale_crop(data.TF.resize(frames, size, antialias=True), generator, 224, SCALES, False)
+        )
     return support.prepare.psnr(*clips)
 
 
@@ -161,7 +185,9 @@ def made_on_the_spot(path: Path) -> Path:
         stream = container.add_stream("libx264", rate=28, options={"crf": "23"})
         stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
         for t in range(280):
-            wave = torch.stack([(columns / 30 + t / 9).sin(), (rows / 40 - t / 13).cos(), ((rows + columns) / 50 + t / 7).sin()], 2)
+            wave = torch.stack(
+                [(columns / 30 + t / 9).sin(), (rows / 40 - t / 13).cos(), ((rows + columns) / 50 + t / 7).sin()], 2
+            )
             image = (110 + 100 * wave + grain.roll((t, 2 * t), (0, 1))).clamp(0, 255).byte()
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
         container.mux(stream.encode())
@@ -203,9 +229,15 @@ def main() -> None:
             )
             workers = [partial(through_a_worker, clips_of(prepared)), partial(through_a_worker, OfficialClips(path))]
             text, (own, theirs) = compare(workers, max(2, a.repeats // 4))
-            print(f"{name}, prepared, through a DataLoader worker: {text.format('decord + PIL on the original through one')}; {own / 24:.1f} against {theirs / 24:.1f} ms a clip")
-            text, (own, theirs) = compare([partial(timed, all_views, path, 1), partial(timed, separate_views, path, 1)], max(2, a.repeats // 8))
-            print(f"{name}: 5 x 3 test views {text.format('15 views one by one')}; {own:.0f} against {theirs:.0f} ms a video")
+            print(
+                f"{name}, prepared, through a DataLoader worker: {text.format('decord + PIL on the original through one')}; {own / 24:.1f} against {theirs / 24:.1f} ms a clip"
+            )
+            text, (own, theirs) = compare(
+                [partial(timed, all_views, path, 1), partial(timed, separate_views, path, 1)], max(2, a.repeats // 8)
+            )
+            print(
+                f"{name}: 5 x 3 test views {text.format('15 views one by one')}; {own:.0f} against {theirs:.0f} ms a video"
+            )
 
 
 if __name__ == "__main__":
