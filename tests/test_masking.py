@@ -13,6 +13,7 @@ GRID = (8, 14, 14)  # 16 x 224 x 224 in cubes of 2 x 16 x 16
     "mask_function, ratio, masked",
     [
         (tube_mask, 0.75, 1176),
+        (tube_mask, 0.85, 1328),  # 166 of 196 places: 166.6 rounded down
         (tube_mask, 0.9, 1408),
         (tube_mask, 0.95, 1488),
         (random_mask, 0.9, 1411),
