@@ -689,6 +689,23 @@ def test_two_processes_find_what_one_does(ava, reference_run, tmp_path):
     assert ours == pytest.approx(theirs, abs=1.0)
 
 
+def test_only_evaluated_actions_are_written(ava, reference_run, tmp_path):
+    (tmp_path / "some.pbtxt").write_text('item { name: "right" id: 1 } item { name: "shrinking" id: 12 }')
+    options = [
+        "--weights",
+        reference_run / "checkpoint.pt",
+        "--out",
+        tmp_path,
+        f"data.labels={tmp_path / 'some.pbtxt'}",
+    ]
+    run("detect_ava.py", "--test", *options)
+    assert {row.action for row in files.read_detections(tmp_path / "detections.csv", 12)} == {1, 12}
+    assert [action["name"] for action in json.loads((tmp_path / "mAP.json").read_text())["actions"]] == [
+        "right",
+        "shrinking",
+    ]
+
+
 def test_four_clips_are_memorized(ava, tmp_path):
     """Trained and tested on the same four key frames, with ground-truth boxes, a detector reaches an mAP of 100 %."""
     truth = (ava / "annotations/ava_train_v2.2.csv").read_text().splitlines()
