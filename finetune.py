@@ -13,7 +13,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +31,15 @@ from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos
 from support.pictures import draw_comparison
 from support.run import Run, gather, launch, warmup_cosine
-from support.weights import build_from, check_init, encoder_options, load_weights, read_checkpoint, stored_config
+from support.weights import (
+    build_from,
+    check_init,
+    encoder_options,
+    load_weights,
+    read_checkpoint,
+    stored_config,
+    weights_file,
+)
 
 DEFAULT = Path(__file__).parent / "configs" / "finetune" / "toy.yaml"
 
@@ -230,7 +237,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
     if model.options["classes"] != len(names):
         what = f"{weights} has {model.options['classes']} classes, the dataset {len(names)}"
         raise UserError(f"{what}: set data.classes")
-    test_and_write(model, videos, names, run, arguments.out or weights.parent)
+    test_and_write(model, videos, names, run, arguments.out or weights_file(weights).parent)
 
 
 def predict_videos(arguments: argparse.Namespace) -> None:
@@ -253,14 +260,12 @@ def predict_videos(arguments: argparse.Namespace) -> None:
 
 
 def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[str]:
-    """A checkpoint's classes: its own, those of data.classes, of a config.json next to it (Hugging Face) or numbers."""
-    names, config_file = read_checkpoint(weights)[1].get("classes"), weights.with_name("config.json")
+    """A checkpoint's classes: its own, those of data.classes, of a config.json (Hugging Face) or numbers."""
+    content = read_checkpoint(weights)[1]
+    names, labels = content.get("classes"), content["config.json"].get("id2label", {})
     if not names and config.data.classes:
         names = Classes(config.data.root, config.data.classes, []).names
-    elif not names and config_file.exists():
-        labels = json.loads(config_file.read_text("utf-8")).get("id2label", {})
-        names = [labels[str(number)] for number in range(len(labels))]
-    names = names or [str(number) for number in range(classes)]
+    names = names or [labels[str(number)] for number in range(len(labels))] or [str(i) for i in range(classes)]
     if len(names) != classes:
         raise UserError(f"{weights} has {classes} classes, but data.classes={config.data.classes} names {len(names)}")
     return names

@@ -320,7 +320,7 @@ MISTAKES = [
     (STAGES, "optim.batch_size=1000", "are fewer than one batch: set optim.batch_size to"),
     (STAGES, "data.root=/nowhere", "there is no folder"),
     (STAGES[1:], "init=none.pt", "no weights at init=none.pt: make them with pretrain.py"),
-    (STAGES[1:], "init=configs", "init=configs is a folder, not a file of weights"),
+    (STAGES[1:], "init=configs", "no weights at init=configs: make them with"),
     (STAGES[1:], "init=", "no weights at init="),
     (["probe"], "init=scratch", "no weights at init=scratch"),
     (["finetune", "probe"], "model.size=S", "does not fit this"),
