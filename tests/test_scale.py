@@ -1,6 +1,5 @@
 """What lets a recipe run on other machines changes nothing but memory and time; the trace; no step waits for the GPU."""
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,47 +127,3 @@ def test_no_step_waits_for_the_gpu(stage, compiled, short_runs, tmp_path, monkey
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(losses(tmp_path)) > 1
-
-
-# ---- README's arithmetic ----
-
-
-@pytest.mark.parametrize("size, giga_macs", [("S", 11.5), ("B", 35.4), ("L", 142.6), ("H", 237.6)])
-def test_work_of_a_pre_training_clip(size, giga_macs):
-    """Multiply-accumulates of a forward pass, counted by hand: 12 N D^2 + 2 N^2 D a block, and the linear maps around them."""
-    sizes, depth = m.SIZES[size], 12 if size in "LH" else 4
-    width, narrow = sizes["width"], sizes["decoder_width"]
-
-    def blocks(tokens: int, width: int, depth: int) -> int:
-        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
-
-    by_hand = 160 * 1536 * width + blocks(160, width, sizes["depth"]) + 160 * width * narrow + blocks(1568, narrow, depth) + 1408 * narrow * 1536
-    with torch.device("meta"):
-        model = m.VideoMAE(**sizes, decoder_depth=depth)
-        assert scale.forward_flops(model, *scale.empty_batch(1, (16, 224, 224), (160, 1408))) == 2 * by_hand
-    all_embedded = by_hand + 1408 * 1536 * width  # the authors embed the masked cubes, too
-    assert all_embedded / 1e9 == pytest.approx(giga_macs, abs=0.05)
-
-
-def test_a_recipe_in_the_table(capsys):
-    """16 clips of 203 GFLOP on each of 64 GPUs, 377 MB of gradients."""
-    options = argparse.Namespace(gpu="H100", gpus=64, share=0.4, core_ms=45.0, clip_mb=0.64, link=400.0)
-    scale.print_pretraining(pretrain.CONFIGS / "k400_base.yaml", options)
-    name, parameters, gigaflops, clips_per_second, hours, cores, *_, step, gigabytes, exchange, share, clips, kept, recomputed = capsys.readouterr().out.split()
-    assert (name, parameters, gigaflops, clips) == ("k400_base", "94.2", "203", "64")
-    assert float(clips_per_second) == pytest.approx(0.4 * 989e12 / 203e9, rel=0.01)
-    assert float(hours) == pytest.approx(1600 * 240e3 * 203e9 / (0.4 * 989e12) / 3600, rel=0.02)
-    assert float(cores) == pytest.approx(0.045 * float(clips_per_second), abs=0.1)
-    assert float(step) == pytest.approx(16e3 / float(clips_per_second), abs=0.1)
-    assert float(gigabytes) == pytest.approx(2 * 63 / 64 * 4 * 0.0942, abs=0.01)
-    assert float(exchange) == pytest.approx(float(gigabytes) / 400 * 1e3, abs=0.1) and share == f"{float(exchange) / float(step):.0%}"
-    assert float(recomputed) < float(kept) / 2
-    assert {path.stem.split("_")[0] for path in pretrain.CONFIGS.glob("*_*.yaml")} <= set(scale.VIDEOS)
-
-
-@pytest.mark.parametrize("name", ["pretrain/k400_huge", "finetune/k400_huge", "finetune/k400_large_320", "finetune/k400_huge_320"])
-def test_the_largest_recipes_fit_a_gpu_of_24_gb(name):
-    """By arithmetic, with a tenth to spare for what lives for a moment only."""
-    stage, recipe = name.split("/")
-    config = load_config(STAGES[stage].DEFAULT, [str(STAGES[stage].CONFIGS / f"{recipe}.yaml")])
-    assert scale.gigabytes(config)[config.run.recompute] < 0.9 * 24
