@@ -45,7 +45,7 @@ def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, 
     """
     image = _enlarge(image, 400)
     height, width = image.shape[1:]
-    corners = boxes.cpu() * torch.tensor([width, height] * 2)
+    corners = boxes.reshape(-1, 4).cpu() * torch.tensor([width, height] * 2)
     if len(boxes):
         image = draw_bounding_boxes(image, corners, colors=colour, width=2)
     picture, font = TF.to_pil_image(image), ImageFont.load_default(13)

@@ -1,18 +1,110 @@
-"""The scale arithmetic of tests/benchmarks/scale.py, and what activation checkpointing saves."""
+"""The arithmetic of scale: multiply-accumulates counted by hand, a line of its table, memory of the largest recipes."""
 
 import argparse
+import subprocess
+import sys
 
+import bench_step
 import pytest
 import scale
 import torch
 from conftest import ROOT
+from interleaved import measure, quartiles, ratios
 from torch import Tensor
 
 import masking
 import model as m
-from support.config import load_config
 
-CONFIGS = ROOT / "configs"
+PRETRAINING, FINETUNING = scale.CONFIGS / "pretrain", scale.CONFIGS / "finetune"
+
+
+@pytest.mark.parametrize("size, giga_macs", [("S", 11.5), ("B", 35.4), ("L", 142.6), ("H", 237.6)])
+def test_work_of_a_pre_training_clip(size, giga_macs):
+    """Multiply-accumulates of a forward pass: 12 N D^2 + 2 N^2 D per block, and the linear maps around the blocks."""
+    sizes, depth = m.SIZES[size], 12 if size in "LH" else 4
+    width, narrow = sizes["width"], sizes["decoder_width"]
+
+    def blocks(tokens: int, width: int, depth: int) -> int:
+        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    encoder = 160 * 1536 * width + blocks(160, width, sizes["depth"])
+    by_hand = encoder + 160 * width * narrow + blocks(1568, narrow, depth) + 1408 * narrow * 1536
+    with torch.device("meta"):
+        model = m.VideoMAE(**sizes, decoder_depth=depth)
+        assert scale.forward_flops(model, *scale.empty_batch(1, (16, 224, 224), (160, 1408))) == 2 * by_hand
+    all_embedded = by_hand + 1408 * 1536 * width  # the authors embed the masked cubes, too
+    assert all_embedded / 1e9 == pytest.approx(giga_macs, abs=0.05)
+
+
+def test_a_recipe_in_the_table(capsys):
+    """16 clips of 203 GFLOP on each of 64 GPUs, 377 MB of gradients."""
+    options = argparse.Namespace(gpu="H100", gpus=64, share=0.4, core_ms=45.0, clip_mb=0.64, link=400.0)
+    scale.print_pretraining(PRETRAINING / "k400_base.yaml", options)
+    words = capsys.readouterr().out.split()
+    name, parameters, gigaflops, clips_per_second, hours, cores, megabytes = words[:7]
+    step, gigabytes, exchange, share, clips, kept, checkpointed = words[7:]
+    assert (name, parameters, gigaflops, clips) == ("k400_base", "94.2", "203", "64")
+    assert float(clips_per_second) == pytest.approx(0.4 * 989e12 / 203e9, rel=0.01)
+    assert float(hours) == pytest.approx(1600 * 240e3 * 203e9 / (0.4 * 989e12) / 3600, rel=0.02)
+    assert float(cores) == pytest.approx(0.045 * float(clips_per_second), abs=0.1)
+    assert float(megabytes) == pytest.approx(0.64 * float(clips_per_second), abs=1)
+    assert float(step) == pytest.approx(16e3 / float(clips_per_second), abs=0.1)
+    assert float(gigabytes) == pytest.approx(2 * 63 / 64 * 4 * 0.0942, abs=0.01)
+    assert float(exchange) == pytest.approx(float(gigabytes) / 400 * 1e3, abs=0.1)
+    assert share == f"{float(exchange) / float(step):.0%}"
+    assert float(checkpointed) < float(kept) / 2
+
+
+def test_every_recipe_of_a_dataset_is_in_the_tables():
+    for folder, own in ((PRETRAINING, {"toy", "own"}), (FINETUNING, {"toy", "own"})):
+        listed = {path.stem for path in scale.recipes(folder.name)}
+        assert {path.stem for path in folder.glob("*.yaml")} - listed <= own and len(listed) > 9
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain/k400_huge", "finetune/k400_huge", "finetune/k400_large_320", "finetune/k400_huge_320"]
+)
+def test_the_largest_recipes_fit_a_gpu_of_24_gb(name):
+    """By arithmetic, with a tenth to spare for what lives for a moment only."""
+    config = scale.load_recipe(scale.CONFIGS / f"{name}.yaml")
+    assert scale.gigabytes(config)[config.run.recompute] < 0.9 * 24
+
+
+def test_ratios_are_those_of_pairs_in_alternating_order():
+    order = []
+
+    def way(name: str, factor: float, number: int) -> float:
+        order.append((name, number))
+        return factor * (number + 1)
+
+    seconds = measure({"fast": lambda n: way("fast", 1.0, n), "slow": lambda n: way("slow", 2.0, n)}, rounds=3)
+    assert seconds == {"fast": [2, 3, 4], "slow": [4, 6, 8]}
+    assert order[:4] == [("slow", 0), ("fast", 0), ("fast", 1), ("slow", 1)] and len(order) == 8
+    assert ratios(seconds, "fast", "slow") == [2, 2, 2]
+    assert (
+        quartiles([1.0, 2.0, 3.0]) == "2.00 (1.00 to 3.00, 3 pairs)"
+        and quartiles([1.5]) == "1.50 (1.50 to 1.50, 1 pairs)"
+    )
+
+
+@pytest.mark.parametrize("script", ["bench_loader", "bench_scaling", "bench_step", "scale"])
+def test_benchmarks_start_from_the_repository(script):
+    """As the README says, without a path set; that they import what they measure shows most of what can break them."""
+    command = [sys.executable, f"tests/benchmarks/{script}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python tests/benchmarks/{script}.py" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("of", ["pretrain", "finetune", "forward"])
+def test_steps_of_both_models_run(of):
+    options = argparse.Namespace(of=of, device="cpu", recompute=of == "finetune", compile=False, batch=1)
+    batch = bench_step.batch_of(1, "cpu")
+    for build in bench_step.BUILDERS.values():
+        with torch.set_grad_enabled(of != "forward"):
+            build(options, "tiny", 1)(batch, True)
+
+
+# ---- activation checkpointing ----
 
 
 def gradients(model: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -42,56 +134,3 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory(bf16):
             m.recompute_blocks(model)
             assert all(map(torch.equal, gradients(model, *inputs), kept))
             assert scale.kept_for_backward(model, *inputs) < memory / 3
-
-
-@pytest.mark.parametrize("size, giga_macs", [("S", 11.5), ("B", 35.4), ("L", 142.6), ("H", 237.6)])
-def test_work_of_a_pre_training_clip(size, giga_macs):
-    """Multiply-accumulates of a forward pass, counted by hand: 12 N D^2 + 2 N^2 D a block, and the linear maps."""
-    sizes, depth = m.SIZES[size], 12 if size in "LH" else 4
-    width, narrow = sizes["width"], sizes["decoder_width"]
-
-    def blocks(tokens: int, width: int, depth: int) -> int:
-        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
-
-    by_hand = (
-        160 * 1536 * width
-        + blocks(160, width, sizes["depth"])
-        + 160 * width * narrow
-        + blocks(1568, narrow, depth)
-        + 1408 * narrow * 1536
-    )
-    with torch.device("meta"):
-        model = m.VideoMAE(**sizes, decoder_depth=depth)
-        assert scale.forward_flops(model, *scale.empty_batch(1, (16, 224, 224), (160, 1408))) == 2 * by_hand
-    all_embedded = by_hand + 1408 * 1536 * width  # the authors embed the masked cubes, too
-    assert all_embedded / 1e9 == pytest.approx(giga_macs, abs=0.05)
-
-
-def test_a_recipe_in_the_table(capsys):
-    """16 clips of 203 GFLOP on each of 64 GPUs, 377 MB of gradients."""
-    options = argparse.Namespace(gpu="H100", gpus=64, share=0.4, core_ms=45.0, clip_mb=0.64, link=400.0)
-    scale.print_pretraining(CONFIGS / "pretrain" / "k400_base.yaml", options)
-    name, parameters, gigaflops, clips_per_second, hours, cores, *more = capsys.readouterr().out.split()
-    step, gigabytes, exchange, share, clips, kept, recomputed = more[-7:]
-    assert (name, parameters, gigaflops, clips) == ("k400_base", "94.2", "203", "64")
-    assert float(clips_per_second) == pytest.approx(0.4 * 989e12 / 203e9, rel=0.01)
-    assert float(hours) == pytest.approx(1600 * 240e3 * 203e9 / (0.4 * 989e12) / 3600, rel=0.02)
-    assert float(cores) == pytest.approx(0.045 * float(clips_per_second), abs=0.1)
-    assert float(step) == pytest.approx(16e3 / float(clips_per_second), abs=0.1)
-    assert float(gigabytes) == pytest.approx(2 * 63 / 64 * 4 * 0.0942, abs=0.01)
-    assert (
-        float(exchange) == pytest.approx(float(gigabytes) / 400 * 1e3, abs=0.1)
-        and share == f"{float(exchange) / float(step):.0%}"
-    )
-    assert float(recomputed) < float(kept) / 2
-    assert {path.stem.split("_")[0] for path in (CONFIGS / "pretrain").glob("*_*.yaml")} <= set(scale.VIDEOS)
-
-
-@pytest.mark.parametrize(
-    "name", ["pretrain/k400_huge", "finetune/k400_huge", "finetune/k400_large_320", "finetune/k400_huge_320"]
-)
-def test_the_largest_recipes_fit_a_gpu_of_24_gb(name):
-    """By arithmetic, with a tenth to spare for what lives for a moment only."""
-    stage, recipe = name.split("/")
-    config = load_config(CONFIGS / stage / "toy.yaml", [str(CONFIGS / stage / f"{recipe}.yaml")])
-    assert scale.gigabytes(config)[config.run.recompute] < 0.9 * 24

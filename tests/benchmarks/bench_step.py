@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from interleaved import measure, quartiles, ratios
-from scale import empty_batch, forward_flops
+from scale import CONFIGS, empty_batch, forward_flops, load_recipe
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
@@ -33,14 +33,13 @@ import finetune
 import masking
 import pretrain
 from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
-from support.config import load_config
 
 Step = Callable[[tuple[Tensor, ...], bool], None]  # of a batch, in bf16 or not
 
 
 def pretraining(size: str, depth: int, device: str) -> tuple[VideoMAE, pretrain.Objective, torch.optim.Optimizer]:
     model = VideoMAE(**SIZES[size], decoder_depth=depth).to(device)
-    objective = pretrain.Objective(load_config(pretrain.DEFAULT, [str(pretrain.CONFIGS / "k400_base.yaml")]))
+    objective = pretrain.Objective(load_recipe(CONFIGS / "pretrain" / "k400_base.yaml"))
     groups = pretrain.parameter_groups(model, 0.05)
     return model, objective, torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
 
