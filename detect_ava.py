@@ -31,7 +31,6 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,7 +93,7 @@ from support.run import (
 )
 from support.video import (
     BrokenVideo,
-    Excerpt,
+    Video,
     read_clip,
     write_mp4,
 )
@@ -604,7 +603,7 @@ def draw_key_frames(predictions: list[KeyFrame], test_set: TestSet, config: Simp
         sheet.save(folder / f"{frame.video}_{frame.second:04d}.png")
 
 
-def annotated(movie: Excerpt, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
+def annotated(movie: Video, predictions: list[KeyFrame], names: dict[int, str], starts_at: int) -> Iterator[Tensor]:
     """All frames of a video, uint8 (3, H, W), H and W even, each with the persons and actions of the nearest second."""
     by_second = {frame.second: frame for frame in predictions}
     for time, image in zip(movie.times, movie.every_frame()):
@@ -659,10 +658,10 @@ def predict_video(arguments: argparse.Namespace) -> None:
     for reason in broken:
         say(f"no detections: {reason}")
     try:
-        with Excerpt(video, Fraction(0), Fraction(10**6)) as movie:
+        with Video(video) as movie:
             out.parent.mkdir(parents=True, exist_ok=True)
             pictures = tqdm(annotated(movie, predictions, names, config.data.starts_at), "drawing", len(movie), unit="frame")
-            write_mp4(out, pictures, movie.stream.average_rate)
+            write_mp4(out, pictures, movie.rate)
     except BrokenVideo as error:
         raise UserError(f"the video cannot be read: {error}") from None
     print(f"{sum(len(frame.boxes) for frame in predictions)} persons in {len(predictions)} key frames: {out}")

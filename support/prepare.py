@@ -14,7 +14,6 @@ import statistics
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -138,12 +137,8 @@ def _prepare_one(source: Path, target: Path, short: int) -> str:
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with Video(source) as video:
-            times = [packet.pts for packet in video.packets if not packet.is_discard]
-            rate, unit = video.stream.average_rate or Fraction(25), video.stream.time_base
-            if None in times or len(set(times)) < len(times):  # AVI states no times, only a rate
-                times, unit = range(len(video)), 1 / rate
             frames = (TF.resize(frame, _prepared_size(frame, short), antialias=True) for frame in video.every_frame())
-            write_mp4(part, frames, rate, options=X264, times=sorted(times), unit=unit)
+            write_mp4(part, frames, video.rate, options=X264, times=video.times)
         os.replace(part, target)
     except OSError as error:  # reading is not what failed: that is a BrokenVideo
         raise UserError(f"{target} cannot be written ({error}): mend this and give the same command again") from None

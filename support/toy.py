@@ -78,7 +78,7 @@ def _processes() -> Pool:
 def _write_once(path: Path, frames: Tensor) -> None:
     part = path.with_suffix(".part")
     # Nearly lossless: per-cube normalisation would blow up the coding noise of flat areas.
-    write_mp4(part, frames, RATE, quantizer=10)
+    write_mp4(part, frames, RATE, options={"qp": "10", "preset": "ultrafast"})
     os.replace(part, path)
 
 

@@ -1,14 +1,13 @@
-"""Frames are the frames asked for; clips, crops and batches are what the paper and the authors' code say."""
+"""Clips, crops and batches are what the paper and the authors' code say."""
 
 import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import av
 import pytest
 import torch
-from conftest import SIZE, audio_only, number_of, turn_by_90, two_streams, write_numbered
+from videos import broken_files, write_numbered
 
 import data
 import masking
@@ -17,129 +16,19 @@ import support.run
 import support.video
 from support.config import UserError
 
-COUNT = 70
-X264 = {
-    "b_frames": {"g": "25", "bf": "3", "x264-params": "b-pyramid=normal:scenecut=0"},
-    "open_gop": {"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"},
-    "one_key_frame": {"g": "1000", "bf": "7"},
-    "all_key_frames": {"g": "1"},
-}
-
-
-def variants(folder: Path) -> dict[str, Path]:
-    """Videos that differ in all that makes finding a frame hard."""
-    videos = {name: write_numbered(folder / f"{name}.mp4", COUNT, options=options) for name, options in X264.items()}
-    videos["late_start"] = write_numbered(folder / "late.mkv", COUNT, options=X264["b_frames"], times=[5000 + 40 * i for i in range(COUNT)])
-    videos["late_start_mp4"] = write_numbered(folder / "late.mp4", COUNT, options=X264["b_frames"], times=[5000 + 40 * i for i in range(COUNT)])
-    uneven = [int(40 * i + 15 * (i % 3) + 300 * (i > 30)) for i in range(COUNT)]
-    videos["variable_rate"] = write_numbered(folder / "variable.mp4", COUNT, options=X264["b_frames"], times=uneven)
-    videos["rotated"] = turn_by_90(write_numbered(folder / "rotated.mp4", COUNT, options=X264["b_frames"]))
-    videos["two_streams"] = two_streams(folder / "two.mp4", COUNT)
-    videos["avi_mpeg4_b_frames"] = write_numbered(folder / "ucf.avi", COUNT, "mpeg4", {"bf": "2", "g": "12"})
-    videos["mpeg_ps"] = write_numbered(folder / "program.mpg", COUNT, "mpeg2video", {"bf": "2", "g": "12"})
-    videos["mpeg_ts"] = write_numbered(folder / "transport.ts", COUNT, options=X264["open_gop"])
-    videos["flv"] = write_numbered(folder / "flash.flv", COUNT, options=X264["b_frames"])
-    videos["hevc_open_gop"] = write_numbered(folder / "hevc.mp4", COUNT, "libx265", {"x265-params": "keyint=12:min-keyint=12:bframes=4:open-gop=1:log-level=none"})
-    videos["webm_vp9"] = write_numbered(folder / "ssv2.webm", COUNT, "libvpx-vp9", {"g": "20", "lag-in-frames": "16", "auto-alt-ref": "1", "deadline": "realtime"})
-    videos["webm_vp8"] = write_numbered(folder / "old.webm", COUNT, "libvpx", {"g": "20", "lag-in-frames": "16", "auto-alt-ref": "1"})
-    videos["gif"] = write_numbered(folder / "moving.gif", COUNT, "gif", pixel_format="rgb8")
-    return videos
-
-
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return variants(tmp_path_factory.mktemp("variants"))
-
-
-def decode_everything(path: Path) -> torch.Tensor:
-    """All frames (T, 3, H, W) in the way of PyAV's own loop: the slow, sure reference."""
-    with av.open(str(path)) as container:
-        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(container.streams.best("video"))]
-    return torch.stack(frames).permute(0, 3, 1, 2)
-
-
-NAMES = [
-    *X264, "late_start", "late_start_mp4", "variable_rate", "rotated", "two_streams", "avi_mpeg4_b_frames", "mpeg_ps", "mpeg_ts", "flv",
-    "hevc_open_gop", "webm_vp9", "webm_vp8", "gif",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_frames_are_those_asked_for(videos, name):
-    path = videos[name]
-    everything = decode_everything(path)
-    with support.video.Video(path) as video:
-        assert len(video) == COUNT == len(everything)
-    if name == "rotated":  # clockwise: the left column becomes the top row
-        everything = everything.rot90(-1, (2, 3))
-        assert everything.shape[2:] == SIZE
-    generator = torch.Generator().manual_seed(0)
-    requests = [[0], [COUNT - 1], [5, 5, 5], [40, 3, 41, 2], list(range(0, COUNT, 4)), list(range(COUNT))]
-    requests += [sorted(torch.randint(COUNT, (8,), generator=generator).tolist()) for _ in range(12)]
-    for indices in requests:
-        frames = support.video.read_frames(path, indices)
-        assert frames.dtype == torch.uint8 and frames.shape == (len(indices), *everything.shape[1:])
-        assert torch.equal(frames, everything[indices]), (name, indices)
-        upright = frames if name != "rotated" else frames.rot90(1, (2, 3))
-        assert [number_of(frame) for frame in upright] == indices
-
-
-def test_the_same_video_serves_several_requests(videos):
-    with support.video.Video(videos["open_gop"]) as video:
-        for indices in ([60, 61], [3], [30, 5]):
-            assert [number_of(frame) for frame in video.frames(indices)] == indices
-
-
-def test_only_what_is_needed_is_decoded(videos):
-    """Frames 50 to 53 of a file with a key frame every 25: nothing before 50, and no unreferenced frame among the rest."""
-    with support.video.Video(videos["b_frames"]) as video:
-        fed = []
-        class Codec:
-            def __init__(self, codec): self.__dict__["codec"] = codec
-            def __getattr__(self, name): return getattr(self.codec, name)
-            def __setattr__(self, name, value): setattr(self.codec, name, value)
-            def decode(self, packet):
-                if packet is not None: fed.append(packet.pts)
-                return self.codec.decode(packet)
-        wrapped = Codec(video.stream.codec_context)
-        class Stream:
-            codec_context, width, height = wrapped, video.stream.width, video.stream.height
-        video.stream = Stream()
-        assert [number_of(frame) for frame in video.frames([50, 53])] == [50, 53]
-    assert min(fed) >= sorted({p.pts for p in video.packets})[50] and len(fed) < 10
-
-
-@pytest.mark.parametrize("index", [-1, COUNT])
-def test_frames_that_do_not_exist_are_refused(videos, index):
-    with pytest.raises(IndexError, match="has frames 0 to 69"):
-        support.video.read_frames(videos["b_frames"], [0, index])
+    """70 numbered frames each."""
+    folder = tmp_path_factory.mktemp("videos")
+    open_gop = {"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"}
+    return {
+        "b_frames": write_numbered(folder / "b_frames.mp4", 70, options={"g": "25", "bf": "3"}),
+        "open_gop": write_numbered(folder / "open_gop.mp4", 70, options=open_gop),
+        "avi_mpeg4_b_frames": write_numbered(folder / "ucf.avi", 70, "mpeg4", {"bf": "2", "g": "12"}),
+    }
 
 
 # ---- broken files ----
-
-
-def broken_files(folder: Path) -> dict[str, Path]:
-    folder.mkdir(exist_ok=True)
-    whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
-    (folder / "whole.mp4").unlink()
-    contents = {"truncated.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"not a video\n" * 50}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    audio_only(folder / "audio.mp4")
-    (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
-    damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
-    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
-    (folder / "damaged.mkv").write_bytes(damaged)
-    return {path.name: path for path in [*folder.iterdir(), folder / "missing.mp4"]}
-
-
-@pytest.mark.parametrize("name", ["truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "unreadable.mp4", "missing.mp4"])
-def test_broken_files_are_named_and_leave_nothing_open(tmp_path, name):
-    path = broken_files(tmp_path / "broken")[name]
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(support.video.BrokenVideo, match=name):
-        support.video.read_frames(path, [0])
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def dataset(videos: list[Path], **options) -> data.PretrainingClips:

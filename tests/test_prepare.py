@@ -122,11 +122,13 @@ def test_few_frames_are_decoded_for_a_clip(tmp_path):
     (tmp_path / "videos").mkdir()
     write_smooth(tmp_path / "videos" / "one.mp4", 64, 64, 100, g="1000")
     out, _ = prepare(tmp_path / "videos")
-    with support.video.Video(out / "one.mp4") as video:
-        times = sorted(packet.pts for packet in video.packets)
-        assert [times.index(packet.pts) for packet in video.packets if packet.is_keyframe] == [0, 32, 64, 96]
-        video.stream.codec_context.skip_frame = "NONREF"
-        shown = sum(len(video.stream.codec_context.decode(packet)) for packet in (*video.packets, None))
+    with av.open(str(out / "one.mp4")) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        times = sorted(packet.pts for packet in packets)
+        assert [times.index(packet.pts) for packet in packets if packet.is_keyframe] == [0, 32, 64, 96]
+        stream.codec_context.skip_frame = "NONREF"
+        shown = sum(len(stream.codec_context.decode(packet)) for packet in (*packets, None))
     assert shown <= 20
 
 
