@@ -23,6 +23,7 @@ RATE = 30  # frames a second that a stride counts, whatever the movie's own rate
 START = 900  # second of each movie at which AVA's 15 minutes begin
 
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that state when every frame is shown
+KEPT = 2**25  # bytes of packets that are kept in memory, so that short files are read once
 QP_18 = {"qp": "18", "preset": "ultrafast"}
 
 
@@ -102,7 +103,7 @@ class Video(AbstractContextManager):
 
     def _open(self) -> None:
         self.__exit__()
-        self.container = av.open(str(self.path))
+        self.container, self.unread = av.open(str(self.path)), True
         self.stream = self.container.streams.best("video")  # a file may hold several, such as a cover picture
         if self.stream is None:
             raise BrokenVideo(f"{self.path}: no video stream")
@@ -121,20 +122,23 @@ class Video(AbstractContextManager):
         unknown = 2**63 - 1
         first = math.floor(self.origin + begin / self.time_base)
         for start in (first, None) if begin > 0 else (None,):
-            times, keys, kept = array("q"), array("q"), []
+            times, keys, kept, size = array("q"), array("q"), [], 0
             for packet in self._read(start):
                 time = unknown if packet.pts is None else packet.pts
                 if packet.is_keyframe:
                     keys.append(time)
                 if not packet.is_discard:
                     times.append(time)
-                kept.append(packet)
+                size += packet.size
+                if size <= KEPT or not kept:
+                    kept.append(packet)
             if keys and (start is None or keys[0] <= first):
                 break
         if not times:
             raise BrokenVideo(f"{self.path}: no frames")
         self.start, self.keys = start, array("q", sorted(keys))
-        self.kept, self.place_of = kept, {packet.pts: place for place, packet in enumerate(kept)}
+        if size <= KEPT:
+            self.kept, self.place_of = kept, {packet.pts: place for place, packet in enumerate(kept)}
 
         self.first = kept[0].pts if start is not None else -math.inf  # what is shown before was not read
         times = array("q", sorted(time for time in times if time >= self.first))
@@ -150,21 +154,23 @@ class Video(AbstractContextManager):
 
         None stands for the first key frame of the file.
         """
-        if self.kept:
-            times = times if start is not None else ()
-            place = 0 if start == self.start else self.place_of[start]
+        times = times if start is not None else ()
+        place = 0 if start == self.start else self.place_of.get(start)
+        if self.kept and place is not None and self.kept[place].is_keyframe:
             self.stream.codec_context.flush_buffers()
             yield from self.kept[place : 1 + max(map(self.place_of.get, times), default=len(self.kept))]
             return
         if start is not None:
             self.container.seek(start, stream=self.stream)
-        after = math.inf
+        elif not self.unread:
+            self._open()
+        self.unread, end, after = False, max(times, default=self.end), math.inf
         packets = (packet for packet in self.container.demux(self.stream) if packet.size)
         for packet in dropwhile(lambda packet: not packet.is_keyframe, packets):
             if packet.dts is not None and packet.dts >= after:  # nothing is shown before it is decoded
                 return
             yield packet
-            if packet.pts is not None and packet.pts >= self.end:
+            if packet.pts is not None and packet.pts >= end:
                 after = min(after, packet.pts)
 
     def _key_before(self, index: int) -> int | None:
