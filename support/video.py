@@ -23,6 +23,7 @@ RATE = 30  # frames a second that a stride counts, whatever the movie's own rate
 START = 900  # second of each movie at which AVA's 15 minutes begin
 
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that state when every frame is shown
+SKIPPING = ("h264", "hevc")  # decoders known to leave out unreferenced frames without any effect on the others
 KEPT = 2**25  # bytes of packets that are kept in memory, so that short files are read once
 QP_18 = {"qp": "18", "preset": "ultrafast"}
 
@@ -181,23 +182,29 @@ class Video(AbstractContextManager):
     # ---- decoding them ----
 
     def _find(self, wanted: list[int]) -> dict[int, Tensor]:
-        """Frames (H, W, 3) by index, decoded from the key frame before each."""
+        """Frames (H, W, 3) by index, decoded from the key frame before each or, if that does not do, an earlier one."""
         found = {}
         while left := [index for index in wanted if index not in found]:
             start = self._key_before(left[0])
             times = {self.shown[index]: index for index in left if self._key_before(index) == start}
-            for frame in self._decode(start, set(times)):
-                if frame.pts in times:
-                    found[times.pop(frame.pts)] = self._to_rgb(frame)
-                if not times:
-                    break
-            if times:
+            try:
+                for frame in self._decode(start, set(times)):
+                    if frame.pts in times:
+                        found[times.pop(frame.pts)] = self._to_rgb(frame)
+                    if not times:
+                        break
+            except av.FFmpegError:
+                if start is None:
+                    raise
+            if times and start is None:
                 raise BrokenVideo(f"{self.path}: frame {min(times.values())} of {len(self)} cannot be decoded")
+            if times:
+                del self.keys[self.keys.index(start) // 2 :]  # next from halfway back, and no longer from later ones
         return found
 
     def _decode(self, start: int | None, times: Collection[int] = ()) -> Iterator[av.VideoFrame]:
         """Frames in the order of display from `start` on, of which those at `times` are enough; pts as in `shown`."""
-        skip = times and start is not None
+        skip = times and start is not None and self.stream.codec_context.name in SKIPPING
         key, started, numbers = None, False, count()
         for packet in chain(self._read(start, times), [None]):
             codec = self.stream.codec_context
@@ -207,6 +214,8 @@ class Video(AbstractContextManager):
             for frame in codec.decode(packet):
                 if not started and frame.pts is not None and frame.pts < (self.first if start is None else key.pts):
                     continue
+                if not started and start is not None and not (frame.pts == key.pts and frame.key_frame):
+                    return  # the file calls it a key frame, but what follows also needs frames from before it
                 started = True
                 if not self.timed:
                     frame.pts = next(numbers)
