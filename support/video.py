@@ -6,7 +6,7 @@ import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
 from functools import cache
 from itertools import chain, count, dropwhile, pairwise
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
@@ -120,7 +121,7 @@ class Video(AbstractContextManager):
         self.kept, self.place_of = [], {}
 
         container = self.container.format.name
-        unknown = 2**63 - 1
+        unknown = -(2**63) if container in TIMED else 2**63 - 1  # Matroska leaves out only times below zero
         first = math.floor(self.origin + begin / self.time_base)
         for start in (first, None) if begin > 0 else (None,):
             times, keys, kept, size = array("q"), array("q"), [], 0
@@ -141,14 +142,26 @@ class Video(AbstractContextManager):
         if size <= KEPT:
             self.kept, self.place_of = kept, {packet.pts: place for place, packet in enumerate(kept)}
 
-        self.first = kept[0].pts if start is not None else -math.inf  # what is shown before was not read
-        times = array("q", sorted(time for time in times if time >= self.first))
+        # Frames that refer to others from before the start of a recording or a cut are lost and do not count.
+        self.first = self._first_time(kept[0])
+        clean = next((place for place, time in enumerate(times) if time > self.first), len(times))
+        times = array("q", sorted(time for place, time in enumerate(times) if place >= clean or time == self.first))
         distinct = unknown not in times and all(time < later for time, later in pairwise(times))
         self.timed = distinct and container in TIMED
         self.stated = times if distinct and container != "avi" else []
         self.shown = times if self.timed else range(len(times))
         if not self.timed and (begin > 0 or end is not None):
             raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; re-encode it")
+
+    def _first_time(self, key: av.Packet) -> float:
+        """When the first frame is shown that can be decoded from the packet `key` on."""
+        time = key.pts
+        if self.start is None and not key.is_discard and self.stream.codec_context.name == "h264":
+            # Without an IDR picture (unit type 5) it may start an intra refresh, whose first frames are incomplete.
+            with suppress(av.FFmpegError):
+                if not BitStreamFilterContext("filter_units=pass_types=5", self.stream).filter(av.Packet(bytes(key))):
+                    time = next((frame.pts for frame in self._decode(None)), time)
+        return -math.inf if time is None else time
 
     def _read(self, start: int | None, times: Collection[int] = ()) -> Iterator[av.Packet]:
         """Packets in the order of decoding from a key frame near `start` on, of which those up to `times` are enough.
