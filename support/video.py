@@ -115,9 +115,10 @@ class Video(AbstractContextManager):
         """Read packets to learn which frames there are, when they are shown and which are key frames."""
         self.time_base: Fraction = self.stream.time_base
         self.rate: Fraction = self.stream.average_rate or Fraction(25)  # average frames a second
+        self.size = self.stream.width, self.stream.height  # of all frames, should it change within the stream
         self.origin = round(Fraction(self.container.start_time or 0, 1_000_000) / self.time_base)
         self.end = math.inf if end is None else self.origin + end / self.time_base
-        self.timed, self.start, self.first = True, None, -math.inf  # until known
+        self.timed, self.start, self.first, self.matrix = True, None, -math.inf, None  # until known
         self.kept, self.place_of = [], {}
 
         container = self.container.format.name
@@ -236,10 +237,19 @@ class Video(AbstractContextManager):
 
     def _to_rgb(self, frame: av.VideoFrame) -> Tensor:
         """uint8 RGB (H, W, 3), upright: phones film sideways and say so in the container."""
-        size = dict(width=self.stream.width, height=self.stream.height)
-        image = torch.from_numpy(self.reformatter.reformat(frame, format="rgb24", threads=1, **size).to_ndarray())
-        quarter_turns = round(frame.rotation / 90)
-        return image.rot90(quarter_turns) if quarter_turns else image  # (H, W, 3)
+        if self.matrix is None:
+            self.matrix = [1, 0, 0, 0, 1]
+            # PyAV's side data keeps its frame alive until the next garbage collection: let that be one of 2 x 2 pixels.
+            tiny = VideoReformatter().reformat(frame, 2, 2, interpolation="POINT", threads=1)
+            with suppress(KeyError, ValueError):  # there is none, or other side data that PyAV does not know
+                self.matrix = memoryview(bytes(tiny.side_data["DISPLAYMATRIX"])).cast("i").tolist()
+        a, b, _, c, d, *_ = self.matrix  # the pixel (x, y) is shown at (a x + c y, b x + d y)
+        rgb = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1)
+        image = torch.from_numpy(rgb.to_ndarray())  # (H, W, 3)
+        if abs(b) > abs(a):
+            image, a, d = image.transpose(0, 1), c, b
+        flipped = [axis for axis, sign in enumerate((d, a)) if sign < 0]
+        return image.flip(flipped) if flipped else image
 
 
 def read_frames(path: str | Path, indices: list[int]) -> Tensor:
