@@ -91,24 +91,23 @@ class Video(AbstractContextManager):
 
     @contextmanager
     def _broken_if_it_fails(self) -> Iterator[None]:
-        """Make an exception of reading a BrokenVideo, and close the file."""
+        """Make any exception a BrokenVideo, except running out of memory, and close the file."""
         try:
             yield
-        except BrokenVideo:
+        except Exception as error:
             self.__exit__()
-            raise
-        except (av.FFmpegError, ValueError, UnicodeError) as error:
-            self.__exit__()
-            raise BrokenVideo(f"{self.path}: {error}") from error
+            if isinstance(error, BrokenVideo | MemoryError) and not isinstance(error, av.FFmpegError):
+                raise
+            raise BrokenVideo(f"{self.path}: {error} ({type(error).__name__})") from error
 
     # ---- reading packets; from here on, times are integers in units of `time_base` on the file's own clock ----
 
     def _open(self) -> None:
         self.__exit__()
-        self.container, self.unread = av.open(str(self.path)), True
+        self.container, self.unread = av.open(f"file:{self.path}"), True  # "file:", as names may contain colons
         self.stream = self.container.streams.best("video")  # a file may hold several, such as a cover picture
-        if self.stream is None:
-            raise BrokenVideo(f"{self.path}: no video stream")
+        if self.stream is None or self.stream.codec_context is None:
+            raise BrokenVideo(f"{self.path}: no {'video stream' if self.stream is None else 'decoder for its video'}")
         self.stream.thread_type, self.stream.thread_count = "NONE", 1  # loader workers are the parallelism
 
     def _index(self, begin: Fraction | int, end: Fraction | None) -> None:
@@ -268,7 +267,7 @@ def write_mp4(
     times: when each frame is shown, in seconds; without them, `rate` frames a second.
     """
     unit = Fraction(1, math.lcm(*(time.denominator for time in times))) if times else 1 / Fraction(rate)
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options=options | {"threads": "1"})
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", unit
         for number, frame in enumerate(frames):
