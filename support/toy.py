@@ -112,7 +112,7 @@ def _render_one(folder: Path, seed: int, ava: bool, wanted: tuple[str, int]) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         frames = (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2)  # (T, 3, H, W)
         # Nearly lossless: dividing by a cube's std would amplify the coding noise of flat areas.
-        write_mp4(path.with_suffix(".part"), frames, RATE, quantizer=10)
+        write_mp4(path.with_suffix(".part"), frames, RATE, options={"qp": "10", "preset": "ultrafast"})
         os.replace(path.with_suffix(".part"), path)
     return rows
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, count, dropwhile, groupby, pairwise
+from itertools import chain, count, dropwhile, pairwise
 from pathlib import Path
 
 import av
@@ -16,8 +16,9 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that state when every frame is shown
-SKIPPING = ("h264", "hevc")  # decoders that can skip frames to which no other frame refers, and change no other
-KEPT = 2**25  # bytes of packets that stay in memory, so that a short file is read once
+SKIPPING = ("h264", "hevc")  # decoders known to leave out unreferenced frames without any effect on the others
+KEPT = 2**25  # bytes of packets that are kept in memory, so that short files are read once
+QP_18 = {"qp": "18", "preset": "ultrafast"}
 
 
 class BrokenVideo(Exception):
@@ -32,9 +33,9 @@ class Video(AbstractContextManager):
     begin, end: seconds from the start of the file. With either, the video is an excerpt: the frames shown from `begin`
     to `end`, the nearest on both sides, and perhaps some more. The rest of the file is not read.
 
-    A new `Video` reads all packets, which say when each frame is shown and which are key frames, but decodes none. A
-    wanted frame is decoded from the key frame before it. Only mp4 and Matroska files state the time of every frame: in
-    others, AVI above all (UCF101, HMDB51), FFmpeg guesses times, and wrong for B-frames, so frames are counted there.
+    Opening reads all packets: they say when each frame is shown and which are key frames. Wanted frames are decoded
+    from the key frame before them. Only mp4 and Matroska files state the time of every frame. In others, AVI above all
+    (UCF101, HMDB51), FFmpeg guesses the times, wrongly for B-frames: there, frames are counted from the start.
     """
 
     def __init__(self, path: str | Path, begin: Fraction | int = 0, end: Fraction | None = None) -> None:
@@ -63,10 +64,8 @@ class Video(AbstractContextManager):
         wanted = sorted(set(indices))
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: frames {indices} asked for, but it has frames 0 to {len(self) - 1}")
-        found: dict[int, Tensor] = {}
         with self._broken_if_it_fails():
-            for key, group in groupby(wanted, self._key_before):
-                found |= self._find(list(group), key)
+            found = self._find(wanted)
         frames = torch.stack([found[index] for index in indices])  # (len(indices), H, W, 3)
         return frames.permute(0, 3, 1, 2)  # channels stay last in memory: the fastest to copy and to resize
 
@@ -84,7 +83,7 @@ class Video(AbstractContextManager):
 
     @contextmanager
     def _broken_if_it_fails(self) -> Iterator[None]:
-        """Close the file after any exception and, except where memory ran out, make it a BrokenVideo."""
+        """Make any exception a BrokenVideo, except running out of memory, and close the file."""
         try:
             yield
         except Exception as error:
@@ -93,7 +92,7 @@ class Video(AbstractContextManager):
                 raise
             raise BrokenVideo(f"{self.path}: {error} ({type(error).__name__})") from error
 
-    # ---- Choosing packets. Times are integers from here on, in units of `time_base` on the file's own clock.
+    # ---- reading packets; from here on, times are integers in units of `time_base` on the file's own clock ----
 
     def _open(self) -> None:
         self.__exit__()
@@ -115,8 +114,8 @@ class Video(AbstractContextManager):
 
         container = self.container.format.name
         unknown = -(2**63) if container in TIMED else 2**63 - 1  # Matroska leaves out only times below zero
-        begin_time = math.floor(self.origin + begin / self.time_base) if begin > 0 else None
-        for start in self._earlier(begin_time):
+        first = math.floor(self.origin + begin / self.time_base)
+        for start in (first, None) if begin > 0 else (None,):
             times, keys, kept, size = array("q"), array("q"), [], 0
             for packet in self._read(start):
                 time = unknown if packet.pts is None else packet.pts
@@ -127,7 +126,7 @@ class Video(AbstractContextManager):
                 size += packet.size
                 if size <= KEPT or not kept:
                     kept.append(packet)
-            if keys and (start is None or keys[0] <= begin_time):
+            if keys and (start is None or keys[0] <= first):
                 break
         if not times:
             raise BrokenVideo(f"{self.path}: no frames")
@@ -147,7 +146,7 @@ class Video(AbstractContextManager):
             raise BrokenVideo(f"{self.path}: only mp4 and Matroska files state the time of every frame; re-encode it")
 
     def _first_time(self, key: av.Packet) -> float:
-        """When the first frame is shown that can be decoded."""
+        """When the first frame is shown that can be decoded from the packet `key` on."""
         time = key.pts
         if self.start is None and not key.is_discard and self.stream.codec_context.name == "h264":
             # Without an IDR picture (unit type 5) it may start an intra refresh, whose first frames are incomplete.
@@ -181,51 +180,48 @@ class Video(AbstractContextManager):
                 after = min(after, packet.pts)
 
     def _key_before(self, index: int) -> int | None:
-        """When the key frame is shown from which decoding has to start for a frame; None for the file's first."""
+        """When the key frame is shown from which frame `index` is to be decoded; None for the file's first."""
         place = bisect_right(self.keys, self.shown[index]) if self.timed else 0
         return self.keys[place - 1] if place else None
 
-    def _earlier(self, start: int | None) -> Iterator[int | None]:
-        """`start`, then 1, 3, 7, ... seconds before it, and in the end None for the start of the file."""
-        back = 0
-        while start is not None and (back == 0 or start - back > self.origin):
-            yield start - back
-            back = 2 * back + math.ceil(1 / self.time_base)
-        yield None
+    # ---- decoding them ----
 
-    # ---- Decoding them.
-
-    def _find(self, wanted: list[int], key: int | None) -> dict[int, Tensor]:
-        """Frames (H, W, 3), decoded from the key frame at `key` or, as long as any is missing, from an earlier one."""
-        index_of, found = {self.shown[index]: index for index in wanted}, {}
-        for start in self._earlier(key):
+    def _find(self, wanted: list[int]) -> dict[int, Tensor]:
+        """Frames (H, W, 3) by index, decoded from the key frame before each or, if that does not do, an earlier one."""
+        found = {}
+        while left := [index for index in wanted if index not in found]:
+            start = self._key_before(left[0])
+            times = {self.shown[index]: index for index in left if self._key_before(index) == start}
             try:
-                for frame in self._decode(start, index_of):
-                    if frame.pts in index_of:
-                        found[index_of[frame.pts]] = self._to_rgb(frame)
-                    if len(found) == len(wanted):
-                        return found
+                for frame in self._decode(start, set(times)):
+                    if frame.pts in times:
+                        found[times.pop(frame.pts)] = self._to_rgb(frame)
+                    if not times:
+                        break
             except av.FFmpegError:
                 if start is None:
                     raise
-        raise BrokenVideo(f"{self.path}: frame {min(set(wanted) - set(found))} of {len(self)} cannot be decoded")
+            if times and start is None:
+                raise BrokenVideo(f"{self.path}: frame {min(times.values())} of {len(self)} cannot be decoded")
+            if times:
+                del self.keys[self.keys.index(start) // 2 :]  # next from halfway back, and no longer from later ones
+        return found
 
     def _decode(self, start: int | None, times: Collection[int] = ()) -> Iterator[av.VideoFrame]:
-        """Frames in the order of display from `start` on, or those shown at `times`. pts is as in `self.shown`."""
+        """Frames in the order of display from `start` on, of which those at `times` are enough; pts as in `shown`."""
         skip = times and start is not None and self.stream.codec_context.name in SKIPPING
-        key, first, numbers = None, self.first, count()
+        key, started, numbers = None, False, count()
         for packet in chain(self._read(start, times), [None]):
             codec = self.stream.codec_context
             if packet is not None:
                 key = key or packet
                 codec.skip_frame = "NONREF" if skip and packet.pts not in times else "DEFAULT"
             for frame in codec.decode(packet):
-                if start is not None and frame.pts == key.pts and not frame.key_frame:
-                    self.keys = self.keys[:1]  # this is no key frame: the file's word is not to be relied on
-                    return
-                if frame.pts is not None and frame.pts < first:
+                if not started and frame.pts is not None and frame.pts < (self.first if start is None else key.pts):
                     continue
-                first = -math.inf
+                if not started and start is not None and not (frame.pts == key.pts and frame.key_frame):
+                    return  # the file calls it a key frame, but what follows also needs frames from before it
+                started = True
                 if not self.timed:
                     frame.pts = next(numbers)
                 yield frame
@@ -233,9 +229,9 @@ class Video(AbstractContextManager):
     def _to_rgb(self, frame: av.VideoFrame) -> Tensor:
         """uint8 RGB (H, W, 3), upright: phones film sideways and say so in the container."""
         if self.matrix is None:
-            # PyAV's side data keep their frame alive until the next garbage collection: let that be a frame of 2 x 2.
-            tiny = VideoReformatter().reformat(frame, 2, 2, interpolation="POINT", threads=1)
             self.matrix = [1, 0, 0, 0, 1]
+            # PyAV's side data keeps its frame alive until the next garbage collection: let that be one of 2 x 2 pixels.
+            tiny = VideoReformatter().reformat(frame, 2, 2, interpolation="POINT", threads=1)
             with suppress(KeyError, ValueError):  # there is none, or other side data that PyAV does not know
                 self.matrix = memoryview(bytes(tiny.side_data["DISPLAYMATRIX"])).cast("i").tolist()
         a, b, _, c, d, *_ = self.matrix  # the pixel (x, y) is shown at (a x + c y, b x + d y)
@@ -254,20 +250,14 @@ def read_frames(path: str | Path, indices: list[int]) -> Tensor:
 
 
 def write_mp4(
-    path: str | Path,
-    frames: Iterable[Tensor],
-    rate: int | Fraction,
-    quantizer: int = 18,
-    options: dict[str, str] | None = None,
-    times: Sequence[Fraction] | None = None,
+    path: Path, frames: Iterable[Tensor], rate: Fraction | int, options: dict = QP_18, times: Sequence[Fraction] = ()
 ) -> None:
     """Write frames uint8, each (3, H, W) with H and W even, as H.264.
 
-    With a constant `quantizer` the same frames give the same file; x264's usual rate control, which `options` can ask
-    for, is not reproducible to the bit.
+    options: x264's own. With a constant quantizer, as by default, the same frames give the same file; x264's usual rate
+    control is not reproducible to the bit.
     times: when each frame is shown, in seconds; without them, `rate` frames a second.
     """
-    options = options or {"qp": str(quantizer), "preset": "ultrafast"}
     unit = Fraction(1, math.lcm(*(time.denominator for time in times))) if times else 1 / Fraction(rate)
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options=options | {"threads": "1"})

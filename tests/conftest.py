@@ -5,17 +5,14 @@ import importlib
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import pytest
 import torch
-from av.stream import Disposition
+from videos import SIZE, audio_only, number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
 
 import support.run
 import support.video
@@ -28,94 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 os.environ |= ENVIRONMENT
 torch.set_num_threads(1)
-
-SIZE = (96, 64)  # width, height: 6 x 4 black or white squares of 16 pixels, the bits of the frame's number
-
-
-def numbered_frame(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> av.VideoFrame:
-    image = torch.zeros(height, width, 3, dtype=torch.uint8)
-    columns = width // 16
-    for bit in range(12):
-        row, column = divmod(bit, columns)
-        image[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 230 if number >> bit & 1 else 20
-    image[32:, :, 0] = torch.arange(width) * 2  # something smooth besides, for the encoder to predict
-    image[32:, :, 1] = number * 7 % 200
-    return av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
-
-
-def number_of(frame: torch.Tensor) -> int:
-    """The number that a decoded frame (3, H, W) shows."""
-    grey = frame.float().mean(0)
-    columns = frame.shape[2] // 16
-    bits = (
-        grey[
-            bit // columns * 16 + 4 : bit // columns * 16 + 12, bit % columns * 16 + 4 : bit % columns * 16 + 12
-        ].mean()
-        > 125
-        for bit in range(12)
-    )
-    return sum(int(bit) << place for place, bit in enumerate(bits))
-
-
-def write_numbered(
-    path: Path,
-    count: int,
-    codec: str = "libx264",
-    options: dict | None = None,
-    times: list[int] | None = None,
-    pixel_format: str = "yuv420p",
-) -> Path:
-    """A video whose every frame shows its own number; `times` are presentation times in 1/1000 s."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height = SIZE
-        stream.pix_fmt = pixel_format
-        if times:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(count):
-            frame = numbered_frame(number)
-            if times:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def turn_by_90(path: Path) -> Path:
-    """Set the display matrix in an mp4 file's track header to a quarter turn clockwise, as phones do."""
-    content = bytearray(path.read_bytes())
-    start = content.index(b"tkhd") + 44  # fields of a version 0 track header before the matrix
-    content[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, SIZE[1] << 16, 0, 1 << 30)
-    path.write_bytes(content)
-    return path
-
-
-def two_streams(path: Path, count: int) -> Path:
-    """A small black track first, then the one that the file declares the default."""
-    with av.open(str(path), "w") as container:
-        other, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
-        other.width, other.height, other.pix_fmt = 32, 32, "yuv420p"
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.disposition = Disposition.default
-        still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
-        for number in range(count):
-            still.pts = None
-            container.mux(other.encode(still))
-            container.mux(stream.encode(numbered_frame(number)))
-        container.mux(other.encode())
-        container.mux(stream.encode())
-    return path
-
-
-def audio_only(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        for i in range(20):
-            frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, i * 1024
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_a_configuration_without_a_root_gets_the_toy_videos(tmp_path, monkeypatc
         (tmp_path / folder / last).touch()
         (tmp_path / folder / "settings.json").write_text(json.dumps(settings[folder] | {"classes": classes[folder]}))
     own, none = (SimpleNamespace(root=root, train="a", val="b") for root in ("mine", ""))
-    assert toy.find(own) == ("mine", "a", "b") and toy.find(none) == ("toy_videos", "train", "val")
+    assert toy.find(own) == ("mine", "a", "b", "") and toy.find(none) == ("toy_videos", "train", "val", "classes.txt")
     assert toy.find_ava(own) == Path("mine") and toy.find_ava(none) == Path("toy_ava")
     for arguments in (["toy_videos"], ["toy_ava", "--ava"]):
         done = subprocess.run(

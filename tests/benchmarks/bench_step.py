@@ -29,10 +29,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import data
-import finetune
 import masking
 import pretrain
-from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
+from model import SIZES, VideoClassifier, VideoMAE, parameter_groups, recompute_blocks
 
 Step = Callable[[tuple[Tensor, ...], bool], None]  # of a batch, in bf16 or not
 
@@ -40,14 +39,14 @@ Step = Callable[[tuple[Tensor, ...], bool], None]  # of a batch, in bf16 or not
 def pretraining(size: str, depth: int, device: str) -> tuple[VideoMAE, pretrain.Objective, torch.optim.Optimizer]:
     model = VideoMAE(**SIZES[size], decoder_depth=depth).to(device)
     objective = pretrain.Objective(load_recipe(CONFIGS / "pretrain" / "k400_base.yaml"))
-    groups = pretrain.parameter_groups(model, 0.05)
+    groups = parameter_groups(model, 0.05)
     return model, objective, torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
 
 
 def finetuning(size: str, device: str) -> tuple[VideoClassifier, torch.optim.Optimizer]:
     sizes = {name: SIZES[size][name] for name in ("width", "depth", "heads")}
     model = VideoClassifier(**sizes, classes=400).to(device)
-    groups = finetune.parameter_groups(model, 0.75, 0.05)
+    groups = parameter_groups(model, 0.05, 0.75)
     return model, torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.999), fused=True)
 
 

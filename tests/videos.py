@@ -1,0 +1,132 @@
+"""Small video files, made on the spot, for the tests."""
+
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+from av.stream import Disposition
+
+SIZE = (96, 64)  # width, height: 6 x 4 black or white squares of 16 pixels, the bits of the frame's number
+
+
+def numbered_frame(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> av.VideoFrame:
+    image = torch.zeros(height, width, 3, dtype=torch.uint8)
+    columns = width // 16
+    for bit in range(12):
+        row, column = divmod(bit, columns)
+        image[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 230 if number >> bit & 1 else 20
+    image[32:, :, 0] = torch.arange(width) * 2  # something smooth besides, for the encoder to predict
+    image[32:, :, 1] = number * 7 % 200
+    return av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
+
+
+def number_of(frame: torch.Tensor) -> int:
+    """The number that a decoded frame (3, H, W) shows."""
+    grey = frame.float().mean(0)
+    columns = frame.shape[2] // 16
+    bits = (
+        grey[
+            bit // columns * 16 + 4 : bit // columns * 16 + 12, bit % columns * 16 + 4 : bit % columns * 16 + 12
+        ].mean()
+        > 125
+        for bit in range(12)
+    )
+    return sum(int(bit) << place for place, bit in enumerate(bits))
+
+
+def write_numbered(
+    path: Path,
+    count: int,
+    codec: str = "libx264",
+    options: dict | None = None,
+    times: list[int] | None = None,
+    pixel_format: str = "yuv420p",
+    size: tuple[int, int] = SIZE,
+) -> Path:
+    """A video whose every frame shows its own number; `times` are presentation times in 1/1000 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height = size
+        stream.pix_fmt = pixel_format
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(count):
+            frame = numbered_frame(number, *size)
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Set the display matrix in an mp4 file's track header: the pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 44  # fields of a version 0 track header before the matrix
+    content[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def turn_by_90(path: Path) -> Path:
+    """A quarter turn clockwise, as phones do it."""
+    return set_matrix(path, 0, 1, -1, 0)
+
+
+def two_streams(path: Path, count: int) -> Path:
+    """A small black track first, then the one that the file declares the default."""
+    with av.open(str(path), "w") as container:
+        other, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
+        other.width, other.height, other.pix_fmt = 32, 32, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.disposition = Disposition.default
+        still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
+        for number in range(count):
+            still.pts = None
+            container.mux(other.encode(still))
+            container.mux(stream.encode(numbered_frame(number)))
+        container.mux(other.encode())
+        container.mux(stream.encode())
+    return path
+
+
+def audio_only(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for i in range(20):
+            frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, i * 1024
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def remux(
+    source: Path, path: Path, first: int = 0, last: int | None = None, shift: int = 0, options: dict | None = None
+) -> Path:
+    """Copy packets `first` to `last` of a video as they are, `shift` later in units of the source's time base."""
+    with av.open(str(source)) as original, av.open(str(path), "w", options=options or {}) as container:
+        stream = original.streams.best("video")
+        copy = container.add_stream_from_template(stream)
+        for packet in [packet for packet in original.demux(stream) if packet.size][first:last]:
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, copy
+            container.mux(packet)
+    return path
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
+    (folder / "whole.mp4").unlink()
+    contents = {"truncated.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"not a video\n" * 50}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    audio_only(folder / "audio.mp4")
+    (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
+    damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
+    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
+    (folder / "damaged.mkv").write_bytes(damaged)
+    return {path.name: path for path in [*folder.iterdir(), folder / "missing.mp4"]}
