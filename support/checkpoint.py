@@ -12,6 +12,8 @@ import yaml
 
 from support.config import UserError, as_dict, flatten, load_config
 
+MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops")  # when a run is resumed
+
 
 def open_folder(folder: Path, config: SimpleNamespace) -> filelock.BaseFileLock:
     """Create the folder of a run, lock it for this run alone, and write its config.yaml. Raises UserError."""
@@ -59,7 +61,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dict | None:
     """The checkpoint that a run left in its folder, or None. UserError if it was made with another configuration.
 
-    Where the data is, the loader's workers and all of `run` but the seed may change when a run is resumed.
+    Where the data is, the loader's workers, the test views and all of `run` but the seed may change.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -72,7 +74,7 @@ def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dic
         what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
         raise UserError(f"{what}: delete it or set another run.folder") from None
     for key, now in flatten(as_dict(config)).items():
-        may_change = key in ("data.root", "data.workers") or (key.startswith("run.") and key != "run.seed")
+        may_change = key in MAY_CHANGE or (key.startswith("run.") and key != "run.seed")
         if then[key] != now and not may_change:
             what = f"{key}={then[key]}, not {now}"
             raise UserError(f"{folder} holds a run with {what}: set another run.folder or delete this one")

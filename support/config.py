@@ -45,7 +45,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line. Its .yaml file and key=value overrides, `settings`, may stand anywhere."""
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
     words = sys.argv[1:]
-    settings = [word for word in words if re.match(r"\w+(\.\w+)?=|[^-].*\.ya?ml$", word)]
+    settings = [word for word in words if re.match(r"[^-].*\.ya?ml$", word)]
+    settings += [word for word in words if re.match(r"\w+(\.\w+)?=", word) and not Path(word).exists()]
     arguments = parser.parse_intermixed_args([word for word in words if word not in settings])
     arguments.settings += settings
     return arguments

@@ -144,6 +144,9 @@ class Run:
         at_most = max(1, self.config.run.batch_per_device // repeats)
         self.per_device = max(n for n in range(1, at_most + 1) if share % n == 0)
         self.accumulation = share // self.per_device
+        if 2 * self.per_device < min(at_most, share):
+            what = f"optim.batch_size={batch_size} on {self.world_size} processes"
+            say(f"{what} can only be split into micro-batches of {self.per_device}, though {at_most} fit on a device")
         self.samples_per_step, self.steps_per_epoch = batch_size * repeats, samples // batch_size
         self.total, self.warmup = (n * self.steps_per_epoch for n in (optim.epochs, optim.warmup_epochs))
 
@@ -165,6 +168,10 @@ class Run:
         if refusal[0]:
             raise UserError(refusal[0])
         for name, part in state.items() if checkpoint else ():
+            changed = [key for key in ("classes", "actions") if checkpoint.get(key) != facts.get(key)]
+            if changed:
+                what = f"{self.folder} holds a run with other {changed[0]}"
+                raise UserError(f"{what}: set another run.folder, or restore them to resume")
             part.load_state_dict(checkpoint[name])
         self.start = checkpoint["step"] if checkpoint else 0
         self.log_file = open_log(self.folder / "log.jsonl", self.start) if self.rank == 0 else None

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from support.config import UserError, as_dict, load_config
+from support.config import UserError, as_dict, load_config, parse
 
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
 
@@ -52,6 +52,18 @@ def test_mistakes_end_in_a_sentence(setting, sentence, monkeypatch):
     with pytest.raises(UserError) as error:
         load_config(TOY, [setting])
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_whose_name_looks_like_a_setting_is_a_file(tmp_path, monkeypatch):
+    import argparse
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=1.mp4").touch()
+    monkeypatch.setattr("sys.argv", ["stage.py", "--predict", "x=1.mp4", "y=2.mp4", "run.seed=1"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--predict", nargs="+")
+    arguments = parse(parser)
+    assert arguments.predict == ["x=1.mp4"] and arguments.settings == ["y=2.mp4", "run.seed=1"]
 
 
 def test_two_files_are_one_too_many():

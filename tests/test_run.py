@@ -78,6 +78,19 @@ def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_ba
     assert (run.steps_per_epoch, run.total, run.warmup) == (10, 50, 20)
 
 
+def test_a_batch_that_splits_badly_is_said(capsys):
+    run = Run(load_config(TOY, ["optim.batch_size=254", "run.batch_per_device=64"]), TOY)
+    run.world_size = 2
+    run.plan(1000)
+    assert run.per_device == 1 and "can only be split into micro-batches of 1, though 64 fit" in capsys.readouterr().err
+    run.world_size = 1
+    run.plan(1000)
+    assert run.per_device == 2
+    assert "micro-batches of 2" in capsys.readouterr().err
+    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(1000)
+    assert not capsys.readouterr().err
+
+
 def test_batches_that_cannot_be_split_end_in_a_sentence():
     run = Run(load_config(TOY, ["optim.batch_size=10"]), TOY)
     with pytest.raises(UserError, match="9 videos are fewer than one batch: set optim.batch_size to 9 or less"):
@@ -128,6 +141,12 @@ def test_a_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path)
         save_checkpoint(tmp_path / "checkpoint.pt", content)
     assert load_checkpoint(tmp_path, config, TOY)["step"] == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
+    tested = ROOT / "configs" / "finetune" / "toy.yaml"
+    (tmp_path / "finetune").mkdir()
+    content = dict(step=2, config=as_dict(load_config(tested, [])))
+    save_checkpoint(tmp_path / "finetune" / "checkpoint.pt", content)
+    views = load_config(tested, ["data.test_clips=7", "data.test_crops=3"])
+    assert load_checkpoint(tmp_path / "finetune", views, tested)["step"] == 2
     moved = load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
     assert load_checkpoint(tmp_path, moved, TOY)["step"] == 2
     for setting, sentence in (("mask.ratio=0.9", "mask.ratio=0.75, not 0.9"), ("run.seed=1", "run.seed=0, not 1")):

@@ -191,6 +191,16 @@ def test_a_checkpoint_of_an_older_version_resumes(stage, settings, finished, tmp
     assert len(losses(folder)) == 1
 
 
+@pytest.mark.parametrize("change", [lambda names: [*names, "another"], lambda names: ["renamed", *names[1:]]])
+def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished, tmp_path):
+    content = torch.load(finished("finetune") / "checkpoint.pt", weights_only=True)
+    content["classes"] = change(content["classes"])
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run/checkpoint.pt")
+    done = run("finetune.py", *settings["finetune"], f"run.folder={tmp_path / 'run'}", ok=False)
+    assert done.returncode == 1 and "holds a run with other classes: set another run.folder" in done.stderr
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_folder_belongs_to_its_configuration(stage, settings, finished):
     folder = finished(stage)
