@@ -39,7 +39,7 @@ def dense_clip(length: int, frames: int, stride: int, generator: Generator | Non
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
-    last = start + (length - 1 - start) // stride * stride  # in the authors' code never length - 1
+    last = start + (length - 1 - start) // stride * stride  # the authors' code never reaches length - 1
     return [min(start + i * stride, last) for i in range(frames)]
 
 
@@ -47,7 +47,7 @@ def dense_training_clip(length: int, frames: int, stride: int, generator: Genera
     """Dense sampling for fine-tuning on Kinetics, UCF101 and HMDB51, as the authors' code does it (after SlowFast).
 
     Indices spread evenly over a random span of frames * stride, both ends included: 16 frames with stride 4 are 64/15
-    apart, not 4. The last one, just past the span, is clipped. A shorter video is taken whole.
+    apart, not 4. The last one, just past the span, is clipped. A shorter video is taken whole, its last frame repeated.
     """
     span = frames * stride
     if length > span:

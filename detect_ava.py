@@ -13,7 +13,7 @@ around the key frame. The boxes are given: by people for training, by a person d
 
 From a detected box to its 80 scores, in the order of this file:
 
-    read_person_boxes   (support/ava.py) rows video,second,x1,y1,x2,y2,,score of the detector; 0.8 is the lowest score
+    read_person_boxes   (support/ava.py) rows video,second,x1,y1,x2,y2,,score of the detector, 0.8 or higher
     read_clip           16 frames around that second of the movie, 4 apart
     test_batch          frames with a short side of 256 pixels, boxes in their pixels (KeyFrameClips: training, cropped)
     ActionDetector      tokens; mean over time; RoIAlign of the box, 7 x 7; maximum; linear: 80 logits

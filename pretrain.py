@@ -36,7 +36,7 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # 
 
 
 class Objective:
-    """Eq. 1: the mean over the masked cubes p in Omega of |I(p) - I_hat(p)|^2, the pixels of each cube normalized.
+    """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over the masked cubes p in Omega and the pixels of each, normalized.
 
     Called with the decoder's prediction (B, N_mask, pixels), the frames to predict, uint8 (B, T_target, 3, H, W), and
     the positions of the masked tokens (B, N_mask), `loss` returns a scalar. Table 1f has other errors, Table 1c other
@@ -58,7 +58,7 @@ class Objective:
             mean, std = cube_statistics(cubes)
             cubes = cubes.sub_(mean).div_(std)
         prediction, cubes = prediction.float(), cubes.flatten(2)  # I_hat(p), I(p): (B, N_mask, pixels)
-        if self.fraction < 1:  # tokens without a target count neither in the sum nor, for tubes exactly, in the mean
+        if self.fraction < 1:  # tokens without a target add 0; dividing by `fraction` corrects the mean
             prediction, cubes = prediction * has_target[:, :, None], cubes * has_target[:, :, None]
         return self.error(prediction, cubes) / self.fraction
 

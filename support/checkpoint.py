@@ -37,7 +37,7 @@ def open_log(path: Path, step: int) -> TextIO:
     try:  # a kill may have cut the last line
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} holds a line that is not of a run's log: fix it or move the file away") from None
+        raise UserError(f"{path} holds a line that is not a log entry: fix it or move the file away") from None
     path.with_suffix(".tmp").write_text("".join(kept))
     os.replace(path.with_suffix(".tmp"), path)
     return open(path, "a", buffering=1)

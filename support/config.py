@@ -66,7 +66,7 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     where = files[0] if files else "the checkpoint" if stored else str(default)
     given = flatten(stored) if stored and not files else read_yaml(Path(files[0]) if files else default)
     if stored and not files and (differ := schema.keys() ^ given.keys()):
-        say(f"{where} is of another version; defaults are used for, or it alone has, {', '.join(sorted(differ))}")
+        say(f"{where} is from another version: defaults or nothing instead of {', '.join(sorted(differ))}")
         given = {key: given.get(key, value) for key, value in schema.items()}
     values = {key: (value, where) for key, value in given.items()}
     for setting in settings:

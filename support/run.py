@@ -90,7 +90,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
 
 class Run:
-    """One run: its processes and device, its batches and steps, its folder. The loop itself stands in the stage.
+    """One run: its processes and device, its batches and steps, its folder. The loop itself is in the stage's file.
 
     `python` starts one process, torchrun one per device. `default` is the stage's default configuration file.
     """

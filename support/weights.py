@@ -126,7 +126,8 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     """Load any file that `read_checkpoint` reads into any of this project's models.
 
     Each parameter has to be found, with its shape, unless its name starts with one of `fresh`: those keep their initial
-    values. Each tensor has to be used, unless it is of a part that the model lacks, such as the decoder. Both are said.
+    values. Each tensor has to be used, unless it is of a part that the model lacks, such as the decoder. Both are
+    reported.
     Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)

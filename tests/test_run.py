@@ -110,7 +110,7 @@ def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
 @pytest.mark.parametrize("line", ["no json", "[]", '{"loss": 1}'])
 def test_a_foreign_log_ends_in_a_sentence(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f"{line}\n")
-    with pytest.raises(UserError, match="holds a line that is not of a run's log"):
+    with pytest.raises(UserError, match="holds a line that is not a log entry"):
         open_log(tmp_path / "log.jsonl", 20)
     assert (tmp_path / "log.jsonl").read_text() == f"{line}\n"
 
