@@ -264,7 +264,7 @@ def test_activation_checkpointing_changes_nothing(stage, processes, settings, tm
     one, other = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("false", "true")
     )
-    assert losses(tmp_path / "false") == losses(tmp_path / "true") and len(losses(tmp_path / "true")) >= 3
+    assert losses(tmp_path / "false") == losses(tmp_path / "true") and len(losses(tmp_path / "true")) >= 2
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
