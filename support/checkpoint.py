@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dic
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         then = flatten(as_dict(load_config(default, [], checkpoint["config"])))
-        assert isinstance(checkpoint["step"], int)
+        checkpoint["step"] = int(checkpoint["step"])
     except Exception as error:  # torch.load raises many types for one mistake: not a run's checkpoint
         what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
         raise UserError(f"{what}: delete it or set another run.folder") from None

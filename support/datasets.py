@@ -256,7 +256,7 @@ def labelled_videos(
 ) -> tuple[LabelledVideos, LabelledVideos, list[str]]:
     """Videos with their class for training and for testing, and the names of the classes.
 
-    per_class: train on so many videos of each class; 0 for all.
+    per_class: number of videos of each class to train on; 0 for all.
     known: a checkpoint's classes in the order of its outputs; with them and `val`, no training videos are needed.
     Without `val` every fifth training video of each class is kept for testing.
     Raises UserError for a video whose label is missing or unknown, and if none of the test videos exists.

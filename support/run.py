@@ -158,6 +158,10 @@ class Run:
         """
         self.state, self.facts = state, facts
         checkpoint, refusal = load_checkpoint(self.folder, self.config, self.default), [""]
+        for name in ("classes", "actions") if checkpoint else ():
+            if checkpoint.get(name) != facts.get(name):
+                what = f"{self.folder} holds a run with other {name}"
+                raise UserError(f"{what}: set another run.folder, or restore them to resume")
         if self.rank == 0:
             try:
                 self.lock = open_folder(self.folder, self.config)
@@ -168,10 +172,6 @@ class Run:
         if refusal[0]:
             raise UserError(refusal[0])
         for name, part in state.items() if checkpoint else ():
-            changed = [key for key in ("classes", "actions") if checkpoint.get(key) != facts.get(key)]
-            if changed:
-                what = f"{self.folder} holds a run with other {changed[0]}"
-                raise UserError(f"{what}: set another run.folder, or restore them to resume")
             part.load_state_dict(checkpoint[name])
         self.start = checkpoint["step"] if checkpoint else 0
         self.log_file = open_log(self.folder / "log.jsonl", self.start) if self.rank == 0 else None

@@ -199,6 +199,7 @@ def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished,
     torch.save(content, tmp_path / "run/checkpoint.pt")
     done = run("finetune.py", *settings["finetune"], f"run.folder={tmp_path / 'run'}", ok=False)
     assert done.returncode == 1 and "holds a run with other classes: set another run.folder" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]  # nothing is touched
 
 
 @pytest.mark.parametrize("stage", STAGES)
