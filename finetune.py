@@ -28,7 +28,7 @@ import data
 from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import Classes, LabelledVideos, labelled_videos
+from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
 from support.pictures import draw_comparison
 from support.run import Run, gather, launch, warmup_cosine
 from support.weights import (
@@ -247,15 +247,16 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     run = Run(config, DEFAULT)
     model = build_from(VideoClassifier, weights, config.model.pretrained_clip).to(run.device)
     names = class_names(weights, config, model.options["classes"])
-    scores, broken = test(model, arguments.predict, run, config.data.test_clips, config.data.test_crops, "predicting")
+    videos, (clips, crops) = named_videos(arguments.predict), (config.data.test_clips, config.data.test_crops)
+    scores, broken = test(model, videos, run, clips, crops, "predicting")
     for reason in broken:
         say(f"cannot be read: {reason}")
-    for video, row in zip(arguments.predict, scores, strict=True):
+    for video, row in zip(videos, scores, strict=True):
         if run.rank == 0 and not row.isnan().any():
             best = row.topk(min(5, len(names)))
             lines = [f"  {100 * p:5.1f} %  {names[i]}" for p, i in zip(*map(Tensor.tolist, best), strict=True)]
             print(video, *lines, sep="\n")
-    if len(broken) == len(arguments.predict):
+    if len(broken) == len(videos):
         raise UserError("none of the videos can be read; see above")
 
 
@@ -305,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--test", action="store_true", help="test --weights, do not train")
-    add("--predict", nargs="+", type=Path, metavar="VIDEO", help="print the classes of these videos by --weights")
+    add("--predict", nargs="+", type=Path, metavar="VIDEO", help="print the classes of videos, folders or lists")
     add("--compare", nargs=2, type=Path, metavar="SCORES.csv", help="compare two tested models class by class")
     add("--weights", type=Path, help="fine-tuned checkpoint: this project's, official or Hugging Face's")
     add("--out", type=Path, help="folder for results; default: that of the weights, or of the second scores.csv")

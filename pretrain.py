@@ -25,7 +25,7 @@ import masking
 from model import SIZES, VideoMAE, cube_grid, parameter_groups, recompute_blocks, take
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import list_videos
+from support.datasets import list_videos, named_videos
 from support.pictures import save_videos
 from support.run import Run, launch, warmup_cosine
 from support.video import BrokenVideo, Video
@@ -256,7 +256,7 @@ def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, rat
 
 def reconstruct_videos(arguments: argparse.Namespace) -> None:
     """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
-    weights, videos = arguments.weights, arguments.reconstruct
+    weights, videos = arguments.weights, named_videos(arguments.reconstruct)
     if not weights:
         raise UserError("--reconstruct needs --weights FILE, such as runs/pretrain/toy/checkpoint.pt")
     config = stored_config(weights, DEFAULT, arguments.settings)
@@ -274,7 +274,7 @@ def reconstruct_videos(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--reconstruct", nargs="+", type=Path, metavar="VIDEO", help="draw reconstructions of videos, do not train")
+    add("--reconstruct", nargs="+", type=Path, metavar="VIDEO", help="draw reconstructions of videos, folders or lists")
     add("--weights", type=Path, help="pre-training checkpoint: this project's, official or Hugging Face's")
     add("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95")
     add("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the pictures")

@@ -88,6 +88,15 @@ def list_videos(root: str, selection: str) -> list[Path]:
     return [entry.path for entry in list_entries(root, selection, labels=False)]
 
 
+def named_videos(names: Sequence[Path]) -> list[Path]:
+    """The videos that a command line names: files, folders, or lists, whose paths are relative to the list's folder."""
+    videos = []
+    for name in names:
+        is_list = name.is_dir() or name.suffix.lower() in (".txt", ".csv", ".json")
+        videos += list_videos(str(name.parent), name.name) if is_list else [name]
+    return videos
+
+
 def find_files(root: str, name: str) -> list[Path]:
     """The files that a path or pattern means: below `root`, from the current folder, or as prepare copied them."""
     places = [(root, name), ("", name)] if name else [(root, "")]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, command, run, write_numbered
 
 from support.config import UserError
-from support.datasets import labelled_videos, list_entries, list_videos
+from support.datasets import labelled_videos, list_entries, list_videos, named_videos
 
 Videos = list[tuple[Path, int]]
 
@@ -35,6 +35,12 @@ def relative(root: Path, videos: Videos) -> list[tuple[str, int]]:
 
 def labelled(root: Path, train: str, val: str, classes: str = "", **options) -> tuple[Videos, Videos, list[str]]:
     return labelled_videos(str(root), train, val, classes, **options)
+
+
+def test_a_command_line_names_videos_by_files_folders_and_lists(tmp_path):
+    tree(tmp_path, "a/1.mp4", "a/b/2.mkv", "c.avi", list_txt="a/1.mp4 0\nc.avi 3\n")
+    paths = named_videos([tmp_path / "c.avi", tmp_path / "a", tmp_path / "list.txt"])
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == "c.avi a/1.mp4 a/b/2.mkv a/1.mp4 c.avi".split()
 
 
 # ---- the datasets as they are distributed ----
