@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -284,16 +284,19 @@ class TestViews(Dataset):
 
 
 def collate(samples: list[tuple]) -> tuple:
-    """Stack the tensors of samples; join the reports of broken videos, which come last."""
+    """Stack the tensors of samples; join the reports of broken videos, which come last.
+
+    In a worker, default_collate stacks in shared memory. If that is full, this raises; torch.stack would wait forever.
+    """
     *tensors, broken = zip(*samples, strict=True)
-    return *(torch.stack(column) for column in tensors), sum(broken, [])
+    return *(default_collate(column) for column in tensors), sum(broken, [])
 
 
 def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor | None, list]:
     """Indices and views (B, V, T, 3, H, W) of readable videos, None without any; (index, reason) of the others."""
     readable = [(index, views) for index, views, _ in items if views is not None]
     broken = [(index, reason) for index, views, reason in items if views is None]
-    views = torch.stack([views for _, views in readable]) if readable else None
+    views = default_collate([views for _, views in readable]) if readable else None
     return [index for index, _ in readable], views, broken
 
 

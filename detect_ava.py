@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
@@ -53,7 +54,7 @@ from support.config import UserError, load_config, parse, say
 from support.pictures import draw_persons, side_by_side
 from support.run import Run, gather, launch, random_below, warmup_cosine
 from support.video import BrokenVideo, Video, write_mp4
-from support.weights import build_from, check_init, encoder_options, load_weights, read_checkpoint, stored_config
+from support.weights import build_from, encoder_options, find_init, load_weights, read_checkpoint, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
 
@@ -166,7 +167,7 @@ def to_rois(boxes: list[Tensor]) -> Tensor:
 def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Clips (B, T, 3, H, W), boxes (M, 5) as `to_rois` has them, labels (M, classes), reports of broken videos."""
     clips, boxes, labels, broken = zip(*samples, strict=True)
-    return torch.stack(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
+    return default_collate(clips), to_rois(boxes), torch.cat(labels), sum(broken, [])
 
 
 def test_batch(key_frames: list[tuple], movies: Movies, options: SimpleNamespace) -> tuple:
@@ -230,17 +231,19 @@ def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
-def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
-    """The detector, with random weights (`init=scratch`) or those of any file that `load_weights` reads.
+def build(config: SimpleNamespace, init: str, labels: Tensor) -> ActionDetector:
+    """The detector, with random weights (`init` "scratch") or those of any file that `load_weights` reads.
 
     labels (M, classes): of all persons to train on. The head starts at each action's frequency, which neither the paper
     nor its code does: from one half, its bias would take thousands of steps, and features would make up for it.
     """
     torch.manual_seed(config.run.seed)
-    model = ActionDetector(**encoder_options(config), classes=config.data.actions, drop_path=config.model.drop_path)
-    say(f"initialized from {config.init}")
-    if config.init != "scratch":
-        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
+    model = ActionDetector(
+        **encoder_options(config, init), classes=config.data.actions, drop_path=config.model.drop_path
+    )
+    say(f"initialized from {init}")
+    if init != "scratch":
+        load_weights(model, init, fresh=("encoder.norm.", "head."))
     with torch.no_grad():
         model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
     return model
@@ -297,18 +300,18 @@ def check(config: SimpleNamespace) -> None:
 def train(config: SimpleNamespace) -> None:
     """Train as `config` says (Table 12), or resume; test at the end."""
     check(config)
-    check_init(config.init, "scratch")
+    init = find_init(config, DEFAULT)
     run = Run(config, DEFAULT)
     root = toy.find_ava(config.data)
     frames, movies = find_training(config.data, root)
     test_set = find_test(config.data, root)
     labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in frames.values()])  # (M, classes)
-    model = build(config, labels).to(run.device)
+    model = build(config, init, labels).to(run.device)
     if config.run.recompute:
         recompute_blocks(model)
     clips = KeyFrameClips(list(frames.items()), config.run.seed, movies=movies, options=config.data)
     clips[0, 0]  # stops here if no movie can be read
-    run.plan(len(frames))
+    run.plan(clips.videos)
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)

@@ -33,8 +33,8 @@ from support.pictures import draw_comparison
 from support.run import Run, gather, launch, warmup_cosine
 from support.weights import (
     build_from,
-    check_init,
     encoder_options,
+    find_init,
     load_weights,
     read_checkpoint,
     stored_config,
@@ -53,14 +53,14 @@ def check(config: SimpleNamespace) -> None:
             raise UserError(f"data.{key}={limits} has to name the smaller number first")
 
 
-def build(config: SimpleNamespace, classes: int) -> VideoClassifier:
-    """The classifier, with random weights (`init=scratch`, Table 1d) or those of any file that `load_weights` reads."""
+def build(config: SimpleNamespace, init: str, classes: int) -> VideoClassifier:
+    """The classifier, with random weights (`init` "scratch", Table 1d) or those of any file `load_weights` reads."""
     torch.manual_seed(config.run.seed)
-    encoder = encoder_options(config)
+    encoder = encoder_options(config, init)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
-    say(f"initialized from {config.init}")
-    if config.init != "scratch":
-        load_weights(model, config.init, fresh=("fc_norm.", "head."))
+    say(f"initialized from {init}")
+    if init != "scratch":
+        load_weights(model, init, fresh=("fc_norm.", "head."))
     return model
 
 
@@ -82,16 +82,16 @@ def mixing(mixup: float, cutmix: float) -> v2.Transform:
 def train(config: SimpleNamespace) -> None:
     """Fine-tune as `config` says (Table 10), or resume; test at the end."""
     check(config)
-    check_init(config.init, "scratch")
+    init = find_init(config, DEFAULT)
     run = Run(config, DEFAULT)
     videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
-    model = build(config, len(names)).to(run.device)
+    model = build(config, init, len(names)).to(run.device)
     if config.run.recompute:
         recompute_blocks(model)
     augment, repeats = data.Augmentation(config.data), config.data.repeats
     clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # stops here if no video can be read
-    run.plan(len(videos), repeats)
+    run.plan(videos, repeats)
     if run.per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
         what = "one video at a time has no other to be mixed with"
         raise UserError(f"{what}: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")

@@ -147,7 +147,7 @@ def train(config: SimpleNamespace) -> None:
         seed=config.run.seed,
     )
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
-    run.plan(len(videos))
+    run.plan(videos)
 
     model.to(run.device)
     if config.run.recompute:

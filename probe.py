@@ -61,7 +61,7 @@ def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
     probes = {}
     for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
         torch.manual_seed(config.run.seed)
-        probes[name] = LinearProbe(**encoder_options(config), classes=classes)
+        probes[name] = LinearProbe(**encoder_options(config, config.init), classes=classes)
     load_weights(probes["pre-trained"], config.init, fresh=("head.",))
     return probes
 
@@ -78,7 +78,7 @@ def train(config: SimpleNamespace) -> None:
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)
     clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=crop)
     clips[0, 0]  # stops here if no video can be read
-    run.plan(len(videos))
+    run.plan(videos)
 
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)  # no weight decay
     say(

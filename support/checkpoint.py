@@ -1,10 +1,12 @@
 """What a run keeps in its folder: a lock, its configuration, its log, its checkpoint."""
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import Any, TextIO
 
 import filelock
 import torch
@@ -79,3 +81,24 @@ def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dic
             what = f"{key}={then[key]}, not {now}"
             raise UserError(f"{folder} holds a run with {what}: set another run.folder or delete this one")
     return checkpoint
+
+
+def describe(videos: Sequence) -> dict[str, Any]:
+    """Number and digest of the training videos with their labels, in order. Folder and suffix of a file may change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for video in videos:
+        first, *labels = video if isinstance(video, tuple) else (video,)
+        digest.update(f"{first.stem if isinstance(first, Path) else first} {labels}\n".encode(errors="surrogateescape"))
+    return dict(count=len(videos), digest=digest.hexdigest())
+
+
+def check_facts(folder: Path, checkpoint: dict, facts: dict, other_videos: bool) -> None:
+    """Raises UserError if a checkpoint's classes, or training videos, if it names them, are not those of a run."""
+    for name in ("classes", "actions"):
+        if checkpoint.get(name) != facts.get(name):
+            what = f"{folder} holds a run with other {name}"
+            raise UserError(f"{what}: set another run.folder, or restore them to resume")
+    then, now = checkpoint.get("videos", facts["videos"]), facts["videos"]
+    if then != now and not other_videos:
+        what = f"{folder} holds a run with {then['count']:,} training videos, which are not the {now['count']:,} of now"
+        raise UserError(f"{what}: restore the list, set another run.folder, or resume by run.other_videos=true")

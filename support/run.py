@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, schedule
 from tqdm import tqdm
 
-from support.checkpoint import load_checkpoint, open_folder, open_log, save_checkpoint
+from support.checkpoint import check_facts, describe, load_checkpoint, open_folder, open_log, save_checkpoint
 from support.config import UserError, as_dict, pick, say
 
 
@@ -36,8 +38,16 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except UserError as error:  # a loader worker's comes with its traceback, the sentence at the end
         _stop(str(error).rpartition("UserError: ")[2].strip())
-    except OSError as error:  # a folder that is a file, no permission, a full disk
-        _stop(f"{error}; give another path, or fix this one")
+    except OSError as error:
+        if not error.filename:  # not about a path: show where it happened
+            traceback.print_exc()
+            _stop(str(error))
+        _stop(f"{error}; give another path, or fix this one")  # a folder that is a file, no permission
+    except RuntimeError as error:
+        if not (reason := re.search(r"shared memory|ancdata|Too many open files", str(error))):
+            raise
+        advice = "set data.workers lower, or raise the limit (ulimit -n, or --shm-size of a container)"
+        _stop(f"the loader's workers lack shared memory or open files ({reason[0]}): {advice}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command resumes from the last checkpoint, if there is one")
     if dist.is_initialized():
@@ -130,11 +140,12 @@ class Run:
         self.replicas.append(DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False))
         return self.replicas[-1]
 
-    def plan(self, samples: int, repeats: int = 1) -> None:
+    def plan(self, videos: Sequence, repeats: int = 1) -> None:
         """Split the paper's batch over processes and micro-batches that fit on a device; count steps. Raises UserError.
 
-        repeats: clips that a sample becomes on the device; they do not count in the batch.
+        repeats: clips that a video becomes on the device; they do not count in the batch.
         """
+        self.videos, samples = describe(videos), len(videos)
         optim, batch_size = self.config.optim, self.config.optim.batch_size
         if batch_size % self.world_size:
             raise UserError(f"optim.batch_size={batch_size} cannot be split equally over {self.world_size} processes")
@@ -156,12 +167,10 @@ class Run:
         state: what learns, by its name in the checkpoint: modules and the optimizer. facts: what else checkpoints hold.
         Raises UserError if another run is at work in the folder, or one of another configuration has left it.
         """
-        self.state, self.facts = state, facts
+        self.state, self.facts = state, facts | dict(videos=self.videos)
         checkpoint, refusal = load_checkpoint(self.folder, self.config, self.default), [""]
-        for name in ("classes", "actions") if checkpoint else ():
-            if checkpoint.get(name) != facts.get(name):
-                what = f"{self.folder} holds a run with other {name}"
-                raise UserError(f"{what}: set another run.folder, or restore them to resume")
+        if checkpoint:
+            check_facts(self.folder, checkpoint, self.facts, self.config.run.other_videos)
         if self.rank == 0:
             try:
                 self.lock = open_folder(self.folder, self.config)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from masking import Grid
 from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
+from support.checkpoint import load_checkpoint
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
@@ -244,12 +245,23 @@ def stored_config(path: str | Path, default: Path, settings: list[str]) -> Simpl
     return load_config(default, settings, content.get("config") or as_dict(load_config(default, recipe)))
 
 
-def encoder_options(config: SimpleNamespace) -> dict[str, Any]:
+def encoder_options(config: SimpleNamespace, init: str) -> dict[str, Any]:
     """Arguments of `Encoder`: the model's size, and the clip size that the weights `init` were trained on."""
     clip_size = [config.data.frames, config.data.size, config.data.size]
-    if config.init != "scratch":
-        clip_size = read_checkpoint(config.init)[1]["clip_size"] or config.model.pretrained_clip
+    if init != "scratch":
+        clip_size = read_checkpoint(init)[1]["clip_size"] or config.model.pretrained_clip
     return encoder_size(config.model.size) | dict(clip_size=clip_size, cube=config.model.cube)
+
+
+def find_init(config: SimpleNamespace, default: Path) -> str:
+    """The weights that training starts from: `config.init`, a file or "scratch", or the checkpoint of a run to resume.
+
+    So a run resumes without the file it started from. Raises UserError.
+    """
+    if load_checkpoint(Path(config.run.folder), config, default):
+        return config.run.folder
+    check_init(config.init, "scratch")
+    return config.init
 
 
 def check_init(init: str, *others: str) -> None:

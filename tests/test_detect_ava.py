@@ -419,7 +419,7 @@ def test_training_starts_from_weights_of_every_stage(tmp_path, capfd, naming):
     else:
         content = support.weights.to_hugging_face(state)
     torch.save(content, tmp_path / "weights.pt")
-    detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"), NO_PERSONS)
+    detector = detect_ava.build(configured(f"init={tmp_path / 'weights.pt'}"), str(tmp_path / "weights.pt"), NO_PERSONS)
     assert torch.equal(detector.encoder.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
     if "pre-training" in naming:
         assert torch.equal(detector.encoder.norm.weight, source.encoder.norm.weight)  # kept
@@ -438,7 +438,7 @@ def test_a_classifier_is_no_detector(tmp_path):
 def test_the_head_starts_at_the_frequencies_of_the_actions():
     labels = torch.zeros(199, 12)
     labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
-    detector = detect_ava.build(configured("init=scratch"), labels)
+    detector = detect_ava.build(configured("init=scratch"), "scratch", labels)
     frequencies = detector.head.bias.detach().sigmoid()
     assert (
         frequencies[3] == pytest.approx(49.5 / 200)
@@ -448,7 +448,7 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
 
 
 def test_the_first_logits_are_nearly_those_of_the_frequencies():
-    detector = detect_ava.build(configured("init=scratch", "model.size=S"), torch.zeros(10, 12)).eval()
+    detector = detect_ava.build(configured("init=scratch", "model.size=S"), "scratch", torch.zeros(10, 12)).eval()
     rois = torch.tensor([[0.0, 3, 3, 40, 30], [0.0, 20, 10, 60, 60], [1.0, 0, 0, 64, 64]])
     spread = detector(torch.randn(2, 3, 8, 64, 64), rois) - detector.head.bias
     assert 1e-5 < spread.std() < 2e-3  # about 0.3 without the authors' factor of 0.001
@@ -547,7 +547,7 @@ def alike(one: dict[tuple, dict[int, float]], other: dict[tuple, dict[int, float
 
 def test_detections_do_not_depend_on_batches(ava):
     config = configured(f"data.root={ava}", "data.workers=0", "run.batch_per_device=1")
-    detector = randomized(detect_ava.build(configured("init=scratch"), NO_PERSONS))
+    detector = randomized(detect_ava.build(configured("init=scratch"), "scratch", NO_PERSONS))
     alone = detections(config, detector, ava)
     assert all(list(of_person) == list(range(1, 13)) for of_person in alone.values())
     config.run.batch_per_device = 3
@@ -593,7 +593,7 @@ def test_a_batch_holds_key_frames_of_one_movie(ava, monkeypatch):
 
     monkeypatch.setattr(detect_ava, "test_batch", reading)
     config = configured(f"data.root={ava}", "data.workers=0", "run.batch_per_device=2")
-    detections(config, detect_ava.build(configured("init=scratch"), NO_PERSONS), ava)
+    detections(config, detect_ava.build(configured("init=scratch"), "scratch", NO_PERSONS), ava)
     assert sum(seen, []) == list(detect_ava.find_test(config.data, ava).persons)
     assert all(len({video for video, _ in batch}) == 1 and len(batch) <= 2 for batch in seen)
     assert max(map(len, seen)) == 2
@@ -612,7 +612,10 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(ava, 
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
 
     test_set = detect_ava.find_test(config.data, folder)
-    detector, one_run = detect_ava.build(configured("init=scratch"), NO_PERSONS), Run(config, detect_ava.DEFAULT)
+    detector, one_run = (
+        detect_ava.build(configured("init=scratch"), "scratch", NO_PERSONS),
+        Run(config, detect_ava.DEFAULT),
+    )
     detect_ava.test(detector, test_set, one_run, "test", tmp_path / "out")
     said = capfd.readouterr().err
     assert said.count("no detections: ") == 2 and "movie val_00000 is missing" in said and "val_00001.mp4" in said

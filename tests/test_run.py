@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, command
 
-from support.checkpoint import load_checkpoint, open_folder, open_log, save_checkpoint
+from support.checkpoint import describe, load_checkpoint, open_folder, open_log, save_checkpoint
 from support.config import UserError, as_dict, load_config
 from support.run import Run, launch, random_below, sample_generator, seed_device, warmup_cosine
 
@@ -72,7 +74,7 @@ def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_ba
     ]
     run = Run(load_config(TOY, settings), TOY)
     run.world_size = world_size
-    run.plan(10 * batch + 3, repeats)
+    run.plan(range(10 * batch + 3), repeats)
     assert (run.per_device, run.per_device * run.accumulation * world_size) == (micro_batch, batch)
     assert run.per_device * repeats <= max(at_most, repeats) and run.samples_per_step == batch * repeats
     assert (run.steps_per_epoch, run.total, run.warmup) == (10, 50, 20)
@@ -81,23 +83,23 @@ def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_ba
 def test_a_batch_that_splits_badly_is_said(capsys):
     run = Run(load_config(TOY, ["optim.batch_size=254", "run.batch_per_device=64"]), TOY)
     run.world_size = 2
-    run.plan(1000)
+    run.plan(range(1000))
     assert run.per_device == 1 and "can only be split into micro-batches of 1, though 64 fit" in capsys.readouterr().err
     run.world_size = 1
-    run.plan(1000)
+    run.plan(range(1000))
     assert run.per_device == 2
     assert "micro-batches of 2" in capsys.readouterr().err
-    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(1000)
+    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(range(1000))
     assert not capsys.readouterr().err
 
 
 def test_batches_that_cannot_be_split_end_in_a_sentence():
     run = Run(load_config(TOY, ["optim.batch_size=10"]), TOY)
     with pytest.raises(UserError, match="9 videos are fewer than one batch: set optim.batch_size to 9 or less"):
-        run.plan(9)
+        run.plan(range(9))
     run.world_size = 3
     with pytest.raises(UserError, match="optim.batch_size=10 cannot be split equally over 3 processes"):
-        run.plan(100)
+        run.plan(range(100))
 
 
 def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -124,7 +126,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
         "run.log_every=1",
     ]
     run = Run(load_config(TOY, settings), TOY)
-    run.plan(2)
+    run.plan(range(2))
     run.open({})
     with pytest.raises(UserError, match="the loss is nan at step 2; a lower optim.base_lr may help"):
         for step in run.steps():
@@ -223,3 +225,37 @@ def test_precision_and_compilation_follow_the_device():
         with run.autocast():
             product = torch.ones(2, 2, device=run.device) @ torch.ones(2, 2, device=run.device)
         assert (product.dtype == torch.bfloat16) == run.bf16
+
+
+def test_training_videos_are_described_by_names_labels_and_order(tmp_path):
+    a, b = Path("old/a.avi"), Path("old/b.avi")
+    assert describe([a, b]) == describe([Path("new/a.mp4"), Path("new/b.mp4")])  # moved, or prepared
+    assert describe([(a, 1)]) == describe([(Path("new/a.mp4"), 1)])
+    others = [[b, a], [a], [a, a], [(a, 0)], [(a, 1)], [(("a", 902), "rows")], [(("a", 903), "rows")]]
+    assert len({describe(videos)["digest"] for videos in [[a, b], *others]}) == 8
+    assert describe([Path(os.fsdecode(b"\xff.mp4"))])["count"] == 1
+
+
+def test_an_oserror_that_is_not_about_a_path_is_shown_whole(monkeypatch, capsys):
+    def main():
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sys.argv", ["pretrain.py"])
+    with pytest.raises(SystemExit, match=r"pretrain.py: \[Errno 5\] Input/output error$"):
+        launch(main)
+    assert "Traceback" in capsys.readouterr().err
+
+
+SMALL_SHM = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]
+FEW_FILES = ["sh", "-c", 'ulimit -n 28 && exec "$@"', "sh"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are set as on Linux")
+@pytest.mark.parametrize("limited", [FEW_FILES, SMALL_SHM], ids=["files", "memory"])
+def test_a_loader_without_shared_memory_or_open_files_ends_in_a_sentence(limited, settings, tmp_path):
+    if subprocess.run([*limited, "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount")
+    words = command("pretrain.py", *settings["pretrain"], "data.workers=4", f"run.folder={tmp_path / 'run'}")
+    done = subprocess.run([*limited, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "workers lack shared memory or open files" in last and "ulimit -n" in last, last

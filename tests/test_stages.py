@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EVERYTHING_RANDOM, ROOT, command, in_group, log, losses, run
+from conftest import ENVIRONMENT, EVERYTHING_RANDOM, ROOT, command, in_group, log, losses, run
 
 import support.run
 from support.config import UserError, as_dict, load_config
@@ -200,6 +201,44 @@ def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished,
     done = run("finetune.py", *settings["finetune"], f"run.folder={tmp_path / 'run'}", ok=False)
     assert done.returncode == 1 and "holds a run with other classes: set another run.folder" in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]  # nothing is touched
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_whose_list_of_videos_changed_resumes_only_if_told_to(stage, settings, finished, tmp_path):
+    content = torch.load(finished(stage) / "checkpoint.pt", weights_only=True)
+    content["videos"]["count"] += 1
+    content["step"] -= 1
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save(content, folder / "checkpoint.pt")
+    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", ok=False)
+    sentence = (
+        f"{content['videos']['count']} training videos, which are not the {content['videos']['count'] - 1} of now"
+    )
+    assert done.returncode == 1 and sentence in done.stderr and "resume by run.other_videos=true" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]  # nothing is touched
+    run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "run.other_videos=true")
+    assert len(losses(folder)) == 1
+
+
+@pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
+def test_a_run_resumes_without_the_file_it_started_from(stage, settings, finished, pretrained, tmp_path):
+    init, folder = tmp_path / "init.pt", tmp_path / "run"
+    shutil.copy(pretrained, init)
+    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=64", f"run.folder={folder}"]
+    first = subprocess.Popen(command(f"{stage}.py", *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoint.pt").exists() and first.poll() is None:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    init.unlink()
+    assert f"initialized from {folder}" in run(f"{stage}.py", *words).stderr
+    start = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    shutil.rmtree(folder)
+    shutil.copy(pretrained, init)
+    run(f"{stage}.py", *words)
+    whole = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(start[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("stage", STAGES)

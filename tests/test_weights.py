@@ -605,7 +605,7 @@ def test_the_encoder_is_built_for_the_clips_that_init_was_trained_on(tmp_path):
     clips = {"scratch": [4, 96, 96], tmp_path / "own.pt": [6, 32, 64], tmp_path / "official.pth": [8, 48, 48]}
     for init, clip_size in clips.items():
         more = ["data.frames=4", "data.size=96", "model.pretrained_clip=[8,48,48]", f"init={init}"]
-        options = support.weights.encoder_options(load_config(FINETUNE, more))
+        options = support.weights.encoder_options(config := load_config(FINETUNE, more), config.init)
         assert options == dict(width=128, depth=4, heads=4, clip_size=clip_size, cube=[2, 16, 16])
 
 
@@ -654,7 +654,7 @@ def test_a_hugging_face_folder_says_which_clips_it_is_for(hugging_face_folder, t
     assert (recipe.data.frames, recipe.data.size) == (16, 224)
     support.weights.check_init(str(tmp_path / file), "scratch")
     config = load_config(FINETUNE, [f"init={tmp_path / file}", "model.pretrained_clip=[16,224,224]"])
-    assert support.weights.encoder_options(config)["clip_size"] == [6, 40, 40]
+    assert support.weights.encoder_options(config, config.init)["clip_size"] == [6, 40, 40]
 
 
 def test_weights_of_a_hugging_face_folder_run_at_other_clips(hugging_face_folder):
