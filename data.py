@@ -303,7 +303,8 @@ def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     """A DataLoader with `workers` processes of its own, 0 for none; for a GPU, batches come in pinned memory."""
     ahead = dict(num_workers=workers, prefetch_factor=4) if workers else {}
-    return DataLoader(dataset, pin_memory=torch.cuda.is_available(), **ahead, **options)
+    pinned = torch.cuda.is_available() or torch.xpu.is_available()
+    return DataLoader(dataset, pin_memory=pinned, **ahead, **options)
 
 
 class GlobalBatches(Sampler):

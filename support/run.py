@@ -99,6 +99,26 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def find_device() -> torch.device:
+    """The accelerator of this process (CUDA, Apple's MPS, Intel's XPU), or the CPU. Raises UserError if there is none.
+
+    Each process of torchrun has its own.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if not accelerator:
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if index >= count:
+        raise UserError(f"there are {count} GPUs: give torchrun a smaller --nproc_per_node")
+    return torch.device(accelerator.type, index)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether products are faster in bf16: on GPUs, except for NVIDIA's before Ampere, which only emulate it."""
+    is_cuda = device.type == "cuda"
+    return torch.cuda.is_bf16_supported(including_emulation=False) if is_cuda else device.type != "cpu"
+
+
 class Run:
     """One run: its processes and device, its batches and steps, its folder. The loop itself is in the stage's file.
 
@@ -107,23 +127,22 @@ class Run:
 
     def __init__(self, config: SimpleNamespace, default: Path) -> None:
         self.config, self.default, self.folder = config, default, Path(config.run.folder)
-        on_gpu = torch.cuda.is_available()
-        self.bf16 = pick({"auto": on_gpu, "bf16": True, "float32": False}, config.run.precision, "run.precision")
-        self.compiled = pick({"auto": on_gpu, "always": True, "never": False}, config.run.compile, "run.compile")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            if self.device.index >= torch.cuda.device_count():
-                raise UserError(f"there are {torch.cuda.device_count()} GPUs: give torchrun a smaller --nproc_per_node")
-            torch.cuda.set_device(self.device)
+        self.device = find_device()
+        fast, compiles = has_fast_bf16(self.device), self.device.type in ("cuda", "xpu")
+        self.bf16 = pick({"auto": fast, "bf16": True, "float32": False}, config.run.precision, "run.precision")
+        self.compiled = pick({"auto": compiles, "always": True, "never": False}, config.run.compile, "run.compile")
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index)
             torch.set_float32_matmul_precision("high")  # TF32
         elif "OMP_NUM_THREADS" not in os.environ:  # leave cores to the loader: 15 to 20 % more clips/s on two cores
             torch.set_num_threads(max(1, torch.get_num_threads() - config.data.workers))
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            gpu, backend = self.device.type, dist.get_default_backend_for_device(self.device.type)
+            dist.init_process_group("gloo" if gpu == "cpu" else f"cpu:gloo,{gpu}:{backend}")
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.replicas: list[DistributedDataParallel] = []
         self.broken: list[str] = []  # a sentence on each video that could not be read
-        self.pending: tuple[Tensor, torch.cuda.Event | None, dict] | None = None
+        self.pending: tuple[Tensor, torch.Event | None, dict] | None = None
 
     def autocast(self) -> torch.autocast:
         """bf16 where `run.precision` asks for it."""
@@ -168,18 +187,15 @@ class Run:
         Raises UserError if another run is at work in the folder, or one of another configuration has left it.
         """
         self.state, self.facts = state, facts | dict(videos=self.videos)
-        checkpoint, refusal = load_checkpoint(self.folder, self.config, self.default), [""]
+        checkpoint, refusals = load_checkpoint(self.folder, self.config, self.default), []
         if checkpoint:
             check_facts(self.folder, checkpoint, self.facts, self.config.run.other_videos)
-        if self.rank == 0:
-            try:
-                self.lock = open_folder(self.folder, self.config)
-            except UserError as error:
-                refusal = [str(error)]
-        if dist.is_initialized():  # all processes end with the sentence, not only the one that found it
-            dist.broadcast_object_list(refusal)
-        if refusal[0]:
-            raise UserError(refusal[0])
+        try:
+            self.lock = open_folder(self.folder, self.config) if self.rank == 0 else None
+        except UserError as error:
+            refusals = [str(error)]
+        for sentence in gather(refusals):  # on all processes, not only the one that found it
+            raise UserError(sentence)
         for name, part in state.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
         self.start = checkpoint["step"] if checkpoint else 0
@@ -242,7 +258,7 @@ class Run:
                 dist.all_reduce(self.loss_sum)
             self._write_pending()
             loss = (self.loss_sum / (self.count * self.world_size)).to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+            arrived = None if self.device.type == "cpu" else torch.Event(self.device)
             if arrived:
                 arrived.record()
             seconds = time.perf_counter() - self.since
@@ -292,8 +308,8 @@ class Run:
 
 def peak_memory(device: torch.device) -> float | None:
     """GB: the most that tensors took on a GPU, or this process of the machine's memory, if the system tells."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    if most := getattr(torch.get_device_module(device), "max_memory_allocated", None):
+        return round(most(device) / 1e9, 3)
     try:
         import resource
     except ImportError:  # Windows

@@ -13,7 +13,16 @@ from conftest import ENVIRONMENT, ROOT, command
 
 from support.checkpoint import describe, load_checkpoint, open_folder, open_log, save_checkpoint
 from support.config import UserError, as_dict, load_config
-from support.run import Run, launch, random_below, sample_generator, seed_device, warmup_cosine
+from support.run import (
+    Run,
+    find_device,
+    has_fast_bf16,
+    launch,
+    random_below,
+    sample_generator,
+    seed_device,
+    warmup_cosine,
+)
 
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
 
@@ -225,6 +234,20 @@ def test_precision_and_compilation_follow_the_device():
         with run.autocast():
             product = torch.ones(2, 2, device=run.device) @ torch.ones(2, 2, device=run.device)
         assert (product.dtype == torch.bfloat16) == run.bf16
+
+
+@pytest.mark.parametrize("kind, count, rank", [("cuda", 2, 1), ("mps", 1, 0), ("xpu", 2, 0)])
+def test_a_process_takes_the_accelerator_of_its_rank(kind, count, rank, monkeypatch):
+    """On this machine there may be none: torch.accelerator's answers are those of other machines."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert find_device() == torch.device(kind, rank) and (kind == "cuda" or has_fast_bf16(find_device()))
+    monkeypatch.setenv("LOCAL_RANK", str(count))
+    with pytest.raises(UserError, match=f"there are {count} GPUs: give torchrun a smaller --nproc_per_node"):
+        find_device()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert find_device() == torch.device("cpu") and not has_fast_bf16(find_device())
 
 
 def test_training_videos_are_described_by_names_labels_and_order(tmp_path):

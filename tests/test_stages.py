@@ -204,6 +204,19 @@ def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished,
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
+    """As on macOS and Windows, where there is no fork."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', True)\n"
+    )
+    words = command(f"{stage}.py", *settings[stage], "data.workers=1", f"run.folder={tmp_path / 'run'}")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == losses(finished(stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_whose_list_of_videos_changed_resumes_only_if_told_to(stage, settings, finished, tmp_path):
     content = torch.load(finished(stage) / "checkpoint.pt", weights_only=True)
     content["videos"]["count"] += 1
