@@ -228,7 +228,7 @@ def extract(arguments: argparse.Namespace) -> None:
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
     mine = list(files.items())[run.rank :: run.world_size]
     todo = [(file, video) for file, video in mine if not is_done(file, settings | dict(video=video))]
-    say(f"features of {len(videos):,} videos: {', '.join(f'{key}={value}' for key, value in settings.items())}")
+    say(f"{len(videos):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
     bar, broken = tqdm(unit=" windows", disable=run.rank > 0), []
 
     def encoded(video: Path) -> Iterator[tuple[np.ndarray, list]]:

@@ -17,6 +17,8 @@ from videos import SIZE, broken_files, number_of, write_numbered
 import data
 import model as m
 import probe
+from detect_ava import ActionDetector
+from support.config import load_config
 from support.video import BrokenVideo
 from support.weights import build_from, export_hugging_face, to_hugging_face
 
@@ -140,11 +142,12 @@ def test_frames_in_memory_do_not_depend_on_the_length_and_each_is_decoded_once(
 
     monkeypatch.setattr(probe.Video, "every_frame", every_frame)
     alive = []
-    for _ in probe.windows(path, **PLAIN | dict(size=37, window_stride=window_stride)):
-        shapes = [each.shape for each in gc.get_objects() if type(each) is torch.Tensor]
-        alive.append(shapes.count((3, 37, 37)))
-        assert shapes.count((3, 74, 74)) <= 2
-    assert 4 <= max(alive) <= most and len(alive) > 2 and len(decoded) <= 240
+    for number, _ in enumerate(probe.windows(path, **PLAIN | dict(size=37, window_stride=window_stride))):
+        if number in (2, 17, 75, 230):
+            shapes = [each.shape for each in gc.get_objects() if type(each) is torch.Tensor]
+            alive.append(shapes.count((3, 37, 37)))
+            assert shapes.count((3, 74, 74)) <= 2
+    assert 4 <= max(alive) <= most and len(decoded) <= 240
 
 
 # ---- features ----
@@ -208,6 +211,21 @@ def test_weights_of_every_kind_give_the_same_features(videos, pretrained, fine_t
             features(out, "--features", videos / "a/x.mp4", "--weights", weights, *elsewhere)
             found.append(read(out / "x.npz")["features"])
         assert found[0].shape == (3, 128) and all(np.array_equal(each, found[0]) for each in found)
+
+    # what has no encoder of the same weights to compare with: image models and detectors, as the linear probe sees them
+    image = {key: value for key, value in state.items() if key.startswith("encoder.") and "_bias" not in key}
+    image |= {f"encoder.blocks.{i}.attn.qkv.bias": torch.zeros(384) for i in range(4)}
+    image |= {"encoder.patch_embed.proj.weight": image["encoder.patch_embed.proj.weight"][:, :, 0]}
+    image |= {"pos_embed": torch.randn(1, 1 + 16, 128), "cls_token": torch.zeros(1, 1, 128)}
+    torch.save(image | {"head.weight": torch.zeros(9, 128), "head.bias": torch.zeros(9)}, tmp_path / "image.pth")
+    detector = ActionDetector(**m.encoder_size("tiny"), classes=3, clip_size=(8, 64, 64))
+    torch.save(dict(model=detector.state_dict(), model_options=detector.options), tmp_path / "detector.pt")
+    clip = clips_of(videos / "a/x.mp4", frames=8, stride=2, size=64, window_stride=16, last="repeat").transpose(1, 2)
+    for name in ("image.pth", "detector.pt"):
+        features(tmp_path / name[:-3], "--features", videos / "a/x.mp4", "--weights", tmp_path / name, *elsewhere)
+        config = load_config(probe.DEFAULT, [f"init={tmp_path / name}", *elsewhere])
+        expected = probe.build(config, 3)["pre-trained"].features(clip)
+        assert np.abs(read(tmp_path / name[:-3] / "x.npz")["features"] - expected.numpy()).max() < 1e-5
 
     done = features(tmp_path / "as trained", "--features", videos / "a/x.mp4", "--weights", fine_tuned)
     assert read(tmp_path / "as trained/x.npz")["window_stride"] == 8 * 4  # the stride of its configuration
