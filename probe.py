@@ -2,31 +2,47 @@
 
     laptop:   torchrun probe.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
+    features: python probe.py --features VIDEO... --weights FILE --out FOLDER      # see docs/features.md
 
 An encoder with random weights, PyTorch's own initialization, can be probed next to it, on the same clips.
 The same command resumes from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
 import argparse
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
 
 import data
 from finetune import test_and_write
-from model import Encoder, cube_grid
+from model import Encoder, VideoClassifier, cube_grid
 from support import toy
-from support.config import load_config, parse, pick, say
-from support.datasets import labelled_videos
-from support.run import Run, launch, warmup_cosine
-from support.weights import check_init, encoder_options, load_weights
+from support.config import UserError, as_dict, flatten, load_config, parse, pick, say
+from support.datasets import labelled_videos, named_videos
+from support.run import Run, gather, launch, warmup_cosine
+from support.video import BrokenVideo, Video
+from support.weights import check_init, encoder_options, load_weights, read_checkpoint, read_options, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
+# --keep: the mean over all tokens of a window, the means over those of each time, or every token
+KEEP = {"mean": "B (t n) D -> B D", "time": "B (t n) D -> B t D", "tokens": "B (t n) D -> B (t n) D"}
 
 
 class LinearProbe(nn.Module):
@@ -114,9 +130,147 @@ def train(config: SimpleNamespace) -> None:
         run.log(step=run.total, encoder=name, test_top1=top1)
 
 
+# ---- features of long videos ----
+
+
+def frozen(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.Module]:
+    """The encoder of any weights, with its last norm, or without one but with the `fc_norm` of fine-tuned weights."""
+    state, options = read_checkpoint(weights)[0], read_options(weights, config.model.pretrained_clip)
+    sizes = {key: options[key] for key in ("width", "depth", "heads", "clip_size", "eps") if key in options}
+    kind = VideoClassifier if "fc_norm.weight" in state else LinearProbe
+    model = kind(**sizes, cube=config.model.cube, classes=options.get("classes", 1))
+    model.head = model.head if "head.weight" in state else nn.Identity()
+    load_weights(model, weights, fresh=("head.",))
+    return model.encoder.eval(), getattr(model, "fc_norm", nn.Identity())
+
+
+def windows(
+    path: Path, frames: int, stride: int, size: int, window_stride: int, last: str
+) -> Iterator[tuple[Tensor, tuple[float, float]]]:
+    """Clips uint8 (T, 3, size, size) along a video, with the seconds at which their first and last frames are shown.
+
+    One starts every `window_stride` frames. If those that fit leave frames at the end and last="repeat", one more
+    repeats the last frame that it reaches. Crops are those of a single test view. Each frame is decoded once, and only
+    those that later windows need are kept. Raises BrokenVideo.
+    """
+    span, reach = frames * stride, (frames - 1) * stride
+    with Video(path) as video:
+        starts = list(range(0, len(video) - reach, window_stride))
+        after = len(starts) * window_stride
+        if last == "repeat" and after < len(video) and (not starts or starts[-1] + span < len(video)):
+            starts.append(after)
+        if not starts:
+            raise BrokenVideo(f"{path}: its {len(video)} frames do not fill a window; --last repeat would fill it")
+        times, decoded, kept = [float(time) for time in video.times], enumerate(video.every_frame()), {}
+        for start in starts:
+            indices = [start + i for i in data.dense_clip(min(span, len(video) - start), frames, stride)]
+            kept = {index: frame for index, frame in kept.items() if index >= start}
+            while indices[-1] not in kept:
+                index, frame = next(decoded)
+                if any((index - first) % stride == 0 for first in range(start, index + 1, window_stride)):
+                    kept[index] = data.test_crops(frame[None], size, 1)[0, 0]  # (3, size, size)
+            yield torch.stack([kept[index] for index in indices]), (times[indices[0]], times[indices[-1]])
+
+
+def is_done(file: Path, settings: dict[str, Any]) -> bool:
+    """Whether the file of features is there. UserError if it was made with other settings."""
+    if not file.exists():
+        return False
+    try:
+        with np.load(file) as stored:
+            then = {key: str(stored[key]) for key in settings}
+    except Exception as error:  # many types for one mistake
+        raise UserError(f"{file} holds no features ({type(error).__name__}): delete it or give another --out") from None
+    if differ := [f"{key}={then[key]}, not {now}" for key, now in settings.items() if then[key] != str(now)]:
+        raise UserError(f"{file} was made with {'; '.join(differ)}: delete it or give another --out")
+    return True
+
+
+def write_features(file: Path, batches: Iterable[tuple[np.ndarray, list]], facts: dict[str, Any]) -> None:
+    """Write features (B, ...) and the start and end of their windows, next to the file and renamed: it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part, seconds = file.with_suffix(".part"), []
+    with tempfile.TemporaryFile(dir=file.parent) as rows:  # all tokens of a long video may not fit in memory
+        for features, times in batches:
+            rows.write(features)
+            seconds += times
+        rows.flush()
+        features = np.memmap(rows, np.float32, "r", shape=(len(seconds), *features.shape[1:]))
+        start, end = np.array(seconds).T
+        with open(part, "wb") as opened:
+            np.savez(opened, features=features, start=start, end=end, **facts)
+    os.replace(part, file)
+
+
+@torch.inference_mode()
+def extract(arguments: argparse.Namespace) -> None:
+    """`--features`: write the features of each video's windows, unless they are there already."""
+    weights, overrides = arguments.weights, arguments.settings
+    trained = flatten(read_checkpoint(weights)[1].get("config", {}))  # in any stage
+    stored = {key: trained.get(key, value) for key, value in flatten(as_dict(load_config(DEFAULT, []))).items()}
+    config = load_config(DEFAULT, overrides, stored) if trained else stored_config(weights, DEFAULT, overrides)
+    frames, stride, size = config.data.frames, config.data.stride, config.data.size
+    grid = cube_grid((frames, size, size), config.model.cube)
+    if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    run, (encoder, norm) = Run(config, DEFAULT), frozen(weights, config)
+    options = dict(frames=frames, stride=stride, size=size, last=arguments.last)
+    options["window_stride"] = arguments.window_stride or frames * stride
+    parameters = parameters_to_vector([*encoder.parameters(), encoder.pos_embed, *norm.parameters()])
+    checksum = zlib.crc32(parameters.numpy())
+    settings = options | dict(keep=arguments.keep, bf16=run.bf16, checksum_of_weights=checksum)
+    encoder, norm = encoder.to(run.device), norm.to(run.device)
+
+    videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in named_videos(arguments.features)))
+    above = os.path.commonpath([video.parent for video in videos])
+    files = {arguments.out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
+    if len(files) < len(videos):
+        raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
+    mine = list(files.items())[run.rank :: run.world_size]
+    todo = [(file, video) for file, video in mine if not is_done(file, settings | dict(video=video))]
+    say(f"{len(videos):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
+    bar, broken = tqdm(unit=" windows", disable=run.rank > 0), []
+
+    def encoded(video: Path) -> Iterator[tuple[np.ndarray, list]]:
+        found = windows(video, **options)
+        while batch := list(islice(found, config.run.batch_per_device)):
+            clip = data.normalize(torch.stack([clip for clip, _ in batch]).to(run.device))  # (B, 3, T, H, W)
+            with run.autocast():
+                x = reduce(encoder(clip), KEEP[arguments.keep], "mean", t=grid[0])  # from (B, N, D)
+                features = norm(x).float()  # (B, D), (B, T/2, D) or (B, N, D)
+            yield features.cpu().numpy(), [times for _, times in batch]
+            bar.update(len(batch))
+
+    for number, (file, video) in enumerate(todo, len(mine) - len(todo) + 1):
+        bar.set_postfix_str(f"video {number} of {len(mine)}")
+        try:
+            write_features(file, encoded(video), settings | dict(video=str(video), weights=str(weights)))
+        except BrokenVideo as error:
+            broken.append(video)
+            tqdm.write(f"cannot be read: {error}", file=sys.stderr)
+    if len(gather(broken)) == len(videos):
+        raise UserError("none of the videos can be read; see above")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train(load_config(DEFAULT, parse(parser).settings))
+    add = parser.add_argument
+    add("--features", nargs="+", type=Path, metavar="VIDEO", help="write features of videos, folders or lists")
+    add("--weights", type=Path, help="pre-trained or fine-tuned, of this project or others, see docs/weights.md")
+    add("--out", type=Path, help="folder for the features, one .npz file for each video")
+    add("--window-stride", type=int, help="frames from window to window; default: data.frames x data.stride")
+    add("--keep", choices=KEEP, default="mean", help="of a window's tokens: the mean, the mean over space, or all")
+    add("--last", choices=("repeat", "drop"), default="repeat", help="what to do if the last window is not full")
+    arguments = parse(parser)
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)} - {"settings"}
+    if not given:
+        train(load_config(DEFAULT, arguments.settings))
+    elif not {"features", "weights", "out"} <= given:
+        raise UserError("--features VIDEO..., --weights FILE and --out FOLDER go together; training takes init=FILE")
+    elif arguments.window_stride is not None and arguments.window_stride < 1:
+        raise UserError(f"--window-stride {arguments.window_stride} has to be at least 1")
+    else:
+        extract(arguments)
 
 
 if __name__ == "__main__":

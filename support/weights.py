@@ -91,6 +91,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path} is not a checkpoint that can be read safely (weights_only): {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
+    if "heads" in content:  # a linear probe's checkpoint: its encoder is that of its `init`
+        return read_checkpoint(content["config"]["init"])
     state = content
     while inner := next((state[key] for key in KEYS if isinstance(state.get(key), dict)), None):
         state = inner
