@@ -11,9 +11,8 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 import argparse
 import os
 import sys
-import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -36,6 +35,7 @@ from model import Encoder, VideoClassifier, cube_grid
 from support import toy
 from support.config import UserError, as_dict, flatten, load_config, parse, pick, say
 from support.datasets import labelled_videos, named_videos
+from support.features import is_done, write_features
 from support.run import Run, gather, launch, warmup_cosine
 from support.video import BrokenVideo, Video
 from support.weights import check_init, encoder_options, load_weights, read_checkpoint, read_options, stored_config
@@ -170,36 +170,6 @@ def windows(
                 if any((index - first) % stride == 0 for first in range(start, index + 1, window_stride)):
                     kept[index] = data.test_crops(frame[None], size, 1)[0, 0]  # (3, size, size)
             yield torch.stack([kept[index] for index in indices]), (times[indices[0]], times[indices[-1]])
-
-
-def is_done(file: Path, settings: dict[str, Any]) -> bool:
-    """Whether the file of features is there. UserError if it was made with other settings."""
-    if not file.exists():
-        return False
-    try:
-        with np.load(file) as stored:
-            then = {key: str(stored[key]) for key in settings}
-    except Exception as error:  # many types for one mistake
-        raise UserError(f"{file} holds no features ({type(error).__name__}): delete it or give another --out") from None
-    if differ := [f"{key}={then[key]}, not {now}" for key, now in settings.items() if then[key] != str(now)]:
-        raise UserError(f"{file} was made with {'; '.join(differ)}: delete it or give another --out")
-    return True
-
-
-def write_features(file: Path, batches: Iterable[tuple[np.ndarray, list]], facts: dict[str, Any]) -> None:
-    """Write features (B, ...) and the start and end of their windows, next to the file and renamed: it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part, seconds = file.with_suffix(".part"), []
-    with tempfile.TemporaryFile(dir=file.parent) as rows:  # all tokens of a long video may not fit in memory
-        for features, times in batches:
-            rows.write(features)
-            seconds += times
-        rows.flush()
-        features = np.memmap(rows, np.float32, "r", shape=(len(seconds), *features.shape[1:]))
-        start, end = np.array(seconds).T
-        with open(part, "wb") as opened:
-            np.savez(opened, features=features, start=start, end=end, **facts)
-    os.replace(part, file)
 
 
 @torch.inference_mode()
