@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from masking import split
 from support.config import UserError
 from support.randaugment import rand_augment
-from support.run import random_below, sample_generator
+from support.run import ignore_signals, random_below, sample_generator
 from support.video import BrokenVideo, Video
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
@@ -304,7 +304,7 @@ def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     """A DataLoader with `workers` processes of its own, 0 for none; for a GPU, batches come in pinned memory."""
     ahead = dict(num_workers=workers, prefetch_factor=4) if workers else {}
     pinned = torch.cuda.is_available() or torch.xpu.is_available()
-    return DataLoader(dataset, pin_memory=pinned, **ahead, **options)
+    return DataLoader(dataset, pin_memory=pinned, worker_init_fn=ignore_signals, **ahead, **options)
 
 
 class GlobalBatches(Sampler):

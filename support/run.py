@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ from tqdm import tqdm
 
 from support.checkpoint import check_facts, describe, load_checkpoint, open_folder, open_log, save_checkpoint
 from support.config import UserError, as_dict, pick, say
+
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -97,6 +100,25 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
     if step < warmup:
         return peak * step / warmup
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[str]]:
+    """The names of the signals that came. By SIGTERM or SIGUSR1 a cluster's scheduler announces the end of a job."""
+    numbers, told = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)], []
+    before = [signal.signal(number, lambda number, _: told.append(signal.Signals(number).name)) for number in numbers]
+    try:
+        yield told
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """For a loader's worker, which gets them as well and has to stay until its process has finished the step."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def find_device() -> torch.device:
@@ -218,7 +240,8 @@ class Run:
         quiet = self.rank > 0
         self.bar = tqdm(range(self.start, self.total), initial=self.start, total=self.total, unit="step", disable=quiet)
         self._reset(self.start)
-        with tracer or nullcontext():
+        self.asked: tuple[Tensor, dist.Work | None] | None = None
+        with tracer or nullcontext(), noted_signals() as self.told:
             for step in self.bar:
                 self.step = step
                 yield step
@@ -267,7 +290,8 @@ class Run:
             place = dict(step=done, epoch=round(done / self.steps_per_epoch, 4))
             self.pending = loss, arrived, place | values | measured | dict(memory_gb=peak_memory(self.device))
             self._reset(done)
-        if done % run.checkpoint_every == 0 or done == self.total:
+        stop = self._stop_requested() and done < self.total
+        if stop or done % run.checkpoint_every == 0 or done == self.total:
             self._write_pending()
             self.broken = list(dict.fromkeys(gather(self.broken)))
             if self.rank == 0:
@@ -278,6 +302,19 @@ class Run:
                 content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
                 content |= dict(step=done, config=as_dict(self.config))
                 save_checkpoint(self.folder / "checkpoint.pt", content)
+        if stop:
+            reason = " and ".join(self.told) or "another process"
+            raise UserError(f"stopped by {reason} after step {done}: the same command resumes there")
+
+    def _stop_requested(self) -> bool:
+        """Whether a signal asked any of the processes to stop. They agree on it a step later, so that none waits."""
+        if self.world_size == 1:
+            return bool(self.told)
+        told, before = torch.tensor(len(self.told)), self.asked
+        self.asked = told, dist.all_reduce(told, async_op=True)
+        if before:
+            before[1].wait()
+        return bool(before and before[0])
 
     def validation_due(self) -> bool:
         """Whether this step ends an epoch after which `run.validate_every` asks for a test; the last has its own."""

@@ -203,6 +203,37 @@ def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished,
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]  # nothing is touched
 
 
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGTERM", 2), ("SIGUSR1", 2)])
+def test_a_signal_of_a_cluster_saves_a_checkpoint_from_which_the_run_resumes(
+    name, processes, settings, finished, tmp_path
+):
+    """Without torchrun, all processes get it, as from Slurm; with it, torchrun gets SIGTERM, one process SIGUSR1."""
+    folder = tmp_path / "run"
+    words = [*settings["pretrain"], "run.checkpoint_every=1000", "data.workers=1", "optim.epochs=40"]
+    line = command("pretrain.py", *words, f"run.folder={folder}", processes=processes)
+    more = dict(cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(line, **more) as process:
+        while not (folder / "log.jsonl").exists() or len(log(folder)) < 2:
+            time.sleep(0.02)
+            assert process.poll() is None
+        if not processes:
+            os.killpg(process.pid, getattr(signal, name))
+        elif name == "SIGTERM":
+            process.send_signal(signal.SIGTERM)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGUSR1)
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode != 0 and re.search(rf"pretrain.py: stopped by {name} after step \d+: the same", said), (
+        said
+    )
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert 2 <= step < 100 and log(folder)[-1]["step"] <= step
+    run("pretrain.py", *words, f"run.folder={folder}")
+    reference = finished("pretrain", "optim.epochs=40")
+    assert losses(folder) == pytest.approx(losses(reference), abs=0 if not processes else 1e-5)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
     """As on macOS and Windows, where there is no fork."""
