@@ -22,33 +22,34 @@ from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_position
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
-# Where a file's tensors may be, and what may stand before their names.
+# Where a file's tensors may be.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
-WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
-# This project's names are the official ones. What stands for their parts elsewhere, replaced one after the other:
-HUGGING_FACE = [  # in both directions
-    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
-    ("embeddings.position_embeddings", "encoder.pos_embed"),
-    ("position_embeddings", "pos_embed"),
-    ("encoder.layer.", "encoder.blocks."),
-    ("layernorm.", "encoder.norm."),
-    ("decoder.decoder_layers.", "decoder.blocks."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".attention.attention.", ".attn."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-]
-OTHERS = [  # regular expressions, for reading
-    (r"^(classifier|cls_head\.fc_cls|roi_heads?(\.\w+)*)\.(weight|bias)$", r"head.\3"),  # also official detection
-    (r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),  # transformers 5
-    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2, also the next two
-    (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
-    (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models
-    (r"^encoder\.(?=head\.|fc_norm\.)", ""),
-]
+# This project's names are the official ones. What stands for their parts elsewhere:
+HUGGING_FACE = {  # in both directions
+    "embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
+    "embeddings.position_embeddings": "encoder.pos_embed",
+    "position_embeddings": "pos_embed",
+    "encoder.layer.": "encoder.blocks.",
+    "layernorm.": "encoder.norm.",
+    "decoder.decoder_layers.": "decoder.blocks.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".attention.output.dense.": ".attn.proj.",
+    ".attention.attention.": ".attn.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+NAMES = {  # regular expressions, for reading, replaced one after the other
+    r"\b(module|_orig_mod|model|backbone|videomae)\.": "",
+    **{re.escape(theirs): ours for theirs, ours in HUGGING_FACE.items()},
+    r"^(classifier|cls_head\.fc_cls|roi_heads?(\.\w+)*)\.(weight|bias)$": r"head.\3",  # also official detection
+    r"\.attn\.(q|v)(uery|alue)\.bias$": r".attn.\1_bias",  # transformers 5
+    r"\bpatch_embed\.projection\.": "patch_embed.proj.",  # mmaction2, also the next two
+    r"\.mlp\.layers\.0\.0\.": ".mlp.fc1.",
+    r"\.mlp\.layers\.1\.": ".mlp.fc2.",
+    r"^(?=patch_embed\.|blocks\.|norm\.)": "encoder.",  # official fine-tuning, image models
+    r"^encoder\.(?=head\.|fc_norm\.)": "",
+}
 # A model without such a part leaves it unused. Anything else that is left over is a mistake.
 PARTS = "encoder.norm. fc_norm. encoder_to_decoder. mask_token decoder pos_embed cls_token pre_logits.".split()
 # Official checkpoints contain their command line and numpy's scalars, whose module numpy 2 renamed: values, no code.
@@ -107,11 +108,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {}
     for key, value in state.items():
-        key = re.sub(WRAPPERS, "", key)
-        for theirs, ours in HUGGING_FACE:
-            key = key.replace(theirs, ours)
-        for pattern, ours in OTHERS:
-            key = re.sub(pattern, ours, key)
+        for theirs, ours in NAMES.items():
+            key = re.sub(theirs, ours, key)
         own[key] = value
     for query in [key for key in own if key.endswith(".attn.query.weight")]:  # Hugging Face has three matrices
         three = [query.replace("query", name) for name in ("query", "key", "value")]
@@ -127,8 +125,7 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
 
     Each parameter has to be found, with its shape, unless its name starts with one of `fresh`: those keep their initial
     values. Each tensor has to be used, unless it is of a part that the model lacks, such as the decoder. Both are
-    reported.
-    Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
+    reported. Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
     own = model.state_dict() | dict(model.named_buffers())  # with the position tables
@@ -265,7 +262,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         prefix = "videomae." if key.startswith("encoder.") else ""
         key = re.sub(r"^head\.", "classifier.", key)
-        for theirs, ours in HUGGING_FACE:
+        for theirs, ours in HUGGING_FACE.items():
             key = key.replace(ours, theirs)
         parts = value.chunk(3) if key.endswith(".qkv.weight") else [value]
         for name, part in zip(("query", "key", "value"), parts, strict=False):
