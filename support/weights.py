@@ -1,6 +1,6 @@
 """Weights in and out: this project's, official, mmaction2's, Hugging Face's and those of image models.
 
-python -m support.weights CHECKPOINT FOLDER    # a pre-training checkpoint as a folder for transformers
+python -m support.weights CHECKPOINT FOLDER    # a pre-trained or fine-tuned model as a folder for transformers
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from masking import Grid
-from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
+from model import SIZES, VideoClassifier, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
@@ -270,41 +270,72 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def export_hugging_face(model: VideoMAE, folder: str | Path, normalize_target: bool = True) -> None:
-    """Write `config.json`, `preprocessor_config.json` and `pytorch_model.bin` for transformers' `from_pretrained`.
+def export_hugging_face(
+    model: VideoMAE | VideoClassifier,
+    folder: str | Path,
+    normalize_target: bool = True,
+    classes: list[str] | None = None,
+) -> str:
+    """Write `config.json`, `preprocessor_config.json` and the weights for transformers' `from_pretrained`.
 
-    Raises UserError for models that its classes cannot express: frames that are not square, other targets of Table 1c.
+    The weights are safetensors if that package is installed. classes: a classifier's, numbers if not given. Returns the
+    name of transformers' class. Raises UserError for models that it cannot express: frames that are not square, other
+    targets of Table 1c, positions that are not the computed ones.
     """
-    o = model.options
+    o, table, folder = model.options, model.encoder.pos_embed, Path(folder)
     (frames, height, side), (p0, p1, p2) = o["clip_size"], o["cube"]
-    if height != side or p1 != p2 or o["frames_per_token"] != p0:
-        what = "square frames and cubes and the target of the paper's default only"
+    computed = torch.allclose(table, sincos_positions(*table.shape), atol=1e-5)
+    if height != side or p1 != p2 or o.get("frames_per_token", p0) != p0 or not computed:
+        what = "square frames and cubes, the target of the paper's default and the computed position table only"
         raise UserError(f"transformers' VideoMAE knows {what}")
-    config = dict(architectures=["VideoMAEForPreTraining"], model_type="videomae", layer_norm_eps=o["eps"])
+    pretrained = isinstance(model, VideoMAE)
+    kind = "VideoMAEForPreTraining" if pretrained else "VideoMAEForVideoClassification"
+    config = dict(architectures=[kind], model_type="videomae", layer_norm_eps=o["eps"], use_mean_pooling=not pretrained)
     config |= dict(image_size=height, num_frames=frames, patch_size=p1, tubelet_size=p0)
-    config |= dict(norm_pix_loss=normalize_target, use_mean_pooling=False)
-    for prefix in ("", "decoder_"):
+    for prefix in ("", "decoder_") if pretrained else ("",):
         width, depth, heads = (o[f"{prefix}{name}"] for name in ("width", "depth", "heads"))
         config |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": 4 * width}
         config |= {f"{prefix}num_hidden_layers": depth, f"{prefix}num_attention_heads": heads}
+    if pretrained:
+        config |= dict(norm_pix_loss=normalize_target)
+    else:
+        names = dict(enumerate(classes or map(str, range(o["classes"]))))
+        config |= dict(id2label=names, label2id={name: number for number, name in names.items()})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=height))
     processor |= dict(crop_size=dict(height=height, width=height))
     processor |= dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # the class's default is 0.5
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), "utf-8")
-    torch.save(to_hugging_face(model.state_dict()), folder / "pytorch_model.bin")
+    for name, content in (("config", config), ("preprocessor_config", processor)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), "utf-8")
+    state = to_hugging_face(model.state_dict())
+    try:
+        from safetensors.torch import save_file
+
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except ImportError:
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier export: it would be read instead
+    return kind
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a pre-training checkpoint as a Hugging Face model folder.")
+    parser = argparse.ArgumentParser(description="Write a pre-trained or fine-tuned model as a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    config = read_checkpoint(arguments.checkpoint)[1].get("config", {"target": {"normalize": True}})
-    export_hugging_face(build_from(VideoMAE, arguments.checkpoint), arguments.folder, config["target"]["normalize"])
-    print(f"wrote {arguments.folder}: transformers.VideoMAEForPreTraining.from_pretrained('{arguments.folder}')")
+    path, folder = vars(parser.parse_args()).values()
+    content, is_classifier = read_checkpoint(path)[1], "classes" in read_options(path)
+    model = build_from(VideoClassifier if is_classifier else VideoMAE, path)
+    config, labels = content.get("config", {}), content["config.json"].get("id2label", {})
+    if "size" in (data := config.get("data", {})) and [data["frames"], data["size"]] != model.options["clip_size"][:2]:
+        what = f"{path} was trained on clips of another size than its position table's"
+        raise UserError(f"{what}: transformers' VideoMAE, which cannot interpolate the table, has no such model")
+    normalize, what, names = config.get("target", {}).get("normalize", True), "a pre-trained model", []
+    if is_classifier:
+        count = model.options["classes"]
+        what = f"a fine-tuned classifier of {count} classes"
+        names = content.get("classes") or [labels.get(str(number), str(number)) for number in range(count)]
+    kind = export_hugging_face(model, folder, normalize, names)
+    print(f"{path} is {what}\nwrote {folder}: transformers.{kind}.from_pretrained('{folder}')")
 
 
 if __name__ == "__main__":
