@@ -1,6 +1,7 @@
 """Which videos a dataset has, and their labels, as each dataset's own files say it.
 
 python -m support.datasets configs/finetune/ucf101_base.yaml data.root=/data/ucf101    # before days of training
+python -m support.datasets VIDEO... FOLDER... LIST...    # can they be read?
 """
 
 import argparse
@@ -357,7 +358,15 @@ def read_settings(settings: list[str]) -> SimpleNamespace:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if not check(read_settings(parse(parser).settings)):
+    words = parse(parser).settings
+    if any(word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists() for word in words) or not words:
+        well = check(read_settings(words))
+    else:
+        videos = named_videos(list(map(Path, words)))
+        broken = _unreadable(videos, os.cpu_count() or 1)
+        print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
+        well = not broken
+    if not well:
         sys.exit(1)
 
 
