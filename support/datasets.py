@@ -359,7 +359,8 @@ def read_settings(settings: list[str]) -> SimpleNamespace:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = parse(parser).settings
-    if any(word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists() for word in words) or not words:
+    settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
+    if settings or not words:
         well = check(read_settings(words))
     else:
         videos = named_videos(list(map(Path, words)))

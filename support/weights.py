@@ -329,12 +329,10 @@ def main() -> None:
     if "size" in (data := config.get("data", {})) and [data["frames"], data["size"]] != model.options["clip_size"][:2]:
         what = f"{path} was trained on clips of another size than its position table's"
         raise UserError(f"{what}: transformers' VideoMAE, which cannot interpolate the table, has no such model")
-    normalize, what, names = config.get("target", {}).get("normalize", True), "a pre-trained model", []
-    if is_classifier:
-        count = model.options["classes"]
-        what = f"a fine-tuned classifier of {count} classes"
-        names = content.get("classes") or [labels.get(str(number), str(number)) for number in range(count)]
-    kind = export_hugging_face(model, folder, normalize, names)
+    numbers = map(str, range(model.options.get("classes", 0)))
+    names = content.get("classes") or [labels.get(number, number) for number in numbers]
+    what = f"a fine-tuned classifier of {len(names)} classes" if is_classifier else "a pre-trained model"
+    kind = export_hugging_face(model, folder, config.get("target", {}).get("normalize", True), names)
     print(f"{path} is {what}\nwrote {folder}: transformers.{kind}.from_pretrained('{folder}')")
 
 
