@@ -1,6 +1,7 @@
 """Which videos a dataset has, and their labels, as each dataset's own files say it.
 
 python -m support.datasets configs/finetune/ucf101_base.yaml data.root=/data/ucf101    # before days of training
+python -m support.datasets VIDEO... FOLDER... LIST...    # can they be read?
 """
 
 import argparse
@@ -11,7 +12,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,7 +22,6 @@ from support.config import UserError, load_config, parse
 from support.run import launch
 from support.video import BrokenVideo, Video
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SUFFIXES = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 VIDEO = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))((?:[\s,].*)?)", re.IGNORECASE)  # in a list
 QUOTED, OTHER = re.compile(r'"([^"]+)"(.*)'), re.compile(r"(.*?)((?:[\s,]+-?\d+)*)")
@@ -62,8 +61,8 @@ def list_entries(root: str, selection: str, labels: bool = True) -> list[Entry]:
         if flag:
             entries = [entry for file in files for entry in _read_flagged(root, file, pattern, flag)]
         elif where.is_dir():
-            entries = [Entry(path, path.parent.name, str(path.parent)) for path in files_below(where)]
-            entries = [entry._replace(label="") if entry.path.parent == where else entry for entry in entries]
+            videos = [(path, path.parent) for path in files_below(where)]
+            entries = [Entry(path, "" if folder == where else folder.name, str(folder)) for path, folder in videos]
         else:
             entries = _read_list(root, where, labels)
         if Path(root, "prepared.json").exists():
@@ -88,12 +87,13 @@ def list_videos(root: str, selection: str) -> list[Path]:
     return [entry.path for entry in list_entries(root, selection, labels=False)]
 
 
-def named_videos(names: Sequence[Path]) -> list[Path]:
+def named_videos(names: list[Path]) -> list[Path]:
     """The videos that a command line names: files, folders, or lists, whose paths are relative to the list's folder."""
     videos = []
     for name in names:
+        root, selection = (name, "") if name.is_dir() else (name.parent, name.name)
         is_list = name.is_dir() or name.suffix.lower() in (".txt", ".csv", ".json")
-        videos += list_videos(str(name.parent), name.name) if is_list else [name]
+        videos += list_videos(str(root), selection) if is_list else [name]
     return videos
 
 
@@ -103,14 +103,13 @@ def find_files(root: str, name: str) -> list[Path]:
     if Path(root, "prepared.json").exists():
         places.append((root, Path(name).name))
     for folder, pattern in places:
-        if Path(folder, pattern).exists():
-            return [Path(folder, pattern)]
-        if found := glob.glob(pattern, root_dir=folder or None, recursive=True):
+        exists = Path(folder, pattern).exists()
+        if found := [pattern] if exists else glob.glob(pattern, root_dir=folder or None, recursive=True):
             return [Path(folder, match) for match in sorted(found)]
     return []
 
 
-def files_below(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+def files_below(folder: Path, suffixes: list[str] = SUFFIXES) -> list[Path]:
     """The videos, or other files, below `folder`, sorted. Hidden ones are skipped. Links are followed but for loops."""
 
     def leads_back(path: Path) -> bool:
@@ -124,22 +123,22 @@ def files_below(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
 
 def _read_list(root: str, file: Path, labels: bool) -> list[Entry]:
-    lines = [] if file.suffix == ".json" else _lines(file)
-    table = csv.DictReader((line for _, line in lines), skipinitialspace=True)
-    table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    named = []  # in the list, in the file system, and the label
     if file.suffix == ".json":
-        items = json.loads(file.read_text("utf-8-sig"))
-        names = [re.sub(r"[\[\]]", "", item.get("template") or item.get("label") or "") for item in items]
-        named = [(str(item["id"]), name, f"id {item['id']}") for item, name in zip(items, names, strict=True)]
-    elif {"youtube_id", "time_start", "time_end"} <= set(table.fieldnames):
-        named = []
-        for row in table:
-            name = f"{row['youtube_id'].strip()}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-            named.append((name, (row.get("label") or "").strip(), f"youtube_id {row['youtube_id']}"))
+        for item in json.loads(file.read_text("utf-8-sig")):
+            label = re.sub(r"[\[\]]", "", item.get("template") or item.get("label") or "")
+            named.append((f"id {item['id']}", str(item["id"]), label))
     else:
-        return [_read_line(root, where, line, labels) for where, line in lines]
+        lines = _lines(file)
+        table = csv.DictReader(lines.values(), skipinitialspace=True)
+        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        if not {"youtube_id", "time_start", "time_end"} <= set(table.fieldnames):
+            return [_read_line(root, where, line, labels) for where, line in lines.items()]
+        for row in table:
+            stem = f"{row['youtube_id'].strip()}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+            named.append((f"youtube_id {row['youtube_id']}", stem, (row.get("label") or "").strip()))
     paths = {path.stem: path for path in files_below(Path(root))}
-    return [Entry(paths.get(name, Path(root, name)), label, f"{file}: {where}") for name, label, where in named]
+    return [Entry(paths.get(stem, Path(root, stem)), label, f"{file}: {what}") for what, stem, label in named]
 
 
 def _read_line(root: str, where: str, line: str, labels: bool) -> Entry:
@@ -155,18 +154,20 @@ def _read_line(root: str, where: str, line: str, labels: bool) -> Entry:
 
 def _read_flagged(root: str, file: Path, pattern: str, flag: str) -> list[Entry]:
     """HMDB51: CLASS_test_split1.txt with lines `name flag`; the class is what stands before the pattern's text."""
-    label, lines = file.name.removesuffix(pattern.rpartition("*")[2]), _lines(file)
-    for where, line in lines:
-        if not _split(line)[1].isdecimal():
+    label, entries = file.name.removesuffix(pattern.rpartition("*")[2]), []
+    for where, line in _lines(file).items():
+        name, its_flag = _split(line)
+        if not its_flag.isdecimal():
             raise UserError(f"{where}: expected 'name flag', not '{line}'")
-    named = [(where, *_split(line)) for where, line in lines]
-    return [Entry(Path(root, label, name), label, where) for where, name, its_flag in named if its_flag == flag]
+        if its_flag == flag:
+            entries.append(Entry(Path(root, label, name), label, where))
+    return entries
 
 
-def _lines(file: Path) -> list[tuple[str, str]]:
-    """A text file's lines that are not blank, each with its file and number."""
+def _lines(file: Path) -> dict[str, str]:
+    """A text file's lines that are not blank, by file and number."""
     lines = file.read_text("utf-8-sig").splitlines()
-    return [(f"{file}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return {f"{file}, line {number}": line.strip() for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -178,12 +179,10 @@ def _split(line: str) -> tuple[str, str]:
 def _as_prepared(root: str, entries: list[Entry]) -> list[Entry]:
     """In a folder that prepare filled: the .mp4 files there in place of the originals, which lists may name."""
     original = json.loads(Path(root, "prepared.json").read_text("utf-8"))["root"]
-
-    def prepared(path: Path) -> Path:
-        path = Path(root, path.relative_to(original)) if path.is_relative_to(original) else path
-        return path.with_suffix(".mp4") if path.suffix.lower() in SUFFIXES else path
-
-    return [Entry(prepared(path), label, where) for path, label, where in entries]
+    paths = [path for path, _, _ in entries]
+    paths = [Path(root, path.relative_to(original)) if path.is_relative_to(original) else path for path in paths]
+    paths = [path.with_suffix(".mp4") if path.suffix.lower() in SUFFIXES else path for path in paths]
+    return [entry._replace(path=path) for entry, path in zip(entries, paths, strict=True)]
 
 
 class Classes:
@@ -191,17 +190,20 @@ class Classes:
 
     From a file: lines `name`, numbered from 0 (Kinetics), lines `number name` (UCF101's classInd.txt) or `name,number`,
     with or without a header, or a .json object {"name": "number"} (Something-Something V2's labels). Without one, from
-    the labels of the training videos: names in alphabetical order, or numbers.
+    the labels of the training videos: names in alphabetical order, or numbers. known: a checkpoint's classes, whose
+    order is kept if they are the same ones.
     """
 
-    def __init__(self, root: str, file: str, entries: list[Entry]) -> None:
+    def __init__(self, root: str, file: str, entries: list[Entry], known: list[str] | None = None) -> None:
         self.where = (find_files(root, file) or [Path(file)])[0] if file else "the training videos"
         numbered = _read_classes(self.where) if file else _number_labels(entries)
+        if known and sorted(known) == sorted(name for _, name in numbered):
+            numbered.sort(key=lambda item: known.index(item[1]))
         self.names = [name for _, name in numbered]
         self.by_label: dict[str | int, int] = {}
-        has_numbers = not any(name.isdecimal() for name in self.names)  # apart from names
+        named_by_numbers = any(name.isdecimal() for name in self.names)  # then a number is a name, not a place
         for index, (number, name) in enumerate(numbered):
-            for key in (_plain(name), number) if has_numbers else (_plain(name),):
+            for key in [_plain(name)] if named_by_numbers else [_plain(name), number]:
                 if self.by_label.setdefault(key, index) != index:
                     what = f"classes '{self.names[self.by_label[key]]}' and '{name}' cannot be told apart"
                     raise UserError(f"{self.where}: {what}; rename or renumber one of the two")
@@ -209,17 +211,17 @@ class Classes:
     def index(self, entry: Entry) -> int:
         """The class of an entry. Raises UserError with its file and line."""
         label, video = entry.label, entry.path.name
-        index = self.by_label.get(_plain(str(label)))
-        if index is None and str(label).isdecimal():
-            index = self.by_label.get(int(label))
-        if index is None:
+        for key in (_plain(str(label)), int(label) if str(label).isdecimal() else None):
+            if key in self.by_label:
+                return self.by_label[key]
+        if isinstance(label, str):
             what = f"unknown class '{label}' for {video}" if label else f"no label for {video}"
-            if isinstance(label, int):
-                what = f"label {label} for {video}; labels count from 0"
-                what = f"label {label} is out of range for {video}" if label >= 0 else what
-            classes = f"{self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ..."
-            raise UserError(f"{entry.where}: {what}; {classes}")
-        return index
+        elif label < 0:
+            what = f"label {label} for {video}; labels count from 0"
+        else:
+            what = f"label {label} is out of range for {video}"
+        classes = f"{self.where} has {len(self.names)} classes, {', '.join(self.names[:3])}, ..."
+        raise UserError(f"{entry.where}: {what}; {classes}")
 
 
 def _plain(name: str) -> str:
@@ -246,16 +248,16 @@ def _read_classes(file: Path) -> list[tuple[int, str]]:
         lines = _lines(file)
     except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
-    for form in (r'"?(?P<number>\d+)"?[\s,]+(?P<name>.+)', r'(?P<name>.+?)\s*[,\t]\s*"?(?P<number>\d+)"?'):
-        matches = [re.fullmatch(form, line) for _, line in lines]
-        others = [where for (where, _), match in zip(lines[1:], matches[1:], strict=True) if not match]
-        if any(matches) and not others:  # the first line may be a header
-            return [(int(match["number"]), match["name"].strip('"')) for match in matches if match]
-        if any(matches) and 2 * sum(map(bool, matches)) >= len(lines):
-            raise UserError(f"{others[0]}: expected a number and a name, as in the other lines")
-    names = [line.strip('"') for _, line in lines]
-    if not names:
+    if not lines:
         raise UserError(f"data.classes: {file} names no class")
+    for form in (r'"?(?P<number>\d+)"?[\s,]+(?P<name>.+)', r'(?P<name>.+?)\s*[,\t]\s*"?(?P<number>\d+)"?'):
+        matches = {where: re.fullmatch(form, line) for where, line in lines.items()}
+        found = [match for match in matches.values() if match]
+        if 2 * len(found) >= len(lines):
+            if others := [where for where in [*lines][1:] if not matches[where]]:  # the first line may be a header
+                raise UserError(f"{others[0]}: expected a number and a name, as in the other lines")
+            return [(int(match["number"]), match["name"].strip('"')) for match in found]
+    names = [line.strip('"') for line in lines.values()]
     is_header = re.fullmatch("names?|labels?|class|classes|class_name|category", names[0].lower())
     return list(enumerate(names[1:] if is_header else names))
 
@@ -270,29 +272,27 @@ def labelled_videos(
     Without `val` every fifth training video of each class is kept for testing.
     Raises UserError for a video whose label is missing or unknown, and if none of the test videos exists.
     """
-    videos: LabelledVideos = []
     if known and val:
-        table = Classes(root, classes, [Entry(Path(), name, "the checkpoint") for name in known])
-        names = known if sorted(known) == sorted(table.names) else table.names
-        val_videos = [(entry.path, names.index(table.names[table.index(entry)])) for entry in list_entries(root, val)]
+        entries, table = [], Classes(root, classes, [Entry(Path(), name, "the checkpoint") for name in known], known)
     else:
         entries = list_entries(root, train)
-        table = Classes(root, classes, entries)
-        names, by_class = table.names, [[] for _ in table.names]
-        for entry in entries:
-            by_class[table.index(entry)].append(entry.path)
-        for label, paths in enumerate(by_class):
-            kept = [path for place, path in enumerate(paths) if val or place % 5 != 4]
-            videos += [(path, label) for path in kept[: per_class or None]]
-        held_out = [(path, label) for label, paths in enumerate(by_class) for path in paths[4::5]]
-        val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)] if val else held_out
-        if not val_videos:
-            what = f"no class in {root} has five videos, so none can be kept for testing"
-            raise UserError(f"{what}: name test videos by data.val")
+        table = Classes(root, classes, entries, known)
+    by_class: list[list[Path]] = [[] for _ in table.names]
+    for entry in entries:
+        by_class[table.index(entry)].append(entry.path)
+    videos, held_out = [], []
+    for label, paths in enumerate(by_class):
+        kept = [path for place, path in enumerate(paths) if val or place % 5 != 4]
+        videos += [(path, label) for path in kept[: per_class or None]]
+        held_out += [(path, label) for path in paths[4::5]]
+    val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)] if val else held_out
+    if not val_videos:
+        what = f"no class in {root} has five videos, so none can be kept for testing"
+        raise UserError(f"{what}: name test videos by data.val")
     if not any(path.exists() for path, _ in val_videos):  # known now, not after days of training
         what = f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}"
         raise UserError(f"{what}: look at data.root and data.val")
-    return videos, val_videos, names
+    return videos, val_videos, table.names
 
 
 # ---- a dataset looked over before days of training ----
@@ -301,55 +301,56 @@ def labelled_videos(
 def check(config: SimpleNamespace) -> bool:
     """Print the number of videos of each class, for training and for testing, and what is wrong; return if all is well.
 
-    config: the group `data` of a configuration. Wrong are labels, files that cannot be read (the first, the middle and
-    the last frame are decoded), and test videos that are among those for training.
+    config: the group `data` of a configuration. Wrong are labels, files that cannot be read, and test videos that are
+    among those for training.
     """
     labels = hasattr(config, "classes")  # pre-training has none
     table, well, seen = None, True, set()
-    for what, selection in (("training", config.train), ("testing", config.val)):
-        if what == "testing" and not selection:
-            break
+    for what, selection in (("training", config.train), ("testing", config.val))[: 2 if config.val else 1]:
         entries = list_entries(config.root, selection, labels)
-        labelled = entries if labels else []
-        table = table or Classes(config.root, config.classes if labels else "", labelled)
+        table = table or Classes(config.root, config.classes if labels else "", entries if labels else [])
         count, wrong, paths = Counter(), [], [entry.path for entry in entries]
-        for entry in labelled:
+        for entry in entries if labels else ():
             try:
                 count[table.index(entry)] += 1
             except UserError as error:
                 wrong.append(str(error))
-        bar = dict(desc=f"reading {what} videos", unit="video")
-        broken = list(filter(None, thread_map(_unreadable, paths, max_workers=max(1, config.workers), **bar)))
+        broken = _unreadable(paths, config.workers)
         print(
             f"{len(paths):,} videos for {what} in {selection or config.root}, {len(table.names)} classes, "
             f"{len(wrong)} wrong labels, {len(broken)} unreadable"
         )
         for index, name in enumerate(table.names):
             print(f"{count[index]:8,}  {name}")
+        if both := seen.intersection(paths):
+            broken.append(f"{len(both):,} videos are for training as well, {min(both)} for one")
         for report in (*wrong, *broken):
             print(f"  {report}")
-        if both := seen.intersection(paths):
-            print(f"  {len(both):,} videos are for training as well, {min(both)} for one")
         seen.update(paths)
-        well = well and not (wrong or broken or both)
+        well = well and not (wrong or broken)
     return well
 
 
-def _unreadable(path: Path) -> str:
-    """Why a video's first, middle or last frame cannot be read, or ""."""
-    try:
-        with Video(path) as video:
-            video.frames([0, len(video) // 2, len(video) - 1])
-    except BrokenVideo as error:
-        return str(error)
-    return ""
+def _unreadable(videos: list[Path], workers: int) -> list[str]:
+    """Why some videos cannot be read. The first, the middle and the last frame of each are decoded."""
+
+    def reason(path: Path) -> str:
+        try:
+            with Video(path) as video:
+                video.frames([0, len(video) // 2, len(video) - 1])
+        except BrokenVideo as error:
+            return str(error)
+        return ""
+
+    reasons = thread_map(reason, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
+    return [reason for reason in reasons if reason]
 
 
 def read_settings(settings: list[str]) -> SimpleNamespace:
     """The group `data` of the configuration, of any stage but detection, that a command line asks for."""
     stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
     stage = stages[0] if stages and stages[0] in ("pretrain", "probe") else "finetune"
-    config = load_config(CONFIGS / stage / "toy.yaml", settings).data
+    config = load_config(Path(__file__).parents[1] / "configs" / stage / "toy.yaml", settings).data
     if not config.root:
         raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
     return config
@@ -357,7 +358,16 @@ def read_settings(settings: list[str]) -> SimpleNamespace:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if not check(read_settings(parse(parser).settings)):
+    words = parse(parser).settings
+    settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
+    if settings or not words:
+        well = check(read_settings(words))
+    else:
+        videos = named_videos(list(map(Path, words)))
+        broken = _unreadable(videos, os.cpu_count() or 1)
+        print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
+        well = not broken
+    if not well:
         sys.exit(1)
 
 

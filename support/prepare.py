@@ -11,9 +11,9 @@ import os
 import re
 import signal
 import statistics
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ X264 = {
     "crf": "21.4", "preset": "medium", "tune": "fastdecode", "g": "32", "bf": "7", "b_strategy": "0",
     "sc_threshold": "0", "psy-rd": "0:0", "aq-strength": "0", "x264-params": "b-pyramid=none:open-gop=0",
 }  # fmt: skip
-LISTS = (".csv", ".json", ".pbtxt", ".tsv", ".txt")  # lists and labels next to the videos
+LISTS = [".csv", ".json", ".pbtxt", ".tsv", ".txt"]  # lists and labels next to the videos
 
 
 def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> None:
@@ -54,7 +54,7 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     if outside := [video for video in videos if not video.is_relative_to(source)]:
         what = f"{min(outside)} is not below data.root={source}, so it has no place in {out}"
         raise UserError(f"{what}: set data.root to a folder that holds all videos")
-    sources = _sources({video: out / video.relative_to(source).with_suffix(".mp4") for video in sorted(videos)})
+    sources = _sources((video, out / video.relative_to(source).with_suffix(".mp4")) for video in sorted(videos))
     try:
         _begin_folder(out, json.dumps({"root": str(source), "short": short, "x264": X264}))
         _copy_lists(source, [*selections, getattr(config, "classes", "")], out)
@@ -63,11 +63,8 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     except OSError as error:
         raise UserError(f"{out} cannot be filled ({error}): fix this and give the same command again") from None
     todo = [target for target in sources if not target.exists()]
-    pool = (
-        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) if processes > 1 else None
-    )
-    with pool or nullcontext():
-        in_turn = pool.map if pool else map
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_process) as pool:
+        in_turn = pool.map if processes > 1 else map
         reasons = in_turn(partial(_prepare_one, short=short), [sources[target] for target in todo], todo)
         bar = tqdm(reasons, "preparing videos", len(sources), initial=len(sources) - len(todo), unit="video")
         try:
@@ -76,8 +73,9 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
             what = "a process was killed, perhaps for lack of memory"
             raise UserError(f"{what}: give the same command again, with fewer --processes") from None
     done = [target for target in sources if target.exists()]
-    _write_lines(out / "prepared.txt", [target.relative_to(out).as_posix() for target in done])
-    _write_lines(out / "unreadable.txt", broken)
+    for name, lines in (("prepared", [path.relative_to(out).as_posix() for path in done]), ("unreadable", broken)):
+        text = "".join(f"{line}\n" for line in lines)
+        (out / f"{name}.txt").write_text(text, "utf-8", errors="surrogateescape")
     for reason in broken:
         print(f"  cannot be read: {reason}")
     if not done:
@@ -91,10 +89,10 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     )
 
 
-def _sources(targets: dict[Path, Path]) -> dict[Path, Path]:
+def _sources(targets: Iterable[tuple[Path, Path]]) -> dict[Path, Path]:
     """What each target is made from. Raises UserError if two would become the same."""
     sources: dict[Path, Path] = {}
-    for source, target in targets.items():
+    for source, target in targets:
         if sources.setdefault(target, source) != source:
             raise UserError(f"{sources[target]} and {source} would both become {target}: rename one of the two")
     return sources
@@ -118,18 +116,13 @@ def _copy_lists(source: Path, named: list[str], out: Path) -> None:
     """
     targets = {file: out / file.relative_to(source) for file in files_below(source, LISTS)}
     for name in filter(None, named):
-        for file in find_files(str(source), re.sub(r"=\d+$", "", name)):
-            if file.is_file() and (file := Path(os.path.abspath(file))) not in targets:
-                targets[file] = out / file.name
+        for file in filter(Path.is_file, find_files(str(source), re.sub(r"=\d+$", "", name))):
+            targets.setdefault(Path(os.path.abspath(file)), out / file.name)
     suffix = "|".join(map(re.escape, SUFFIXES)).encode()
-    for copy, file in _sources(targets).items():
+    for copy, file in _sources(targets.items()).items():
         text = re.sub(rb"(?m)^" + re.escape(os.fsencode(f"{source}/")), b"", file.read_bytes())
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(re.sub(rb"(?im)(?:" + suffix + rb")(?=[\s,\"]|$)", b".mp4", text))
-
-
-def _write_lines(file: Path, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in lines), "utf-8", errors="surrogateescape")
 
 
 def _begin_process() -> None:
@@ -179,9 +172,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where the prepared videos go")
-    parser.add_argument(
-        "--short", type=int, default=256, help="most pixels of the shorter side; 320 for 320 x 320 clips"
-    )
+    parser.add_argument("--short", type=int, default=256, help="most pixels of the shorter side; 320 for 320 x 320")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="videos at a time, one for each core")
     arguments = parse(parser)
     config = read_settings(arguments.settings)

@@ -1,6 +1,6 @@
 """Weights in and out: this project's, official, mmaction2's, Hugging Face's and those of image models.
 
-python -m support.weights CHECKPOINT FOLDER    # a pre-training checkpoint as a folder for transformers
+python -m support.weights CHECKPOINT FOLDER    # a pre-trained or fine-tuned model as a folder for transformers
 """
 
 import argparse
@@ -18,38 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from masking import Grid
-from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
+from model import SIZES, VideoClassifier, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
 from support.checkpoint import load_checkpoint
 from support.config import UserError, as_dict, load_config, say
 from support.run import launch
 
-# Where a file's tensors may be, and what may stand before their names.
+# Where a file's tensors may be.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
-WRAPPERS = r"\b(module|_orig_mod|model|backbone|videomae)\."
-# This project's names are the official ones. What stands for their parts elsewhere, replaced one after the other:
-HUGGING_FACE = [  # in both directions
-    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
-    ("embeddings.position_embeddings", "encoder.pos_embed"),
-    ("position_embeddings", "pos_embed"),
-    ("encoder.layer.", "encoder.blocks."),
-    ("layernorm.", "encoder.norm."),
-    ("decoder.decoder_layers.", "decoder.blocks."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".attention.attention.", ".attn."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-]
-OTHERS = [  # regular expressions, for reading
-    (r"^(classifier|cls_head\.fc_cls|roi_heads?(\.\w+)*)\.(weight|bias)$", r"head.\3"),  # also official detection
-    (r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),  # transformers 5
-    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),  # mmaction2, also the next two
-    (r"\.mlp\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.layers\.1\.", ".mlp.fc2."),
-    (r"^(?=patch_embed\.|blocks\.|norm\.)", "encoder."),  # official fine-tuning, image models
-    (r"^encoder\.(?=head\.|fc_norm\.)", ""),
-]
+# This project's names are the official ones. What stands for their parts elsewhere:
+HUGGING_FACE = {  # in both directions
+    "embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
+    "embeddings.position_embeddings": "encoder.pos_embed",
+    "position_embeddings": "pos_embed",
+    "encoder.layer.": "encoder.blocks.",
+    "layernorm.": "encoder.norm.",
+    "decoder.decoder_layers.": "decoder.blocks.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".attention.output.dense.": ".attn.proj.",
+    ".attention.attention.": ".attn.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+NAMES = {  # regular expressions, for reading, replaced one after the other
+    r"\b(module|_orig_mod|model|backbone|videomae)\.": "",
+    **{re.escape(theirs): ours for theirs, ours in HUGGING_FACE.items()},
+    r"^(classifier|cls_head\.fc_cls|roi_heads?(\.\w+)*)\.(weight|bias)$": r"head.\3",  # also official detection
+    r"\.attn\.(q|v)(uery|alue)\.bias$": r".attn.\1_bias",  # transformers 5
+    r"\bpatch_embed\.projection\.": "patch_embed.proj.",  # mmaction2, also the next two
+    r"\.mlp\.layers\.0\.0\.": ".mlp.fc1.",
+    r"\.mlp\.layers\.1\.": ".mlp.fc2.",
+    r"^(?=patch_embed\.|blocks\.|norm\.)": "encoder.",  # official fine-tuning, image models
+    r"^encoder\.(?=head\.|fc_norm\.)": "",
+}
 # A model without such a part leaves it unused. Anything else that is left over is a mistake.
 PARTS = "encoder.norm. fc_norm. encoder_to_decoder. mask_token decoder pos_embed cls_token pre_logits.".split()
 # Official checkpoints contain their command line and numpy's scalars, whose module numpy 2 renamed: values, no code.
@@ -110,11 +111,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def _to_own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {}
     for key, value in state.items():
-        key = re.sub(WRAPPERS, "", key)
-        for theirs, ours in HUGGING_FACE:
-            key = key.replace(theirs, ours)
-        for pattern, ours in OTHERS:
-            key = re.sub(pattern, ours, key)
+        for theirs, ours in NAMES.items():
+            key = re.sub(theirs, ours, key)
         own[key] = value
     for query in [key for key in own if key.endswith(".attn.query.weight")]:  # Hugging Face has three matrices
         three = [query.replace("query", name) for name in ("query", "key", "value")]
@@ -130,8 +128,7 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
 
     Each parameter has to be found, with its shape, unless its name starts with one of `fresh`: those keep their initial
     values. Each tensor has to be used, unless it is of a part that the model lacks, such as the decoder. Both are
-    reported.
-    Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
+    reported. Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e).
     """
     state, content = read_checkpoint(path)
     own = model.state_dict() | dict(model.named_buffers())  # with the position tables
@@ -279,7 +276,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         prefix = "videomae." if key.startswith("encoder.") else ""
         key = re.sub(r"^head\.", "classifier.", key)
-        for theirs, ours in HUGGING_FACE:
+        for theirs, ours in HUGGING_FACE.items():
             key = key.replace(ours, theirs)
         parts = value.chunk(3) if key.endswith(".qkv.weight") else [value]
         for name, part in zip(("query", "key", "value"), parts, strict=False):
@@ -287,41 +284,70 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def export_hugging_face(model: VideoMAE, folder: str | Path, normalize_target: bool = True) -> None:
-    """Write `config.json`, `preprocessor_config.json` and `pytorch_model.bin` for transformers' `from_pretrained`.
+def export_hugging_face(
+    model: VideoMAE | VideoClassifier,
+    folder: str | Path,
+    normalize_target: bool = True,
+    classes: list[str] | None = None,
+) -> str:
+    """Write `config.json`, `preprocessor_config.json` and the weights for transformers' `from_pretrained`.
 
-    Raises UserError for models that its classes cannot express: frames that are not square, other targets of Table 1c.
+    The weights are safetensors if that package is installed. classes: a classifier's, numbers if not given. Returns the
+    name of transformers' class. Raises UserError for models that it cannot express: frames that are not square, other
+    targets of Table 1c, positions that are not the computed ones.
     """
-    o = model.options
+    o, table, folder = model.options, model.encoder.pos_embed, Path(folder)
     (frames, height, side), (p0, p1, p2) = o["clip_size"], o["cube"]
-    if height != side or p1 != p2 or o["frames_per_token"] != p0:
-        what = "square frames and cubes and the target of the paper's default only"
+    computed = torch.allclose(table, sincos_positions(*table.shape), atol=1e-5)
+    if height != side or p1 != p2 or o.get("frames_per_token", p0) != p0 or not computed:
+        what = "square frames and cubes, the target of the paper's default and the computed position table only"
         raise UserError(f"transformers' VideoMAE knows {what}")
-    config = dict(architectures=["VideoMAEForPreTraining"], model_type="videomae", layer_norm_eps=o["eps"])
+    pretrained = isinstance(model, VideoMAE)
+    kind = "VideoMAEForPreTraining" if pretrained else "VideoMAEForVideoClassification"
+    config = dict(architectures=[kind], model_type="videomae", layer_norm_eps=o["eps"], use_mean_pooling=not pretrained)
     config |= dict(image_size=height, num_frames=frames, patch_size=p1, tubelet_size=p0)
-    config |= dict(norm_pix_loss=normalize_target, use_mean_pooling=False)
-    for prefix in ("", "decoder_"):
+    for prefix in ("", "decoder_") if pretrained else ("",):
         width, depth, heads = (o[f"{prefix}{name}"] for name in ("width", "depth", "heads"))
         config |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": 4 * width}
         config |= {f"{prefix}num_hidden_layers": depth, f"{prefix}num_attention_heads": heads}
+    if pretrained:
+        config |= dict(norm_pix_loss=normalize_target)
+    else:
+        names = dict(enumerate(classes or map(str, range(o["classes"]))))
+        config |= dict(id2label=names, label2id={name: number for number, name in names.items()})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=height))
     processor |= dict(crop_size=dict(height=height, width=height))
     processor |= dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # the class's default is 0.5
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), "utf-8")
-    torch.save(to_hugging_face(model.state_dict()), folder / "pytorch_model.bin")
+    for name, content in (("config", config), ("preprocessor_config", processor)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), "utf-8")
+    state = to_hugging_face(model.state_dict())
+    try:
+        from safetensors.torch import save_file
+
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except ImportError:
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier export: it would be read instead
+    return kind
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a pre-training checkpoint as a Hugging Face model folder.")
+    parser = argparse.ArgumentParser(description="Write a pre-trained or fine-tuned model as a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    config = read_checkpoint(arguments.checkpoint)[1].get("config", {"target": {"normalize": True}})
-    export_hugging_face(build_from(VideoMAE, arguments.checkpoint), arguments.folder, config["target"]["normalize"])
-    print(f"wrote {arguments.folder}: transformers.VideoMAEForPreTraining.from_pretrained('{arguments.folder}')")
+    path, folder = vars(parser.parse_args()).values()
+    content, is_classifier = read_checkpoint(path)[1], "classes" in read_options(path)
+    model = build_from(VideoClassifier if is_classifier else VideoMAE, path)
+    config, labels = content.get("config", {}), content["config.json"].get("id2label", {})
+    if "size" in (data := config.get("data", {})) and [data["frames"], data["size"]] != model.options["clip_size"][:2]:
+        what = f"{path} was trained on clips of another size than its position table's"
+        raise UserError(f"{what}: transformers' VideoMAE, which cannot interpolate the table, has no such model")
+    numbers = map(str, range(model.options.get("classes", 0)))
+    names = content.get("classes") or [labels.get(number, number) for number in numbers]
+    what = f"a fine-tuned classifier of {len(names)} classes" if is_classifier else "a pre-trained model"
+    kind = export_hugging_face(model, folder, config.get("target", {}).get("normalize", True), names)
+    print(f"{path} is {what}\nwrote {folder}: transformers.{kind}.from_pretrained('{folder}')")
 
 
 if __name__ == "__main__":

@@ -485,6 +485,25 @@ def test_check_without_a_dataset_ends_in_a_sentence():
     assert done.returncode == 1 and "which dataset? Name a configuration file or give data.root" in done.stderr
 
 
+def test_check_of_videos_folders_and_lists_needs_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "run=3/b.mp4", "run=3/x=1.mp4"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_numbered(Path(name), 5)
+    Path("list.txt").write_text("a.mp4 0\nrun=3/b.mp4 jump\n")
+    assert run("support.datasets", "a.mp4", "run=3", "list.txt", cwd=tmp_path).stdout == "5 videos, 0 unreadable\n"
+    assert run("support.datasets", "run=3/x=1.mp4", cwd=tmp_path).stdout == "1 videos, 0 unreadable\n"
+    Path("run=3", "cut.mp4").write_bytes(Path("a.mp4").read_bytes()[:400])
+    done = run("support.datasets", "run=3", "gone.mp4", cwd=tmp_path, ok=False)
+    assert done.returncode == 1 and re.match(r"4 videos, 2 unreadable\n  run=3/cut.mp4: .*\n  gone.mp4: ", done.stdout)
+    for words, sentence in (
+        (["empty"], "no videos found in empty"),
+        (["a.mp4", "data.workers=2"], "'a.mp4' is neither"),
+    ):
+        Path("empty").mkdir(exist_ok=True)
+        assert sentence in run("support.datasets", *words, cwd=tmp_path, ok=False).stderr
+
+
 def test_entries_say_where_they_are_named(tmp_path):
     root = tree(tmp_path, "a/b.mp4", list_txt="\n a/b.mp4\n")
     assert list_entries(str(root), "")[0] == (root / "a/b.mp4", "a", str(root / "a"))

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
@@ -16,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ENVIRONMENT, ROOT
+from conftest import ROOT, run
 from test_model import SMALL, TINY, randomize, relative, tokens
 
 import model as m
 import pretrain
+import support.video
 import support.weights
 from support.config import UserError, as_dict, load_config
 
@@ -685,16 +685,102 @@ def test_a_run_folder_and_folders_without_weights(tmp_path):
         support.weights.read_checkpoint(tmp_path)
 
 
-def test_the_command_that_exports(tmp_path):
+@torch.no_grad()
+def logits_of(folder: Path, clip: torch.Tensor) -> torch.Tensor:
+    """What transformers makes of a folder and a normalized clip (B, 3, T, H, W)."""
+    kind = transformers.VideoMAEForVideoClassification
+    theirs, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.config.use_mean_pooling
+    return theirs.eval()(clip.transpose(1, 2)).logits
+
+
+CLASSES = ["brush hair", "Jump_up", "été", "run", "0"]
+
+
+@pytest.fixture
+def fine_tuned(tmp_path: Path) -> Path:
+    """A checkpoint as finetune.py writes it."""
+    model = randomize(m.VideoClassifier(**TINY, clip_size=(4, 32, 32)))
+    config = as_dict(load_config(FINETUNE, ["data.frames=4", "data.size=32"]))
+    facts = dict(model_options=model.options, positions=model.encoder.pos_embed, classes=CLASSES)
+    torch.save(dict(model=model.state_dict(), **facts, config=config), tmp_path / "checkpoint.pt")
+    return tmp_path / "checkpoint.pt"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_fine_tuned_classifier_there_and_back(fine_tuned, tmp_path, monkeypatch, file):
+    """To transformers with safetensors and without it, back from its folder, and back from one that it has saved."""
+    run("support.weights", fine_tuned, tmp_path / "there")
+    if file == "pytorch_model.bin":  # what an earlier export left is not read instead
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+        (tmp_path / "there" / "model.safetensors").write_text("of another model")
+    done = run("support.weights", fine_tuned, tmp_path / "there")
+    monkeypatch.undo()
+    assert f"{fine_tuned} is a fine-tuned classifier of 5 classes\nwrote {tmp_path / 'there'}: " in done.stdout
+    assert f"transformers.VideoMAEForVideoClassification.from_pretrained('{tmp_path / 'there'}')" in done.stdout
+    assert [path.name for path in (tmp_path / "there").iterdir() if path.suffix != ".json"] == [file]
+    clip = torch.randn(2, 3, 4, 32, 32)
+    own = support.weights.build_from(m.VideoClassifier, fine_tuned).eval()
+    assert relative(logits_of(tmp_path / "there", clip), own(clip)) < 1e-5
+
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "there")
+    assert theirs.config.id2label == dict(enumerate(CLASSES)) and theirs.config.label2id["été"] == 2
+    theirs.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "there", tmp_path / "saved"):
+        back = support.weights.build_from(m.VideoClassifier, folder).eval()
+        assert back.options == own.options and torch.equal(back(clip), own(clip))
+        labels = support.weights.read_checkpoint(folder)[1]["config.json"]["id2label"]
+        assert [labels[str(number)] for number in range(5)] == CLASSES
+    run("support.weights", tmp_path / "saved", tmp_path / "again")  # a model of transformers, once more
+    assert json.loads((tmp_path / "again/config.json").read_text())["id2label"] == labels
+    assert torch.equal(logits_of(tmp_path / "again", clip), logits_of(tmp_path / "there", clip))
+
+
+@torch.no_grad()
+def test_transformers_pipeline_classifies_a_video(fine_tuned, tmp_path):
+    """The same frames of a real file through their reader and processor, and through this project's."""
+    frames = torch.rand(6, 3, 4, 5).mul(255).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)  # (6, 3, 32, 40)
+    support.video.write_mp4(tmp_path / "a.mp4", frames, rate=8)
+    run("support.weights", fine_tuned, tmp_path / "exported")
+    # With the image processor the pipeline reads by av, with the video processor, made of the same file, by torchcodec.
+    image_processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "exported")
+    model = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "exported")
+    classify = transformers.pipeline("video-classification", model=model, image_processor=image_processor)
+    found = {answer["label"]: answer["score"] for answer in classify(str(tmp_path / "a.mp4"), top_k=5)}
+    frames = support.video.read_frames(tmp_path / "a.mp4", [0, 1, 2, 3])
+    clip = pretrain.data.normalize(pretrain.data.test_crops(frames, 32, 1))  # (1, 3, T, 32, 32)
+    logits = support.weights.build_from(m.VideoClassifier, fine_tuned).eval()(clip)
+    expected = dict(zip(CLASSES, logits[0].softmax(dim=0).tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-5) and max(found.values()) - min(found.values()) > 0.05
+    assert torch.equal(image_processor(list(frames), return_tensors="pt").pixel_values.transpose(1, 2), clip)
+
+
+def test_what_transformers_cannot_express_is_refused(fine_tuned, tmp_path):
+    content = torch.load(fine_tuned)
+    config = content["config"] | {"data": content["config"]["data"] | {"frames": 8}}
+    torch.save(content | {"config": config}, tmp_path / "longer.pt")
+    torch.save(content | {"positions": torch.randn(8, 48)}, tmp_path / "learned.pt")
+    detector = {key: value for key, value in content["model"].items() if not key.startswith("fc_norm.")}
+    torch.save(content | {"model": detector}, tmp_path / "detector.pt")
+    sentences = {
+        "longer": "longer.pt was trained on clips of another size than its position table's",
+        "learned": "the computed position table only",
+        "detector": "does not fit this VideoClassifier .*fc_norm.bias is missing",
+        "none": "no weights at",
+    }
+    for name, sentence in sentences.items():
+        failed = run("support.weights", tmp_path / f"{name}.pt", tmp_path / "exported", ok=False)
+        assert failed.returncode != 0 and re.search(sentence, failed.stderr) and "\n" not in failed.stderr.strip()
+        assert not (tmp_path / "exported").exists()
+
+
+def test_the_command_that_exports_a_pretrained_model(tmp_path):
     model = randomize(m.VideoMAE(**SMALL, clip_size=(4, 32, 32)))
     config = {"target": {"normalize": False}}
     torch.save(dict(model=model.state_dict(), model_options=model.options, config=config), tmp_path / "checkpoint.pt")
-
-    def export(checkpoint: str) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", "support.weights", tmp_path / checkpoint, tmp_path / "exported"]
-        return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-
-    assert f"wrote {tmp_path / 'exported'}" in export("checkpoint.pt").stdout
+    done = run("support.weights", tmp_path / "checkpoint.pt", tmp_path / "exported")
+    assert f"{tmp_path}/checkpoint.pt is a pre-trained model\nwrote {tmp_path / 'exported'}: " in done.stdout
     theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "exported").eval()
     assert theirs.config.norm_pix_loss is False and theirs.config.num_attention_heads == 4
     mask, visible, masked = tokens(model.grid, 1)
@@ -704,5 +790,3 @@ def test_the_command_that_exports(tmp_path):
         assert relative(model(clip, visible, masked), expected) < 1e-5
     processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "exported")
     assert list(processor.image_mean) == [0.485, 0.456, 0.406] and processor.size["shortest_edge"] == 32
-    failed = export("none.pt")
-    assert failed.returncode != 0 and "no weights at" in failed.stderr and "Traceback" not in failed.stderr
