@@ -45,6 +45,15 @@ def open_log(path: Path, step: int) -> TextIO:
     return open(path, "a", buffering=1)
 
 
+def open_tensorboard(folder: Path, step: int) -> Any:
+    """A writer of what log.jsonl holds for TensorBoard, from `step` on. UserError if that package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("run.tensorboard=true needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write next to the old checkpoint and rename, so that a kill at any moment leaves a whole one, old or new."""
     new = path.with_suffix(".tmp")

@@ -1,6 +1,8 @@
-"""Everything that draws: videos in rows, boxes with labels, bar charts."""
+"""Everything that draws: videos in rows, boxes with labels, charts."""
 
+import json
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,27 @@ def draw_comparison(rows: list[tuple[float, str]], names: tuple[str, str], path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     say(f"{path}")
+
+
+def draw_log(folder: Path) -> None:
+    """Chart a run's log.jsonl as loss.png and, once it was tested, accuracy.png, if matplotlib is installed."""
+    if not find_spec("matplotlib"):
+        return
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    for name, keys in (("loss", ["loss"]), ("accuracy", ["top1", "top5", "test_top1", "mAP", "test_mAP"])):
+        encoders = dict.fromkeys(line.get("encoder", "") for line in lines)  # a probe has two
+        curves = {f"{encoder} {key}".strip(): (encoder, key) for encoder in encoders for key in keys}
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        for label, (encoder, key) in curves.items():
+            points = [(x["step"], x[key]) for x in lines if x.get("encoder", "") == encoder and key in x]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="" if key == "loss" else ".", label=label)
+        if axes.lines:
+            axes.set_xlabel("step")
+            axes.set_ylabel("loss" if name == "loss" else "percent")
+            axes.legend(frameon=False)
+            figure.savefig(folder / f"{name}.png", dpi=100)
 
 
 def new_figure(width: float, height: float) -> Any:

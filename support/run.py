@@ -8,6 +8,7 @@ drawn on the device (drop path, dropout, mixup) depends on (seed, step, micro-ba
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -27,8 +28,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, schedule
 from tqdm import tqdm
 
-from support.checkpoint import check_facts, describe, load_checkpoint, open_folder, open_log, save_checkpoint
+from support.checkpoint import (
+    check_facts,
+    describe,
+    load_checkpoint,
+    open_folder,
+    open_log,
+    open_tensorboard,
+    save_checkpoint,
+)
 from support.config import UserError, as_dict, pick, say
+from support.pictures import draw_log
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 
@@ -53,6 +63,12 @@ def launch(main: Callable[[], None]) -> None:
         _stop(f"the loader's workers lack shared memory or open files ({reason[0]}): {advice}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command resumes from the last checkpoint, if there is one")
+    finally:
+        workers = multiprocessing.active_children()
+        if workers and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report their end
+        for worker in workers:  # they ignore SIGTERM, by which Python would end them
+            worker.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -212,16 +228,18 @@ class Run:
         checkpoint, refusals = load_checkpoint(self.folder, self.config, self.default), []
         if checkpoint:
             check_facts(self.folder, checkpoint, self.facts, self.config.run.other_videos)
+        self.start = checkpoint["step"] if checkpoint else 0
         try:
-            self.lock = open_folder(self.folder, self.config) if self.rank == 0 else None
+            if self.rank == 0:
+                self.lock = open_folder(self.folder, self.config)
+                self.log_file = open_log(self.folder / "log.jsonl", self.start)
+                self.board = open_tensorboard(self.folder, self.start) if self.config.run.tensorboard else None
         except UserError as error:
             refusals = [str(error)]
         for sentence in gather(refusals):  # on all processes, not only the one that found it
             raise UserError(sentence)
         for name, part in state.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
-        self.start = checkpoint["step"] if checkpoint else 0
-        self.log_file = open_log(self.folder / "log.jsonl", self.start) if self.rank == 0 else None
         optim, device = self.config.optim, f"{self.world_size} x {self.device.type}"
         lr = optim.base_lr * optim.batch_size / 256
         say(
@@ -302,6 +320,7 @@ class Run:
                 content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
                 content |= dict(step=done, config=as_dict(self.config))
                 save_checkpoint(self.folder / "checkpoint.pt", content)
+                draw_log(self.folder)
         if stop:
             reason = " and ".join(self.told) or "another process"
             raise UserError(f"stopped by {reason} after step {done}: the same command resumes there")
@@ -322,10 +341,17 @@ class Run:
         return every > 0 and done % every == 0 and done < self.total
 
     def log(self, **values: Any) -> None:
-        """Write a line of log.jsonl."""
+        """Write a line of log.jsonl, and draw the log."""
         self._write_pending()
         if self.rank == 0:
-            self.log_file.write(json.dumps(values) + "\n")
+            self._write(values)
+            draw_log(self.folder)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.log_file.write(json.dumps(values) + "\n")
+        for name, value in values.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar("/".join(filter(None, [values.get("encoder"), name])), value, values["step"])
 
     def _reset(self, step: int) -> None:
         self.since_step, self.since, self.waited, self.count = step, time.perf_counter(), 0.0, 0
@@ -339,7 +365,8 @@ class Run:
             arrived.synchronize()
         if not math.isfinite(loss := float(loss)):
             raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
-        self.log(loss=loss, **values)
+        if self.rank == 0:
+            self._write(dict(loss=loss) | values)
         self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
 
 

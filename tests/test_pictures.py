@@ -1,6 +1,7 @@
 """Pictures: files as described, boxes where they belong, labels whole, and a sentence without matplotlib."""
 
 import builtins
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,28 @@ def test_charts_without_matplotlib_end_in_a_sentence(tmp_path, monkeypatch):
 def test_only_charts_import_matplotlib():
     code = "import sys; import support.pictures, support.study; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_log_is_charted_with_every_curve_it_holds(tmp_path, monkeypatch):
+    lines = [dict(step=step, loss=2.0 / step) for step in range(1, 5)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    pictures.draw_log(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.png")] == ["loss.png"]  # not tested yet
+    lines += [dict(step=2, top1=20.0), dict(step=4, top1=30.0)]
+    lines += [dict(step=4, encoder="random", test_top1=10.0), dict(step=4, encoder="pre-trained", test_top1=40.0)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    drawn = {}
+    new_figure = pictures.new_figure
+
+    def seen(*size):
+        figure = new_figure(*size)
+        savefig = figure.savefig
+        figure.savefig = lambda path, **more: (drawn.update({path.name: figure.axes[0].lines}), savefig(path, **more))
+        return figure
+
+    monkeypatch.setattr(pictures, "new_figure", seen)
+    pictures.draw_log(tmp_path)
+    curves = {line.get_label(): line.get_xydata().tolist() for lines in drawn.values() for line in lines}
+    assert curves.pop("loss") == [[1, 2.0], [2, 1.0], [3, pytest.approx(2 / 3)], [4, 0.5]]
+    expected = {"top1": [[2, 20], [4, 30]], "random test_top1": [[4, 10]], "pre-trained test_top1": [[4, 40]]}
+    assert curves == expected and drawn.keys() == {"loss.png", "accuracy.png"}

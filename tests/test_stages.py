@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -75,6 +76,29 @@ def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
     assert [line["lr"] for line in lines] == pytest.approx(expected) and expected[0] == 0 < max(expected) <= peak
     assert not list(folder.glob("*.tmp")) and not (folder / "broken_videos.txt").exists()
     assert all((folder / name).exists() for name in RESULTS[stage])
+    assert (folder / "loss.png").exists() and (folder / "accuracy.png").exists() == (stage != "pretrain")
+
+
+def test_tensorboard_gets_what_the_log_holds_also_when_resumed(settings, finished, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = [*settings["finetune"], "run.tensorboard=true", f"run.folder={tmp_path / 'run'}"]
+    shutil.copytree(finished("finetune"), tmp_path / "run")
+    content = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    for step in (4, 2):  # it resumes at step 4, then once more, earlier
+        torch.save(content | dict(step=step), tmp_path / "run/checkpoint.pt")
+        run("finetune.py", *words)
+        board = events.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+        for name in ("loss", "lr", "top1", "test_top1"):
+            logged = [
+                (x["step"], pytest.approx(x[name])) for x in log(tmp_path / "run") if name in x and x["step"] > step
+            ]
+            assert [(event.step, event.value) for event in board.Scalars(name)] == logged
+
+
+def test_tensorboard_that_is_missing_ends_in_a_sentence(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it was not installed
+    done = run("pretrain.py", *settings["pretrain"], "run.tensorboard=true", f"run.folder={tmp_path}", ok=False)
+    assert done.returncode == 1 and "run.tensorboard=true needs TensorBoard: pip install tensorboard" in done.stderr
 
 
 # ---- the optimizer ----
