@@ -25,7 +25,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 """
 
 import argparse
-import json
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -62,8 +61,6 @@ Movies = dict[str, Path]
 
 
 class TestSet(NamedTuple):
-    """What a model is tested on."""
-
     movies: Movies
     persons: KeyFrames  # that a detector found
     ground_truth: list[ava.Row]
@@ -108,7 +105,7 @@ def resized_clip(frame: ava.Frame, rows: list[ava.Row], movies: Movies, options:
     clip = read_clip(movies[video], second, options)
     height, width = clip.shape[-2:]
     boxes, labels = ava.to_persons(rows, options.actions)
-    boxes = boxes * torch.tensor([width, height, width, height])
+    boxes = boxes * torch.tensor([width, height] * 2)
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
     clip = TF.resize(clip, [options.short_side], antialias=False)  # as cv2 resizes in the authors' code
     return clip, TF.resize(boxes, [options.short_side]), labels
@@ -176,16 +173,15 @@ def test_batch(key_frames: list[tuple], movies: Movies, options: SimpleNamespace
     has them, None if no clip can be read; and why key frames could not be read.
     """
     persons, clips, boxes, broken = {}, [], [], []
+    outward = torch.tensor([0.05, 0.025, 0.05, 0.025]) * options.widen_boxes
     for frame, rows in key_frames:
         try:
             clip, of_clip, _ = resized_clip(frame, rows, movies, options)
         except BrokenVideo as error:
             broken.append(str(error))
             continue
-        if options.widen_boxes:
-            of_clip = move_edges(of_clip, torch.tensor([0.05, 0.025, 0.05, 0.025]))
         clips.append(clip)
-        boxes.append(TF.clamp_bounding_boxes(of_clip))
+        boxes.append(TF.clamp_bounding_boxes(move_edges(of_clip, outward)))
         persons |= {(row.frame, row.box): row.score for row in rows}
     return persons, torch.stack(clips) if clips else None, to_rois(boxes) if clips else None, broken
 
@@ -213,11 +209,9 @@ class ActionDetector(nn.Module):
         time, height, _ = cube_grid(clip.shape[2:], self.options["cube"])
         x = self.encoder(clip)  # (B, N, D)
         x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # As in SlowFast and the authors' code: no shift by half a cube (aligned), more samples in larger boxes.
-        x = roi_align(
-            x.float(), rois, output_size=7, spatial_scale=1 / self.options["cube"][1], sampling_ratio=0, aligned=False
-        )
-        x = x.amax(dim=(2, 3))  # (M, D, 7, 7) to (M, D)
+        # torchvision's defaults are SlowFast's: no shift by half a cube (aligned), more samples in larger boxes.
+        x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / self.options["cube"][1])  # (M, D, 7, 7)
+        x = x.amax(dim=(2, 3))  # (M, D)
         return self.head(x)  # (M, classes)
 
 
@@ -246,31 +240,32 @@ def build(config: SimpleNamespace, labels: Tensor) -> ActionDetector:
     return model
 
 
+def find_labelled(options: SimpleNamespace, root: Path, split: str) -> tuple[Movies, list[ava.Row], set[ava.Frame]]:
+    """All movies, the annotations of `split`, train or val, and the key frames excluded from it."""
+    movies, named = ava.list_movies(root / options.movies), vars(options)
+    excluded = ava.read_exclusions(root / named[f"{split}_exclude"]) if named[f"{split}_exclude"] else set()
+    rows = ava.read_ground_truth(root / named[split], options.actions)
+    return movies, [row for row in rows if row.frame not in excluded], excluded
+
+
 def find_training(options: SimpleNamespace, root: Path) -> tuple[KeyFrames, Movies]:
     """Labelled key frames for training, without those that are excluded or whose movie is missing, and all movies."""
-    movies = ava.list_movies(root / options.movies)
-    excluded = ava.read_exclusions(root / options.train_exclude) if options.train_exclude else set()
-    rows = [row for row in ava.read_ground_truth(root / options.train, options.actions) if row.frame not in excluded]
-    named = {row.frame[0] for row in rows}
+    movies, rows, _ = find_labelled(options, root, "train")
+    named, where = {row.frame[0] for row in rows}, root / options.movies
     if missing := sorted(named - movies.keys()):
-        what = f"{len(missing)} of {len(named)} movies for training are not in {root / options.movies} and left out"
-        say(f"{what}: {', '.join(missing)}")
-    if not named & movies.keys():
-        raise UserError(
-            f"{root / options.movies} has none of the movies of {root / options.train}; look at data.movies"
-        )
+        say(f"{len(missing)} of {len(named)} movies for training are not in {where} and left out: {', '.join(missing)}")
+    if len(missing) == len(named):
+        raise UserError(f"{where} has none of the movies of {root / options.train}; look at data.movies")
     return ava.key_frames([row for row in rows if row.frame[0] in movies]), movies
 
 
 def find_test(options: SimpleNamespace, root: Path) -> TestSet:
     """The validation set, and the persons that a detector found in it."""
-    movies = ava.list_movies(root / options.movies)
-    excluded = ava.read_exclusions(root / options.val_exclude) if options.val_exclude else set()
+    movies, rows, excluded = find_labelled(options, root, "val")
     actions = ava.read_actions(root / options.labels)
     if max(actions) > options.actions:
         what = f"{root / options.labels} lists action {max(actions)}"
         raise UserError(f"{what}, more than data.actions={options.actions}")
-    rows = [row for row in ava.read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     found = find_persons(root / options.boxes, options, root, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
@@ -358,10 +353,9 @@ def detect(
 
     Each process tests a part of the key frames.
     """
-    options, at_most, cube, batches = run.config.data, run.config.run.batch_per_device, model.options["cube"], []
-    for _, group in groupby(persons.items(), key=lambda item: item[0][0]):
-        of_movie = list(group)
-        batches += [of_movie[start : start + at_most] for start in range(0, len(of_movie), at_most)]
+    options, at_most, cube = run.config.data, run.config.run.batch_per_device, model.options["cube"]
+    movies_frames = [list(group) for _, group in groupby(persons.items(), key=lambda item: item[0][0])]
+    batches = [frames[i : i + at_most] for frames in movies_frames for i in range(0, len(frames), at_most)]
     mine, read = range(run.rank, len(batches), run.world_size), partial(test_batch, movies=movies, options=options)
     batches = data.loader(batches, options.workers, batch_size=None, sampler=mine, collate_fn=read)
     model.eval()
@@ -398,11 +392,10 @@ def test(model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path
     if folder and run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         ava.write_rows(folder / "detections.csv", rows)
-        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
         for reason in broken:
             say(f"no detections: {reason}")
         draw_key_frames(rows, test_set, run.config, folder / "pictures")
-        ava.show(summary)
+        ava.report(summary, folder / "mAP.json")
         persons, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
         print(f"{len(persons):,} persons in {len(frames):,} frames: {folder / 'detections.csv'}", flush=True)
     return gather([summary.get("mAP")])[0]

@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from functools import cache
@@ -157,14 +157,14 @@ def _parsed(path: Path, parse: Callable[[Any], Any], form: str) -> list:
 
     Raises UserError with file and line.
     """
-    parsed, number = [], 1
+    parsed, number = [], 0
     try:
         with open(path, encoding="utf-8-sig") as file:
-            items = json.load(file) if path.suffix == ".json" else (line.strip().split(",") for line in file)
-            for number, item in enumerate(items, 1):
+            for item in json.load(file) if path.suffix == ".json" else (line.strip().split(",") for line in file):
+                number += 1
                 if item != [""]:
                     parsed.append(parse(item))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"no rows can be read from {path}: {error}") from None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         place = f"{'entry' if path.suffix == '.json' else 'line'} {number}"
@@ -342,8 +342,9 @@ def summarize(precisions: dict[int, float], actions: Actions) -> dict[str, Any]:
     }
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Print AP by action, the mean of each group, and the mAP."""
+def report(summary: dict[str, Any], path: Path) -> None:
+    """Write a summary as json and print AP by action, the mean of each group, and the mAP."""
+    path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     lines = [(action["AP"], f"{action['id']:3d} {action['name']}") for action in summary["actions"]]
     lines += [(value, f"mean of {group}") for group, value in summary["groups"].items()]
     for value, text in (*lines, (summary["mAP"], "mAP at IoU 0.5")):
@@ -374,13 +375,12 @@ def main(words: list[str] | None = None) -> None:
     frames, true_frames = {row.frame for row in rows}, {row.frame for row in truth}
     both = f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
     print(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
-    show(summary)
+    out = a.out or a.detections.with_name(f"{a.detections.stem}_mAP.json")
+    report(summary, out)
     if not summary["groups"]:
         print(f"no groups: {a.labels} states no label_type")
     if a.skip_frames_without_ground_truth:
         print("frames without ground truth left out")
-    out = a.out or a.detections.with_name(f"{a.detections.stem}_mAP.json")
-    out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print(f"written to {out}")
 
 
