@@ -31,7 +31,7 @@ ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
 GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, to 63, to 80
 AIA_ENTRY = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
 
-Frame = tuple[str, int]  # a key frame: video, second
+Frame = tuple[str, float]  # a key frame: video, second, an int if it is whole
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 in fractions of width and height
 Actions = dict[int, tuple[str, str]]  # name and group by number; the group is empty if unknown
 
@@ -49,7 +49,10 @@ class Row(NamedTuple):
 
 
 def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
-    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
+    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line.
+
+    AVA-Kinetics also has rows video,second: a key frame without persons, in which nothing is to be found.
+    """
     return _read_rows(path, range(1, actions + 1), "person")
 
 
@@ -99,6 +102,8 @@ def _read_rows(
         columns = to_columns(item) if to_columns else item
         if columns is None:
             return None
+        if last == "person" and not any(columns[2:]):
+            return _key_frame(columns[:2]) and None
         if len(columns) not in (7, 8):
             raise ValueError(f"{len(columns)} columns")
         frame, (x1, y1, x2, y2) = _key_frame(columns[:2]), map(float, columns[2:6])
@@ -125,9 +130,10 @@ def _read_rows(
 
 def _key_frame(columns: list[str]) -> Frame:
     video, second = columns
-    if not video or not second.isdecimal():
-        raise ValueError("no video, or a second that is not a whole number")
-    return video, int(second)
+    if not video or not re.fullmatch(r"\d+(\.\d+)?", second):
+        raise ValueError("no video, or a second that is not a whole number or a decimal fraction")
+    second = float(second)
+    return video, int(second) if second.is_integer() else second
 
 
 def _aia_columns(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> Callable:
@@ -204,7 +210,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
     with open(path, "w", encoding="utf-8") as file:
         for (video, second), box, action, score in rows:
-            file.write(f"{video},{second:04d},{','.join(f'{edge:.9g}' for edge in box)},{action},{score:.9g}\n")
+            file.write(f"{video},{second:04.15g},{','.join(f'{edge:.9g}' for edge in box)},{action},{score:.9g}\n")
 
 
 def key_frames(rows: list[Row]) -> dict[Frame, list[Row]]:
@@ -342,9 +348,11 @@ def summarize(precisions: dict[int, float], actions: Actions) -> dict[str, Any]:
     }
 
 
-def report(summary: dict[str, Any], path: Path) -> None:
-    """Write a summary as json and print AP by action, the mean of each group, and the mAP."""
+def report(summary: dict[str, Any], path: Path, as_json: bool = False) -> None:
+    """Write a summary as json and print AP by action, the mean of each group, and the mAP, or `as_json` what it is."""
     path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    if as_json:
+        return print(json.dumps(summary), flush=True)
     lines = [(action["AP"], f"{action['id']:3d} {action['name']}") for action in summary["actions"]]
     lines += [(value, f"mean of {group}") for group, value in summary["groups"].items()]
     for value, text in (*lines, (summary["mAP"], "mAP at IoU 0.5")):
@@ -360,6 +368,7 @@ def main(words: list[str] | None = None) -> None:
     add("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
     add("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
     add("--skip-frames-without-ground-truth", action="store_true", help=skip)
+    add("--json", action="store_true", help="print the results as one JSON object")
     add("--out", type=Path, metavar="FILE", help="default: DETECTIONS_mAP.json")
     a = parser.parse_args(words)
     if not a.ground_truth or not a.labels:
@@ -374,14 +383,15 @@ def main(words: list[str] | None = None) -> None:
         raise UserError(f"{a.ground_truth} holds no row of an action in {a.labels} outside excluded frames")
     frames, true_frames = {row.frame for row in rows}, {row.frame for row in truth}
     both = f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
-    print(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
+    tell = say if a.json else print
+    tell(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
     out = a.out or a.detections.with_name(f"{a.detections.stem}_mAP.json")
-    report(summary, out)
+    report(summary, out, a.json)
     if not summary["groups"]:
-        print(f"no groups: {a.labels} states no label_type")
+        tell(f"no groups: {a.labels} states no label_type")
     if a.skip_frames_without_ground_truth:
-        print("frames without ground truth left out")
-    print(f"written to {out}")
+        tell("frames without ground truth left out")
+    tell(f"written to {out}")
 
 
 if __name__ == "__main__":
