@@ -460,7 +460,7 @@ def predict(model: nn.Module, arguments: argparse.Namespace, run: Run) -> None:
             for reason in broken:
                 say(f"no detections: {reason}")
             if run.rank == 0:
-                file = out if out.suffix and len(videos) == 1 else out / f"{name}.mp4"
+                file = out if out.suffix == ".mp4" and len(videos) == 1 else out / f"{name}.mp4"
                 draw_video(path, file, rows, names, model.options["classes"], options.starts_at)
             done += 1
         except (BrokenVideo, UserError) as error:

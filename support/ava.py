@@ -208,7 +208,7 @@ def read_actions(path: Path) -> Actions:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         for (video, second), box, action, score in rows:
             file.write(f"{video},{second:04.15g},{','.join(f'{edge:.9g}' for edge in box)},{action},{score:.9g}\n")
 
