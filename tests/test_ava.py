@@ -581,6 +581,10 @@ def test_person_boxes_of_aia(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match="boxes.json"):
             ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+    for content in (b"not json", b"[\xff]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no rows can be read from .*boxes.json"):
+            ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
 
 
 def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):

@@ -51,6 +51,10 @@ def times(rate: int, begin: int = 0) -> list[int]:
     return [round(1000 * (begin + i / rate)) for i in range(LENGTH * rate)]
 
 
+def tenths(count: int) -> list[int]:
+    return [100 * number for number in range(count)]
+
+
 @pytest.fixture(scope="module")
 def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Movies whose frames show their numbers: at 25 and 30 fps, cut at second 900 and whole, in mp4 and Matroska."""
@@ -125,13 +129,15 @@ def test_a_second_outside_the_movie_is_refused(movies):
             clip_of(movies / name, second, starts_at=starts_at)
 
 
-def test_key_frames_at_fractions_of_a_second(movies):
+def test_key_frames_at_fractions_of_a_second(movies, tmp_path):
     """As AVA-Kinetics has them. What the digits say is exact: a tenth of a second is three frames."""
     for second, key in ((905.5, 165), (905.1, 153), (905.016, 150), (905.017, 151)):
         assert clip_of(movies / "cut30.mp4", second)[8] == key
         assert clip_of(movies / "cut30.mp4", second, frames=8, stride=30)[3:6] == [key - 30, key, key + 30]
     with pytest.raises(BrokenVideo, match="second 912.75 lies outside"):
         clip_of(movies / "cut30.mp4", 912.75)
+    write_numbered(tmp_path / "film.mp4", 10, times=tenths(10))
+    assert clip_of(tmp_path / "film.mp4", 900.35)[8] == 3  # the earlier of two; as a float it lies behind the middle
 
 
 def test_only_packets_near_the_key_frame_are_read(movies, monkeypatch):
@@ -775,10 +781,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = dict(model=detector.state_dict(), model_options=detector.options, actions={1: "walk"})
     torch.save(content | dict(config=as_dict(config)), path)
     return path
-
-
-def tenths(count: int) -> list[int]:
-    return [100 * number for number in range(count)]
 
 
 def seconds_of(path: Path) -> list[float]:
