@@ -4,12 +4,12 @@
     8 GPUs:   torchrun --nproc_per_node=8 detect_ava.py configs/detect/k400_base.yaml data.root=/data/ava init=FILE
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
     test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
-    predict:  python detect_ava.py --predict VIDEO --boxes PERSONS.csv --weights runs/detect/toy/checkpoint.pt
+    predict:  python detect_ava.py --predict VIDEO --weights runs/detect/toy/checkpoint.pt    # whole frames, or with
+              persons, given by --boxes PERSONS.csv or found by --detector WEIGHTS
     evaluate: python detect_ava.py --evaluate DETECTIONS.csv ...    # short for python -m support.ava DETECTIONS.csv ...
 
-AVA labels one frame per second of a movie, the key frame: a box around each person and, for each box, all that the
-person does (one pose, and what they do with objects and with other persons, if anything). The network sees a clip
-around the key frame. The boxes are given: by people for training, by a person detector for testing.
+AVA labels one frame per second of a movie, the key frame: a box around each person, and all that the person does. The
+network sees a clip around it. The boxes are given: by people for training, by a person detector for testing.
 
 From a detected box to its 80 scores, in the order of this file:
 
@@ -25,7 +25,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 """
 
 import argparse
-import json
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
+from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -51,6 +51,7 @@ import data
 from model import Encoder, cube_grid, initialize, parameter_groups, recompute_blocks
 from support import ava, toy
 from support.config import UserError, load_config, parse, say
+from support.datasets import named_videos
 from support.pictures import draw_persons, side_by_side
 from support.run import Run, gather, launch, random_below, warmup_cosine
 from support.video import BrokenVideo, Video, write_mp4
@@ -58,35 +59,34 @@ from support.weights import build_from, encoder_options, find_init, load_weights
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
 
-KeyFrames = dict[ava.Frame, list[ava.Row]]  # the rows of each key frame (video, second)
+Rows = list[ava.Row]
+KeyFrames = dict[ava.Frame, Rows]  # the rows of each key frame (video, second)
 Movies = dict[str, Path]
 
 
 class TestSet(NamedTuple):
-    """What a model is tested on."""
-
     movies: Movies
     persons: KeyFrames  # that a detector found
-    ground_truth: list[ava.Row]
+    ground_truth: Rows
     actions: ava.Actions  # those evaluated
 
 
 # ---- clips with boxes (Sec. B) ----
 
 
-def read_clip(path: Path, second: int, options: SimpleNamespace) -> Tensor:
+def read_clip(path: Path, second: float, options: SimpleNamespace) -> Tensor:
     """The clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
 
     Time decides, not a frame's number: frames are `stride` frames of a movie of `rate` frames per second apart, and the
     key frame is the first of the second half. Before and after the movie its first and last frame are repeated.
     starts_at: the second of the movie at which its file starts.
     """
-    second, step = second - options.starts_at, options.stride / Fraction(options.rate)
-    wanted = [second + (i - options.frames // 2) * step for i in range(options.frames)]
+    key_time, step = Fraction(str(second)) - options.starts_at, options.stride / Fraction(options.rate)
+    wanted = [key_time + (i - options.frames // 2) * step for i in range(options.frames)]
     with ava.open_movie(path, max(wanted[0], 0), max(wanted[-1], 0)) as movie:
         times = movie.times
-        if not 0 <= second <= times[-1] + Fraction(1, 2):
-            where = f"second {second + options.starts_at} lies outside, if it starts at second {options.starts_at}"
+        if not 0 <= key_time <= times[-1] + Fraction(1, 2):
+            where = f"second {second} lies outside, if it starts at second {options.starts_at}"
             raise BrokenVideo(f"{path}: {where}; is the movie cut or whole?")
         return movie.frames([nearest(times, time) for time in wanted])
 
@@ -98,7 +98,7 @@ def nearest(times: list[Fraction], time: Fraction) -> int:
     return min(neighbors, key=lambda index: abs(times[index] - time))
 
 
-def resized_clip(frame: ava.Frame, rows: list[ava.Row], movies: Movies, options: SimpleNamespace) -> tuple:
+def resized_clip(frame: ava.Frame, rows: Rows, movies: Movies, options: SimpleNamespace) -> tuple:
     """A key frame's clip uint8 (T, 3, H, W), its short side 256 in the paper, boxes (M, 4) in its pixels, their labels.
 
     A corner is a point, not a pixel: x runs from 0 at the left edge of a frame to its width at the right edge.
@@ -109,7 +109,7 @@ def resized_clip(frame: ava.Frame, rows: list[ava.Row], movies: Movies, options:
     clip = read_clip(movies[video], second, options)
     height, width = clip.shape[-2:]
     boxes, labels = ava.to_persons(rows, options.actions)
-    boxes = boxes * torch.tensor([width, height, width, height])
+    boxes = boxes * torch.tensor([width, height] * 2)
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
     clip = TF.resize(clip, [options.short_side], antialias=False)  # as cv2 resizes in the authors' code
     return clip, TF.resize(boxes, [options.short_side]), labels
@@ -144,7 +144,7 @@ class KeyFrameClips(data.TrainingVideos):
     movies: Movies
     options: SimpleNamespace  # the group `data` of a configuration
 
-    def sample(self, video: tuple[ava.Frame, list[ava.Row]], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def sample(self, video: tuple[ava.Frame, Rows], generator: torch.Generator) -> tuple[Tensor, ...]:
         options, size = self.options, self.options.size
         clip, boxes, labels = resized_clip(*video, self.movies, options)
         top, left = (random_below(side - size + 1, generator) for side in clip.shape[-2:])
@@ -177,16 +177,15 @@ def test_batch(key_frames: list[tuple], movies: Movies, options: SimpleNamespace
     has them, None if no clip can be read; and why key frames could not be read.
     """
     persons, clips, boxes, broken = {}, [], [], []
+    outward = torch.tensor([0.05, 0.025, 0.05, 0.025]) * options.widen_boxes
     for frame, rows in key_frames:
         try:
             clip, of_clip, _ = resized_clip(frame, rows, movies, options)
         except BrokenVideo as error:
             broken.append(str(error))
             continue
-        if options.widen_boxes:
-            of_clip = move_edges(of_clip, torch.tensor([0.05, 0.025, 0.05, 0.025]))
         clips.append(clip)
-        boxes.append(TF.clamp_bounding_boxes(of_clip))
+        boxes.append(TF.clamp_bounding_boxes(move_edges(of_clip, outward)))
         persons |= {(row.frame, row.box): row.score for row in rows}
     return persons, torch.stack(clips) if clips else None, to_rois(boxes) if clips else None, broken
 
@@ -214,11 +213,9 @@ class ActionDetector(nn.Module):
         time, height, _ = cube_grid(clip.shape[2:], self.options["cube"])
         x = self.encoder(clip)  # (B, N, D)
         x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # As in SlowFast and the authors' code: no shift by half a cube (aligned), more samples in larger boxes.
-        x = roi_align(
-            x.float(), rois, output_size=7, spatial_scale=1 / self.options["cube"][1], sampling_ratio=0, aligned=False
-        )
-        x = x.amax(dim=(2, 3))  # (M, D, 7, 7) to (M, D)
+        # torchvision's defaults are SlowFast's: no shift by half a cube (aligned), more samples in larger boxes.
+        x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / self.options["cube"][1])  # (M, D, 7, 7)
+        x = x.amax(dim=(2, 3))  # (M, D)
         return self.head(x)  # (M, classes)
 
 
@@ -249,31 +246,32 @@ def build(config: SimpleNamespace, init: str, labels: Tensor) -> ActionDetector:
     return model
 
 
+def find_labelled(options: SimpleNamespace, root: Path, split: str) -> tuple[Movies, Rows, set[ava.Frame]]:
+    """All movies, the annotations of `split`, train or val, and the key frames excluded from it."""
+    movies, named = ava.list_movies(root / options.movies), vars(options)
+    excluded = ava.read_exclusions(root / named[f"{split}_exclude"]) if named[f"{split}_exclude"] else set()
+    rows = ava.read_ground_truth(root / named[split], options.actions)
+    return movies, [row for row in rows if row.frame not in excluded], excluded
+
+
 def find_training(options: SimpleNamespace, root: Path) -> tuple[KeyFrames, Movies]:
     """Labelled key frames for training, without those that are excluded or whose movie is missing, and all movies."""
-    movies = ava.list_movies(root / options.movies)
-    excluded = ava.read_exclusions(root / options.train_exclude) if options.train_exclude else set()
-    rows = [row for row in ava.read_ground_truth(root / options.train, options.actions) if row.frame not in excluded]
-    named = {row.frame[0] for row in rows}
+    movies, rows, _ = find_labelled(options, root, "train")
+    named, where = {row.frame[0] for row in rows}, root / options.movies
     if missing := sorted(named - movies.keys()):
-        what = f"{len(missing)} of {len(named)} movies for training are not in {root / options.movies} and left out"
-        say(f"{what}: {', '.join(missing)}")
-    if not named & movies.keys():
-        raise UserError(
-            f"{root / options.movies} has none of the movies of {root / options.train}; look at data.movies"
-        )
+        say(f"{len(missing)} of {len(named)} movies for training are not in {where} and left out: {', '.join(missing)}")
+    if len(missing) == len(named):
+        raise UserError(f"{where} has none of the movies of {root / options.train}; look at data.movies")
     return ava.key_frames([row for row in rows if row.frame[0] in movies]), movies
 
 
 def find_test(options: SimpleNamespace, root: Path) -> TestSet:
     """The validation set, and the persons that a detector found in it."""
-    movies = ava.list_movies(root / options.movies)
-    excluded = ava.read_exclusions(root / options.val_exclude) if options.val_exclude else set()
+    movies, rows, excluded = find_labelled(options, root, "val")
     actions = ava.read_actions(root / options.labels)
     if max(actions) > options.actions:
         what = f"{root / options.labels} lists action {max(actions)}"
         raise UserError(f"{what}, more than data.actions={options.actions}")
-    rows = [row for row in ava.read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     found = find_persons(root / options.boxes, options, root, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
@@ -354,17 +352,14 @@ def train(config: SimpleNamespace) -> None:
 
 
 @torch.inference_mode()
-def detect(
-    model: nn.Module, persons: KeyFrames, movies: Movies, run: Run, title: str
-) -> tuple[list[ava.Row], list[str]]:
+def detect(model: nn.Module, persons: KeyFrames, movies: Movies, run: Run, title: str) -> tuple[Rows, list[str]]:
     """The probability of each action of each person, as rows, on rank 0 alone; why some key frames could not be read.
 
     Each process tests a part of the key frames.
     """
-    options, at_most, cube, batches = run.config.data, run.config.run.batch_per_device, model.options["cube"], []
-    for _, group in groupby(persons.items(), key=lambda item: item[0][0]):
-        of_movie = list(group)
-        batches += [of_movie[start : start + at_most] for start in range(0, len(of_movie), at_most)]
+    options, at_most, cube = run.config.data, run.config.run.batch_per_device, model.options["cube"]
+    movies_frames = [list(group) for _, group in groupby(persons.items(), key=lambda item: item[0][0])]
+    batches = [frames[i : i + at_most] for frames in movies_frames for i in range(0, len(frames), at_most)]
     mine, read = range(run.rank, len(batches), run.world_size), partial(test_batch, movies=movies, options=options)
     batches = data.loader(batches, options.workers, batch_size=None, sampler=mine, collate_fn=read)
     model.eval()
@@ -388,7 +383,9 @@ def detect(
     return sorted(rows), broken
 
 
-def test(model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path | None = None) -> float:
+def test(
+    model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path | None = None, as_json: bool = False
+) -> float:
     """The mAP, for every process; with a folder, print it and write detections.csv, mAP.json and pictures.
 
     A key frame that cannot be read has no detections; its ground truth still counts.
@@ -401,17 +398,17 @@ def test(model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path
     if folder and run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         ava.write_rows(folder / "detections.csv", rows)
-        (folder / "mAP.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
         for reason in broken:
             say(f"no detections: {reason}")
         draw_key_frames(rows, test_set, run.config, folder / "pictures")
-        ava.show(summary)
+        ava.report(summary, folder / "mAP.json", as_json)
         persons, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
-        print(f"{len(persons):,} persons in {len(frames):,} frames: {folder / 'detections.csv'}", flush=True)
+        what = f"{len(persons):,} persons in {len(frames):,} frames: {folder / 'detections.csv'}"
+        (say if as_json else print)(what)
     return gather([summary.get("mAP")])[0]
 
 
-def draw_key_frames(rows: list[ava.Row], test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
+def draw_key_frames(rows: Rows, test_set: TestSet, config: SimpleNamespace, folder: Path) -> None:
     """Draw `run.pictures` of the key frames, evenly spaced: what was detected, and the ground truth."""
     names, actions = {number: name for number, (name, _) in test_set.actions.items()}, config.data.actions
     found, truth = ava.key_frames(rows), ava.key_frames(test_set.ground_truth)
@@ -421,74 +418,135 @@ def draw_key_frames(rows: list[ava.Row], test_set: TestSet, config: SimpleNamesp
         detected = draw_persons(image, *ava.to_persons(found[frame], actions), names, "orange")
         true = draw_persons(image, *ava.to_persons(truth.get(frame, []), actions), names, "lime")
         pictures = {f"detected, {video}, second {second}": detected, "ground truth": true}
-        side_by_side(pictures, folder / f"{video}_{second:04d}.png")
+        side_by_side(pictures, folder / f"{video}_{second:04.15g}.png")
 
 
 def use_weights(arguments: argparse.Namespace) -> None:
-    """`--test` and `--predict`: what any checkpoint of action detection finds in the validation set or in a video."""
+    """`--test` and `--predict`: what any checkpoint of action detection finds in the validation set or in videos."""
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
     run = Run(config, DEFAULT)
     model = build_from(ActionDetector, weights, config.model.pretrained_clip).to(run.device)
     if arguments.predict:
-        out = arguments.out or Path("runs/detections") / f"{arguments.predict.stem}.mp4"
-        names = read_checkpoint(weights)[1].get("actions", {})
-        return predict(model, names, arguments.predict, arguments.boxes, run, out)
+        return predict(model, arguments, run)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     test_set = find_test(config.data, toy.find_ava(config.data))
-    test(model, test_set, run, "testing", arguments.out or weights.parent)
+    test(model, test_set, run, "testing", arguments.out or weights.parent, arguments.json)
 
 
-def predict(model: nn.Module, names: dict[int, str], video: Path, boxes: Path, run: Run, out: Path) -> None:
-    """Write a video as mp4 with the boxes of the nearest second and what the persons in them do."""
-    options, movies = run.config.data, {video.stem: video}
-    found = find_persons(boxes, options, Path(options.root), movies)
-    persons = {frame: rows for frame, rows in found.items() if frame[0] == video.stem}
-    if not persons:
-        others = f"only of {', '.join(sorted({frame[0] for frame in found})[:3])}, ..."
-        raise UserError(f"{boxes} has no boxes of video {video.stem}, {others}: column 1 has to be the file's name")
-    rows, broken = detect(model, persons, movies, run, "predicting")
-    if run.rank > 0:
-        return
-    for reason in broken:
-        say(f"no detections: {reason}")
+# ---- prediction: where persons are, what they do, a video that shows it ----
+
+
+def predict(model: nn.Module, arguments: argparse.Namespace, run: Run) -> None:
+    """Write copies of videos in which boxes and actions are drawn, and the detections as csv files next to them.
+
+    Persons are those in --boxes. Without it, at each second, they are those that --detector finds, or else one box: the
+    whole frame. Videos without persons and those that cannot be read are named.
+    """
+    options, videos, out = run.config.data, named_videos(arguments.predict), arguments.out or Path("runs/detections")
+    movies, done = {video.stem: video for video in videos}, 0
+    if len(movies) < len(videos):
+        raise UserError("two of the videos have the same name, as their results would: predict one after the other")
+    boxes = find_persons(arguments.boxes, options, Path(options.root), movies) if arguments.boxes else {}
+    person_detector = load_person_detector(arguments.detector).to(run.device) if arguments.detector else None
+    names = read_checkpoint(arguments.weights)[1].get("actions", {})
+    for name, path in movies.items():
+        try:
+            persons = {frame: rows for frame, rows in boxes.items() if frame[0] == name}
+            if not boxes:
+                persons = persons_each_second(path, person_detector, run)
+            elif not persons:
+                others = f"only of {next(iter(boxes))[0]}, ...: column 1 has to be the file's name"
+                raise UserError(f"{arguments.boxes} has no boxes of video {name}, {others}")
+            rows, broken = detect(model, persons, {name: path}, run, f"predicting {name}")
+            for reason in broken:
+                say(f"no detections: {reason}")
+            if run.rank == 0:
+                file = out if out.suffix == ".mp4" and len(videos) == 1 else out / f"{name}.mp4"
+                draw_video(path, file, rows, names, model.options["classes"], options.starts_at)
+            done += 1
+        except (BrokenVideo, UserError) as error:
+            say(f"left out: {error}")
+    if not done:
+        raise UserError("nothing could be predicted; the lines above say why")
+
+
+def load_person_detector(path: Path) -> nn.Module:
+    """torchvision's Faster R-CNN for COCO's classes, with the weights from a file. Raises UserError."""
+    person_detector = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    try:
+        person_detector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # many types for one mistake
+        what = f"{path} does not hold the weights of torchvision's fasterrcnn_resnet50_fpn_v2"
+        raise UserError(f"{what} ({type(error).__name__})") from None
+    return person_detector.eval()
+
+
+@torch.inference_mode()
+def persons_each_second(path: Path, person_detector: nn.Module | None, run: Run) -> KeyFrames:
+    """The persons that a detector finds at each second of a video, or without one, whole frames.
+
+    Raises BrokenVideo, or UserError if there are no persons.
+    """
+    rows, options = [], run.config.data
+    with Video(path) as video:
+        times = video.times
+        for second in range(round(times[-1]) + 1):
+            boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
+            if person_detector:
+                image = video.frames([nearest(times, Fraction(second))])[0].to(run.device)  # (3, H, W)
+                found = person_detector([image / 255])[0]
+                kept = (found["labels"] == 1) & (found["scores"] >= options.threshold)  # COCO's class 1: person
+                boxes = found["boxes"][kept].cpu() / torch.tensor([*image.shape[:0:-1]] * 2)  # (P, 4)
+                scores = found["scores"][kept]
+            frame, persons = (path.stem, options.starts_at + second), zip(boxes.tolist(), scores.tolist(), strict=True)
+            rows += [ava.Row(frame, tuple(box), 0, score) for box, score in persons]
+    if not rows:
+        raise UserError(f"{path} shows no person whom the detector gives a score of {options.threshold} or more")
+    return ava.key_frames(rows)
+
+
+def draw_video(path: Path, out: Path, rows: Rows, names: dict[int, str], classes: int, starts_at: int) -> None:
+    """Write detections in a video as csv, and the video as mp4, each frame with those nearest, within half a second."""
+    if out.exists() and out.samefile(path):
+        raise UserError(f"{path} would be overwritten: give another --out")
     frames = ava.key_frames(rows)
+    persons, key_times = list(frames.values()), [Fraction(str(second)) - starts_at for _, second in frames]
 
     def drawn(movie: Video) -> Iterator[Tensor]:
         images = tqdm(movie.every_frame(), "drawing", len(movie), unit="frame")
         for time, image in zip(movie.times, images, strict=True):
-            of_second = frames.get((video.stem, round(time) + options.starts_at), [])
-            picture = draw_persons(image, *ava.to_persons(of_second, model.options["classes"]), names, "orange")
+            index = nearest(key_times, time)
+            shown = persons[index] if abs(key_times[index] - time) <= Fraction(1, 2) else []
+            picture = draw_persons(image, *ava.to_persons(shown, classes), names, "orange")
             yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]  # H.264 wants even sizes
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with Video(video) as movie:
-            write_mp4(out, drawn(movie), movie.rate)
-    except BrokenVideo as error:
-        raise UserError(f"the video cannot be read: {error}") from None
-    print(f"{len({(row.frame, row.box) for row in rows})} persons in {len(frames)} key frames: {out}")
+    ava.write_rows(out.with_suffix(".csv"), rows)
+    with Video(path) as movie:
+        write_mp4(out, drawn(movie), movie.rate)
+    print(f"{len({(row.frame, row.box) for row in rows})} persons in {len(frames)} key frames: {out}", flush=True)
 
 
 def main() -> None:
     if "--evaluate" in sys.argv:
         return ava.main([word for word in sys.argv[1:] if word != "--evaluate"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, exclusive = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--test", action="store_true", help="test --weights, do not train")
-    add("--predict", type=Path, metavar="VIDEO", help="draw the actions of the persons in --boxes into a copy of it")
+    add("--predict", nargs="+", type=Path, metavar="VIDEO", help="draw actions into copies of videos, folders or lists")
     form = "rows video,second,x1,y1,x2,y2,,score in fractions of width and height"
-    add("--boxes", type=Path, metavar="FILE", help=f"{form}; the file starts at second data.starts_at")
+    exclusive.add_argument("--boxes", type=Path, metavar="FILE", help=f"of --predict: {form}")
+    exclusive.add_argument("--detector", type=Path, metavar="FILE", help="weights of fasterrcnn_resnet50_fpn_v2")
     add("--weights", type=Path, help="checkpoint of action detection: this project's or the official one")
     add("--evaluate", action="store_true", help="python -m support.ava, whose --help lists the options")
-    add("--out", type=Path, help="folder of --test, default: that of the weights; file of --predict and --evaluate")
+    add("--json", action="store_true", help="--test and --evaluate print their results as one JSON object")
+    add("--out", type=Path, help="--test, --predict: folder, default that of the weights, runs/detections; or one .mp4")
     arguments = parse(parser)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
         example = "a checkpoint of action detection such as runs/detect/toy/checkpoint.pt"
         raise UserError(f"--test and --predict need --weights FILE, {example}; training starts from init=FILE")
-    if arguments.predict and not arguments.boxes:
-        raise UserError(f"--predict needs --boxes FILE, where the persons are: {form}")
     if arguments.weights:
         use_weights(arguments)
     else:

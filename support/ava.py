@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from functools import cache
@@ -29,8 +29,9 @@ from support.video import BrokenVideo, Video
 
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
 GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, to 63, to 80
+AIA_ENTRY = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
 
-Frame = tuple[str, int]  # a key frame: video, second
+Frame = tuple[str, float]  # a key frame: video, second, an int if it is whole
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 in fractions of width and height
 Actions = dict[int, tuple[str, str]]  # name and group by number; the group is empty if unknown
 
@@ -48,7 +49,10 @@ class Row(NamedTuple):
 
 
 def read_ground_truth(path: Path, actions: int = ACTIONS) -> list[Row]:
-    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line."""
+    """AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line.
+
+    AVA-Kinetics also has rows video,second: a key frame without persons, in which nothing is to be found.
+    """
     return _read_rows(path, range(1, actions + 1), "person")
 
 
@@ -71,8 +75,8 @@ def read_person_boxes(
         command = f"import pickle; [print(key, *row[:4], '', row[4], sep=',') for key, rows in {rows}]"
         how = f'if you trust it, convert it with python -c "{command}" > boxes.csv'
         raise UserError(f"{path} is a pickle, which could run any code: {how}")
-    is_aia = path.suffix == ".json"
-    rows = _read_aia_boxes(path, file_list, sizes) if is_aia else _read_rows(path, range(ACTIONS + 1), "score")
+    to_columns = _aia_columns(path, file_list, sizes) if path.suffix == ".json" else None
+    rows = _read_rows(path, range(ACTIONS + 1), "score", to_columns=to_columns)
     if kept := [row._replace(action=0) for row in rows if row.score >= threshold]:
         return key_frames(kept)
     highest = f"{max(row.score for row in rows):.3f}"
@@ -81,17 +85,25 @@ def read_person_boxes(
 
 def read_exclusions(path: Path) -> set[Frame]:
     """Key frames that do not count: rows video,second. Raises UserError with file and line."""
-    return set(_parsed(path, _lines(path), _key_frame, "a row of excluded frames is video,second"))
+    return set(_parsed(path, _key_frame, "a row of excluded frames is video,second"))
 
 
-def _read_rows(path: Path, actions: range, last: str, any_box: bool = False) -> list[Row]:
+def _read_rows(
+    path: Path, actions: range, last: str, any_box: bool = False, to_columns: Callable | None = None
+) -> list[Row]:
     """The last column is a "score" or not needed. The action may be empty if 0 is one of `actions`.
 
     any_box: the edges of a box may be in the wrong order; the evaluation ignores such boxes.
+    to_columns: makes a row's columns of an entry of a json file, None of one to leave out.
     """
     known: dict[Any, Any] = {}  # a box is in many rows: one copy saves memory
 
-    def parse(columns: list[str]) -> Row:
+    def parse(item: Any) -> Row | None:
+        columns = to_columns(item) if to_columns else item
+        if columns is None:
+            return None
+        if last == "person" and not any(columns[2:]):
+            return _key_frame(columns[:2]) and None
         if len(columns) not in (7, 8):
             raise ValueError(f"{len(columns)} columns")
         frame, (x1, y1, x2, y2) = _key_frame(columns[:2]), map(float, columns[2:6])
@@ -100,7 +112,7 @@ def _read_rows(path: Path, actions: range, last: str, any_box: bool = False) -> 
         if not all(-10 < edge < 10 for edge in (x1, y1, x2, y2)):
             raise ValueError("a box in pixels, or with numbers that are not finite")
         if not any_box and (x1 > x2 or y1 > y2):
-            raise ValueError("a box whose left or upper edge lies beyond the other")
+            raise ValueError("a box of negative size, whose left or upper edge lies beyond the other")
         if action not in actions:
             raise ValueError(f"unknown action {action}, known are 1 to {actions[-1]}")
         if not math.isfinite(score):
@@ -109,74 +121,60 @@ def _read_rows(path: Path, actions: range, last: str, any_box: bool = False) -> 
         return Row(*known.setdefault(place, place), action, score)
 
     form = f"a row is video,second,x1,y1,x2,y2,action,{last}, the box in fractions of width and height"
-    rows = _parsed(path, _lines(path), parse, form)
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return rows
+    items = _parsed(path, parse, AIA_ENTRY if to_columns else form)
+    if rows := [row for row in items if row]:
+        return rows
+    missing = f"{path}: there is a movie for none of its {len(items)} boxes; look at data.movies"
+    raise UserError(missing if items else f"{path} holds no rows")
 
 
 def _key_frame(columns: list[str]) -> Frame:
     video, second = columns
-    if not video or not second.isdecimal():
-        raise ValueError("no video, or a second that is not a whole number")
-    return video, int(second)
+    if not video or not re.fullmatch(r"\d+(\.\d+)?", second):
+        raise ValueError("no video, or a second that is not a whole number or a decimal fraction")
+    second = float(second)
+    return video, int(second) if second.is_integer() else second
 
 
-def _read_aia_boxes(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> list[Row]:
-    """A list of {"image_id": 10000 * movie + second, "bbox": [x, y, width, height] in pixels, "score"}."""
+def _aia_columns(path: Path, file_list: Path | None, sizes: Mapping[str, tuple[int, int]] | None) -> Callable:
+    """What makes columns of AIA's {"image_id": 10000 * movie + second, "bbox": [x, y, width, height], "score"}."""
     if file_list is None or sizes is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, as data.file_list")
-    try:
-        videos = [name.rsplit(".", 1)[0] for name in file_list.read_text("utf-8-sig").split()]
-        entries = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no boxes can be read from {path} and {file_list}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of boxes")
+    videos = _parsed(file_list, lambda columns: columns[0].rsplit(".", 1)[0], "a line is the name of a file")
 
-    def parse(entry: dict[str, Any]) -> Row | None:
+    def to_columns(entry: dict[str, Any]) -> list | None:
         movie, second = divmod(int(entry["image_id"]), 10000)
         x, y, box_width, box_height = map(float, entry["bbox"])
-        score = float(entry["score"])
         if not 0 <= movie < len(videos):
             raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-        if not (box_width >= 0 and box_height >= 0 and math.isfinite(score)):
-            raise ValueError("a box of negative size, or a number that is not finite")
         if videos[movie] not in sizes:
             return None
         width, height = sizes[videos[movie]]
         box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
         if not all(-0.1 < edge < 1.1 for edge in box):
             raise ValueError(f"a box outside of {width} x {height} pixels: found in a movie of another size")
-        return Row((videos[movie], second), box, 0, score)
+        return [videos[movie], str(second), *box, "", entry["score"]]
 
-    form = "an entry holds image_id, bbox [x, y, width, height] in pixels and score"
-    rows = [row for row in _parsed(path, enumerate(entries, 1), parse, form) if row]
-    if not rows:
-        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies")
-    return rows
+    return to_columns
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and columns of each line of a csv file that is not blank. Raises UserError."""
+def _parsed(path: Path, parse: Callable[[Any], Any], form: str) -> list:
+    """What `parse` makes of the columns of each line of a csv file that is not blank, or of each entry of a json file.
+
+    Raises UserError with file and line.
+    """
+    parsed, number = [], 0
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.strip().split(",")
-    except (OSError, UnicodeDecodeError) as error:
+            for item in json.load(file) if path.suffix == ".json" else (line.strip().split(",") for line in file):
+                number += 1
+                if item != [""]:
+                    parsed.append(parse(item))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"no rows can be read from {path}: {error}") from None
-
-
-def _parsed(path: Path, items: Iterable[tuple[int, Any]], parse: Callable[[Any], Any], form: str) -> list:
-    """What `parse` makes of numbered lines of a csv file or entries of a json file. UserError names the number."""
-    parsed = []
-    for number, item in items:
-        try:
-            parsed.append(parse(item))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            place = f"{'entry' if path.suffix == '.json' else 'line'} {number}"
-            raise UserError(f"{path}, {place}: {error}; {form}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        place = f"{'entry' if path.suffix == '.json' else 'line'} {number}"
+        raise UserError(f"{path}, {place}: {error}; {form}") from None
     return parsed
 
 
@@ -190,19 +188,18 @@ def read_actions(path: Path) -> Actions:
         text = re.sub(r"^[ \t]*#.*", "", path.read_text("utf-8-sig"), flags=re.MULTILINE)  # without comments
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no list of actions can be read from {path}: {error}") from None
-    string = r'"(?:\\.|[^"\\\n])*"'  # may hold braces and \"
-    block = re.compile(rf'\w+\s*:?\s*\{{((?:{string}|[^{{}}"])*)\}}\s*')
-    actions, position = {}, len(text) - len(text.lstrip())
-    while position < len(text) or not actions:
-        where, match = f"{path}, line {1 + text.count(chr(10), 0, position)}", block.match(text, position)
-        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1])) if match else {}
+    string, actions = r'"(?:\\.|[^"\\\n])*"', {}  # a string may hold braces and \"
+    for match in re.finditer(rf'\w+\s*:?\s*\{{((?:{string}|[^{{}}"])*)\}}|\S|\Z', text):  # a block, a mistake, the end
+        if actions and not match[0]:
+            break
+        where = f"{path}, line {1 + text.count(chr(10), 0, match.start())}"
+        fields = dict(re.findall(rf"(\w+):\s*({string}|\w+)", match[1] or ""))
         name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
         if not name.startswith('"') or not number.isdecimal():
             raise UserError(f'{where}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
         if int(number) in (0, *actions):
             raise UserError(f"{where}: action {number} is listed twice, or is 0; ids start at 1")
         actions[int(number)] = re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", "")
-        position = match.end()
     known = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # the first and last of groups
     if all(actions.get(number) == (name, "") for number, name in known.items()):
         return {number: (name, GROUPS[(number > 14) + (number > 63)]) for number, (name, _) in actions.items()}
@@ -211,9 +208,9 @@ def read_actions(path: Path) -> Actions:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write detections as AVA's evaluation reads them, with as many digits as a float32 has."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         for (video, second), box, action, score in rows:
-            file.write(f"{video},{second:04d},{','.join(f'{edge:.9g}' for edge in box)},{action},{score:.9g}\n")
+            file.write(f"{video},{second:04.15g},{','.join(f'{edge:.9g}' for edge in box)},{action},{score:.9g}\n")
 
 
 def key_frames(rows: list[Row]) -> dict[Frame, list[Row]]:
@@ -351,8 +348,11 @@ def summarize(precisions: dict[int, float], actions: Actions) -> dict[str, Any]:
     }
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Print AP by action, the mean of each group, and the mAP."""
+def report(summary: dict[str, Any], path: Path, as_json: bool = False) -> None:
+    """Write a summary as json and print AP by action, the mean of each group, and the mAP, or `as_json` what it is."""
+    path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    if as_json:
+        return print(json.dumps(summary), flush=True)
     lines = [(action["AP"], f"{action['id']:3d} {action['name']}") for action in summary["actions"]]
     lines += [(value, f"mean of {group}") for group, value in summary["groups"].items()]
     for value, text in (*lines, (summary["mAP"], "mAP at IoU 0.5")):
@@ -368,6 +368,7 @@ def main(words: list[str] | None = None) -> None:
     add("--labels", type=Path, metavar="LIST.pbtxt", help="the actions to evaluate")
     add("--exclude", type=Path, metavar="X.csv", help="frames to leave out, video,second")
     add("--skip-frames-without-ground-truth", action="store_true", help=skip)
+    add("--json", action="store_true", help="print the results as one JSON object")
     add("--out", type=Path, metavar="FILE", help="default: DETECTIONS_mAP.json")
     a = parser.parse_args(words)
     if not a.ground_truth or not a.labels:
@@ -382,15 +383,15 @@ def main(words: list[str] | None = None) -> None:
         raise UserError(f"{a.ground_truth} holds no row of an action in {a.labels} outside excluded frames")
     frames, true_frames = {row.frame for row in rows}, {row.frame for row in truth}
     both = f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
-    print(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
-    show(summary)
-    if not summary["groups"]:
-        print(f"no groups: {a.labels} states no label_type")
-    if a.skip_frames_without_ground_truth:
-        print("frames without ground truth left out")
+    tell = say if a.json else print
+    tell(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
     out = a.out or a.detections.with_name(f"{a.detections.stem}_mAP.json")
-    out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    print(f"written to {out}")
+    report(summary, out, a.json)
+    if not summary["groups"]:
+        tell(f"no groups: {a.labels} states no label_type")
+    if a.skip_frames_without_ground_truth:
+        tell("frames without ground truth left out")
+    tell(f"written to {out}")
 
 
 if __name__ == "__main__":

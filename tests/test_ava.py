@@ -308,6 +308,9 @@ def test_command(tmp_path):
     for line in (" 33.33  mAP at IoU 0.5", " 25.00  mean of person interaction", '  none    2 read "{aloud}"'):
         assert f"{line}\n" in printed
     assert run("detect_ava.py", "--evaluate", found, *options).stdout == printed  # the short way
+    for command in (("support.ava", found), ("detect_ava.py", "--evaluate", found)):
+        done = run(*command, *options, "--json")
+        assert json.loads(done.stdout) == result and "5 detections in 3 frames" in done.stderr
     run("support.ava", found, *options, "--skip-frames-without-ground-truth", "--out", tmp_path / "other.json")
     skipped = json.loads((tmp_path / "other.json").read_text())
     assert skipped["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)  # 904 has only action 9
@@ -379,6 +382,33 @@ def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
         "-bc,0903,0.5,0.1,0.9,0.8,79,1",
         "ab,0902,0.2,0.2,0.4,0.4,3,1",
     ]
+
+
+def test_rows_of_ava_kinetics(tmp_path):
+    """Key frames at fractions of a second, and rows without a box: a key frame without persons."""
+    (tmp_path / "gt.csv").write_text(
+        "k,1.5,0.1,0.1,0.3,0.8,12,0\nk,2.5\nv,0902,0.1,0.1,0.3,0.8,12,0\nk,84.083333,0,0,1,1,3,1\nv,0903,,,,,,\n"
+    )
+    rows = ava.read_ground_truth(tmp_path / "gt.csv")
+    assert list(ava.key_frames(rows)) == [("k", 1.5), ("k", 84.083333), ("v", 902)]
+    ava.write_rows(tmp_path / "again.csv", rows)
+    written = [line.split(",")[1] for line in (tmp_path / "again.csv").read_text().splitlines()]
+    assert written == ["01.5", "0902", "84.083333"]
+    found = ava.read_detections(tmp_path / "again.csv")
+    assert found == rows
+    assert ava.average_precisions(rows, found, (3, 12)) == {3: 1.0, 12: 1.0}
+    moved = [row._replace(frame=("k", 1.25)) if row.frame == ("k", 1.5) else row for row in found]
+    assert ava.average_precisions(rows, moved, (3, 12)) == {3: 1.0, 12: 0.25}  # wrong, right of two: 1/2 of 1/2
+    nobody = [rows[0]._replace(frame=("k", 2.5), score=2.0), *found]
+    assert ava.average_precisions(rows, nobody, (12,))[12] == pytest.approx(2 / 3)  # counts where nobody is
+    (tmp_path / "x.csv").write_text("k,1.5\nv,902.0\n")
+    assert ava.read_exclusions(tmp_path / "x.csv") == {("k", 1.5), ("v", 902)}
+    with pytest.raises(UserError, match="line 2: 2 columns"):
+        ava.read_detections(tmp_path / "gt.csv")
+    for second in ("1.5.2", "-1", "1e3", ".5", "1.", "nan"):
+        (tmp_path / "gt.csv").write_text(f"k,{second}\n")
+        with pytest.raises(UserError, match="gt.csv, line 1: no video, or a second that is not"):
+            ava.read_ground_truth(tmp_path / "gt.csv")
 
 
 def test_detections_are_worth_the_same_in_memory_and_from_their_file(tmp_path):
@@ -550,6 +580,10 @@ def test_person_boxes_of_aia(tmp_path):
     for content in ("{}", "[]", "not json", "[1]", "[null]", "7", '[{"image_id": 902}, 0]'):
         path.write_text(content)
         with pytest.raises(UserError, match="boxes.json"):
+            ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+    for content in (b"not json", b"[\xff]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no rows can be read from .*boxes.json"):
             ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
 
 

@@ -22,7 +22,7 @@ import model as m
 import support.weights
 from support import ava as files
 from support import toy
-from support.config import UserError, load_config
+from support.config import UserError, as_dict, load_config
 from support.run import Run, random_below
 from support.video import BrokenVideo
 
@@ -49,6 +49,10 @@ LENGTH = 12  # seconds
 
 def times(rate: int, begin: int = 0) -> list[int]:
     return [round(1000 * (begin + i / rate)) for i in range(LENGTH * rate)]
+
+
+def tenths(count: int) -> list[int]:
+    return [100 * number for number in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,17 @@ def test_a_second_outside_the_movie_is_refused(movies):
     ):
         with pytest.raises(BrokenVideo, match=f"{name}.*second {second} lies outside.*is the movie cut or whole"):
             clip_of(movies / name, second, starts_at=starts_at)
+
+
+def test_key_frames_at_fractions_of_a_second(movies, tmp_path):
+    """As AVA-Kinetics has them. What the digits say is exact: a tenth of a second is three frames."""
+    for second, key in ((905.5, 165), (905.1, 153), (905.016, 150), (905.017, 151)):
+        assert clip_of(movies / "cut30.mp4", second)[8] == key
+        assert clip_of(movies / "cut30.mp4", second, frames=8, stride=30)[3:6] == [key - 30, key, key + 30]
+    with pytest.raises(BrokenVideo, match="second 912.75 lies outside"):
+        clip_of(movies / "cut30.mp4", 912.75)
+    write_numbered(tmp_path / "film.mp4", 10, times=tenths(10))
+    assert clip_of(tmp_path / "film.mp4", 900.35)[8] == 3  # the earlier of two; as a float it lies behind the middle
 
 
 def test_only_packets_near_the_key_frame_are_read(movies, monkeypatch):
@@ -743,8 +758,144 @@ def test_weights_are_tested_and_predict_a_video(ava, reference_run, tmp_path):
     assert ((red > 200) & ((green - 165).abs() < 40) & (blue < 60)).any()  # orange boxes
     assert "key frames: " in done.stdout
 
+    rows = files.read_detections(out.with_suffix(".csv"), 12)
+    assert {row.frame[0] for row in rows} == {"val_00001"} and {row.action for row in rows} == set(range(1, 13))
+
     done = run("detect_ava.py", "--predict", ava / "videos/train_00001.mp4", *options, ok=False)
     assert done.returncode and "has no boxes of video train_00001" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_results_are_printed_as_json(reference_run, tmp_path):
+    options = ["--weights", reference_run / "checkpoint.pt", "--out", tmp_path, "run.pictures=0"]
+    done = run("detect_ava.py", "--test", "--json", *options)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "mAP.json").read_text())
+    assert done.stdout.count("\n") == 1 and "detections.csv" in done.stderr
+
+
+# ---- predictions without a file of boxes ----
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector with random weights, for clips of 8 x 64 x 64."""
+    config = configured("init=scratch")
+    detector = randomized(detect_ava.build(config, NO_PERSONS))
+    path = tmp_path_factory.mktemp("weights") / "checkpoint.pt"
+    content = dict(model=detector.state_dict(), model_options=detector.options, actions={1: "walk"})
+    torch.save(content | dict(config=as_dict(config)), path)
+    return path
+
+
+def seconds_of(path: Path) -> list[float]:
+    return sorted({row.frame[1] for row in files.read_detections(path, 12)})
+
+
+def test_whole_frames_of_videos_folders_and_lists_are_predicted(weights, tmp_path):
+    """One box at each second, which is drawn; a video that cannot be read is named and the others are predicted."""
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    (folder / "below").mkdir(parents=True)
+    write_numbered(folder / "one.mp4", 31, times=tenths(31))
+    write_numbered(folder / "below/two.mkv", 6, times=tenths(6))
+    (folder / "text.mp4").write_text("not a video")
+    write_numbered(tmp_path / "three.mp4", 12, times=tenths(12))
+    (tmp_path / "list.txt").write_text("three.mp4\n")
+    options = ["--weights", weights, "--out", out, "data.workers=0"]
+    done = run("detect_ava.py", "--predict", folder, tmp_path / "list.txt", *options)
+    assert "left out: " in done.stderr and "text.mp4" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{name}.{suffix}" for name in ("one", "three", "two") for suffix in ("csv", "mp4")
+    ]
+    assert seconds_of(out / "one.csv") == [900, 901, 902, 903]  # the toy's files start at second 900
+    assert seconds_of(out / "two.csv") == [900] and seconds_of(out / "three.csv") == [900, 901]
+    assert {row.box for row in files.read_detections(out / "one.csv", 12)} == {(0, 0, 1, 1)}
+    with av.open(str(out / "one.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 31
+
+    done = run("detect_ava.py", "--predict", folder / "text.mp4", *options, ok=False)
+    assert done.returncode and "nothing could be predicted" in done.stderr and "Traceback" not in done.stderr
+    (folder / "below/three.mp4").write_bytes((tmp_path / "three.mp4").read_bytes())
+    done = run("detect_ava.py", "--predict", folder / "below", tmp_path / "three.mp4", *options, ok=False)
+    assert done.returncode and "two of the videos have the same name" in done.stderr
+    before = (tmp_path / "three.mp4").read_bytes()
+    done = run("detect_ava.py", "--predict", tmp_path / "three.mp4", *options[:2], "--out", tmp_path, ok=False)
+    assert done.returncode and "three.mp4 would be overwritten" in done.stderr
+    assert (tmp_path / "three.mp4").read_bytes() == before
+
+
+def test_boxes_at_fractions_of_a_second_are_predicted_and_drawn_on_the_nearest_frames(weights, tmp_path):
+    write_numbered(tmp_path / "film.mp4", 40, times=tenths(40))
+    (tmp_path / "boxes.csv").write_text("film,1.5,0.25,0.25,0.75,0.75,,0.9\nfilm,1.7,0,0,0.5,0.5,,0.9\n")
+    options = ["--boxes", tmp_path / "boxes.csv", "--weights", weights, "data.starts_at=0", "data.workers=0"]
+    run("detect_ava.py", "--predict", tmp_path / "film.mp4", *options, "--out", tmp_path / "drawn.mp4")
+    assert seconds_of(tmp_path / "drawn.csv") == [1.5, 1.7]
+    with av.open(str(tmp_path / "drawn.mp4")) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).int() for frame in container.decode(video=0)]
+    red, green, blue = torch.stack(frames).unbind(dim=3)
+    orange = (red > 200) & ((green - 165).abs() < 40) & (blue < 60)  # (T, H, W)
+    height, width = orange.shape[1:]
+    right, left = orange[:, :, round(0.75 * width)].any(dim=1), orange[:, round(0.1 * height), 0:4].any(dim=1)
+    assert right.nonzero().flatten().tolist() == list(range(10, 17))  # 1.0 to 1.6 s, the earlier of two equally near
+    assert left.nonzero().flatten().tolist() == list(range(17, 23))  # to 2.2 s
+
+
+class Found(nn.Module):
+    """Stands in for torchvision's person detector: the same boxes in every frame, in pixels."""
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        (image,) = images
+        assert image.shape[0] == 3 and image.dtype == torch.float32 and 0 <= image.min() and 0.5 < image.max() <= 1
+        self.seen.append(number_of((image * 255).round().byte()))
+        height, width = image.shape[1:]
+        boxes = [[0, 0, width, height / 2], [width / 4, 0, width / 2, height], [0, 0, 9, 9], [1, 1, 9, 9]]
+        scores = torch.tensor([0.8, 0.95, 0.79, 0.99], dtype=torch.float64)
+        return [dict(boxes=torch.tensor(boxes), scores=scores, labels=torch.tensor([1, 1, 1, 2]))]
+
+
+def test_persons_that_a_detector_finds_once_a_second(tmp_path):
+    """Those of COCO's class 1 with a score of at least 0.8, in fractions of width and height."""
+    write_numbered(tmp_path / "film.mp4", 25, times=tenths(25))
+    config, detector = configured("data.starts_at=0"), Found()
+    detector.seen = []
+    found = detect_ava.persons_each_second(tmp_path / "film.mp4", detector, Run(config, detect_ava.DEFAULT))
+    assert detector.seen == [0, 10, 20] and list(found) == [("film", second) for second in range(3)]
+    for rows in found.values():
+        assert [row.box for row in rows] == [(0, 0, 1, 0.5), (0.25, 0, 0.5, 1)]
+        assert [row.score for row in rows] == [0.8, 0.95] and {row.action for row in rows} == {0}
+    config.data.threshold = 0.96
+    with pytest.raises(UserError, match="film.mp4 shows no person .* of 0.96 or more"):
+        detect_ava.persons_each_second(tmp_path / "film.mp4", detector, Run(config, detect_ava.DEFAULT))
+
+
+def test_torchvisions_detector_is_read_from_a_file(tmp_path, monkeypatch):
+    """Never downloaded. Its boxes lie in the frame; which class they have is decided by the file's weights."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
+    path = tmp_path / "weights.pth"
+    for content in (b"not weights", None):
+        path.write_bytes(content) if content else torch.save({"x": torch.zeros(1)}, path)
+        with pytest.raises(UserError, match="weights.pth does not hold the weights of .*fasterrcnn_resnet50_fpn_v2"):
+            detect_ava.load_person_detector(path)
+    torch.manual_seed(0)
+    source = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    with torch.no_grad():
+        source.roi_heads.box_predictor.cls_score.bias[1] = 20  # everything is a person
+    torch.save(source.state_dict(), path)
+    detector = detect_ava.load_person_detector(path)
+    path.unlink()  # 170 MB
+    assert not detector.training
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in detector.state_dict().items())
+    detector.transform.min_size, detector.transform.max_size = (32,), 64  # as it is, it enlarges a frame to 800 pixels
+    write_numbered(tmp_path / "film.mp4", 4, times=tenths(4))
+    one_run = Run(configured("data.starts_at=0"), detect_ava.DEFAULT)
+    found = detect_ava.persons_each_second(tmp_path / "film.mp4", detector, one_run)
+    boxes = torch.tensor([row.box for row in found["film", 0]])
+    assert list(found) == [("film", 0)] and boxes.min() >= 0 and 0.5 < boxes.max() <= 1
+    assert all(row.score >= 0.8 for row in found["film", 0])
+    with torch.no_grad():
+        detector.roi_heads.box_predictor.cls_score.bias[2] = 40  # everything is a bicycle
+    with pytest.raises(UserError, match="shows no person"):
+        detect_ava.persons_each_second(tmp_path / "film.mp4", detector, one_run)
 
 
 @pytest.mark.parametrize(
@@ -773,7 +924,8 @@ def test_mistakes_end_in_a_sentence(ava, tmp_path, settings, sentence):
 def test_missing_arguments_are_said_in_a_sentence():
     needs = "--test and --predict need --weights"
     cases = {("--test",): needs, ("--weights", "y.pt"): needs}
-    cases |= {("--predict", "x.mp4", "--weights", "y.pt"): "--predict needs --boxes"}
+    cases |= {("--predict", "x.mp4"): needs}
+    cases |= {("--predict", "x.mp4", "--weights", "y.pt", "--boxes", "b", "--detector", "d"): "not allowed with"}
     for arguments, sentence in cases.items():
         done = run("detect_ava.py", *arguments, ok=False)
         assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr
