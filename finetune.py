@@ -12,7 +12,7 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 """
 
 import argparse
-import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +29,8 @@ from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
-from support.pictures import draw_comparison
 from support.run import Run, gather, launch, warmup_cosine
+from support.scores import compare, most_probable, write_predictions, write_scores
 from support.weights import (
     build_from,
     encoder_options,
@@ -194,7 +194,9 @@ def validate(model: nn.Module, videos: LabelledVideos, run: Run) -> None:
     say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos, one view")
 
 
-def test_and_write(model: nn.Module, videos: LabelledVideos, names: list[str], run: Run, folder: Path) -> float:
+def test_and_write(
+    model: nn.Module, videos: LabelledVideos, names: list[str], run: Run, folder: Path, as_json: bool = False
+) -> float:
     """Test as the paper does: print top-1 and top-5, write scores.csv and classes.csv into `folder`, return top-1."""
     clips, crops = run.config.data.test_clips, run.config.data.test_crops
     scores, broken = test(model, [path for path, _ in videos], run, clips, crops, f"testing {clips} x {crops} views")
@@ -205,23 +207,10 @@ def test_and_write(model: nn.Module, videos: LabelledVideos, names: list[str], r
         for reason in broken:
             say(f"counted as wrong: {reason}")
         tested = f"{len(videos):,} videos" + (f", {len(broken)} of them unreadable" if broken else "")
-        result = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, {clips} x {crops} views"
-        print(f"{result}: {folder / 'scores.csv'}", flush=True)
+        result = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, {clips} x {crops} views: {folder / 'scores.csv'}"
+        facts = dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
+        print(json.dumps(facts) if as_json else result, flush=True)
     return top1
-
-
-def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
-    """scores.csv: class, prediction and probabilities of each video. classes.csv: videos and top-1 of each class."""
-    rows, right = [["video", "class", "prediction", *names]], {name: [] for name in names}
-    for (path, label), row in zip(videos, scores, strict=True):
-        readable = not row.isnan().any()
-        prediction = names[int(row.argmax())] if readable else "unreadable"
-        rows.append([path, names[label], prediction, *(f"{p:.5f}" if readable else "" for p in row.tolist())])
-        right[names[label]].append(prediction == names[label])
-    classes = [[name, len(r), f"{100 * sum(r) / len(r):.2f}" if r else ""] for name, r in right.items()]
-    for name, table in (("scores.csv", rows), ("classes.csv", [["class", "videos", "top1"], *classes])):
-        with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(table)
 
 
 def test_weights(arguments: argparse.Namespace) -> None:
@@ -237,11 +226,13 @@ def test_weights(arguments: argparse.Namespace) -> None:
     if model.options["classes"] != len(names):
         what = f"{weights} has {model.options['classes']} classes, the dataset {len(names)}"
         raise UserError(f"{what}: set data.classes")
-    test_and_write(model, videos, names, run, arguments.out or weights_file(weights).parent)
+    test_and_write(model, videos, names, run, arguments.out or weights_file(weights).parent, arguments.json)
 
 
 def predict_videos(arguments: argparse.Namespace) -> None:
-    """`--predict`: print the five most probable classes of each video."""
+    """`--predict`: print the five most probable classes of each video, and write them to `--out`."""
+    if arguments.out and arguments.out.suffix not in (".csv", ".json"):
+        raise UserError(f"--out {arguments.out}: predictions are written to a .csv or .json file")
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
     run = Run(config, DEFAULT)
@@ -251,11 +242,14 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     scores, broken = test(model, videos, run, clips, crops, "predicting")
     for reason in broken:
         say(f"cannot be read: {reason}")
-    for video, row in zip(videos, scores, strict=True):
-        if run.rank == 0 and not row.isnan().any():
-            best = row.topk(min(5, len(names)))
-            lines = [f"  {100 * p:5.1f} %  {names[i]}" for p, i in zip(*map(Tensor.tolist, best), strict=True)]
-            print(video, *lines, sep="\n")
+    if run.rank == 0:
+        found = most_probable(videos, scores, names)
+        if arguments.out:
+            write_predictions(arguments.out, found)
+        if arguments.json:
+            print(json.dumps(found))
+        for video, classes in found.items() if not arguments.json else ():
+            print(video, *(f"  {100 * p:5.1f} %  {name}" for name, p in classes.items()), sep="\n")
     if len(broken) == len(videos):
         raise UserError("none of the videos can be read; see above")
 
@@ -272,36 +266,6 @@ def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[st
     return names
 
 
-def compare(files: list[Path], out: Path, most: int = 20) -> None:
-    """Sec. D, Figures 7 and 8: print and draw the classes in which one of two tested models is most ahead of the other.
-
-    files: the scores.csv of both.
-    """
-    first, second = map(class_accuracy, files)
-    shared = first.keys() & second.keys()
-    if not shared:
-        raise UserError(f"{files[0]} and {files[1]} have no class in common: they have to be of the same dataset")
-    rows = sorted(((second[name] - first[name], name) for name in shared), reverse=True)
-    if len(rows) > 2 * most:
-        rows = rows[:most] + rows[-most:]
-    print(f"top-1 by class: {files[1]} (second) against {files[0]} (first)\n  first  second   ahead  class")
-    for ahead, name in rows:
-        print(f"{first[name]:7.2f} {second[name]:7.2f} {ahead:+7.2f}  {name}")
-    draw_comparison(rows, files, out / "comparison.png")
-
-
-def class_accuracy(file: Path) -> dict[str, float]:
-    """Top-1 in percent by class, from a scores.csv."""
-    right: dict[str, list[bool]] = {}
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as opened:
-            for row in csv.DictReader(opened):
-                right.setdefault(row["class"], []).append(row["class"] == row["prediction"])
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
-        raise UserError(f"{file} is not a scores.csv as --test writes it") from None
-    return {name: 100 * sum(hits) / len(hits) for name, hits in right.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -309,7 +273,13 @@ def main() -> None:
     add("--predict", nargs="+", type=Path, metavar="VIDEO", help="print the classes of videos, folders or lists")
     add("--compare", nargs=2, type=Path, metavar="SCORES.csv", help="compare two tested models class by class")
     add("--weights", type=Path, help="fine-tuned checkpoint: this project's, official or Hugging Face's")
-    add("--out", type=Path, help="folder for results; default: that of the weights, or of the second scores.csv")
+    add("--json", action="store_true", help="--test and --predict print their results as one JSON object")
+    add(
+        "--out",
+        type=Path,
+        help="--test, --compare: folder, default that of the weights, of the second scores.csv; "
+        "--predict: a .csv or .json file",
+    )
     arguments = parse(parser)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
         raise UserError("--test and --predict need --weights FILE, a fine-tuned one; training starts from init=FILE")

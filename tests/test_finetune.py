@@ -211,6 +211,20 @@ def test_weights_of_all_namings_are_tested_and_predict(toy_videos, finished, tmp
         wanted = [100 * float(row[name]) for name in ranked]
         assert [float(percent) for percent, _ in found] == pytest.approx(wanted, abs=0.06)
         assert {name for _, name in found} == set(shown)
+    done = run("finetune.py", "--predict", *files, "--weights", own, "data.workers=0", "--json")
+    found = json.loads(done.stdout)
+    assert list(found) == [row["video"]] and [*found[row["video"]]] == ranked
+    for name in ("found.json", "found.csv"):
+        run("finetune.py", "--predict", *files, "--weights", own, "data.workers=0", "--out", tmp_path / name)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    rows = [(row["video"], row["class"], row["probability"]) for row in table(tmp_path / "found.csv")]
+    assert rows == [(video, name, f"{p:.5f}") for video in found for name, p in found[video].items()]
+    done = run("finetune.py", "--predict", *files, "--weights", own, "--out", tmp_path, ok=False)
+    assert done.returncode == 1 and "predictions are written to a .csv or .json file" in done.stderr
+    done = run("finetune.py", "--test", "--weights", own, "data.workers=0", "--json", "--out", tmp_path)
+    result = json.loads(done.stdout)
+    right = [row["prediction"] == row["class"] for row in table(tmp_path / "scores.csv")]
+    assert result["top1"] == pytest.approx(100 * sum(right) / 8) and result["videos"] == 8 and not result["unreadable"]
     done = run("finetune.py", "--predict", tmp_path / "none.mp4", "--weights", own, "data.workers=0", ok=False)
     assert done.returncode == 1 and "none of the videos can be read" in done.stderr
 

@@ -127,7 +127,7 @@ def test_numbers_of_lines_are_true():
 @pytest.mark.parametrize(
     "stage, pattern",
     [
-        ("finetune.py", r"\b(scores\.csv|classes\.csv|comparison\.png)\b"),
+        ("support/scores.py", r"\b(scores\.csv|classes\.csv|comparison\.png)\b"),
         ("detect_ava.py", r"\b(detections\.csv|mAP\.json)\b"),
     ],
 )
