@@ -39,8 +39,25 @@ def dense_clip(length: int, frames: int, stride: int, generator: Generator | Non
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
+    return _clip_from(start, length, frames, stride)
+
+
+def _clip_from(start: int, length: int, frames: int, stride: int) -> list[int]:
     last = start + (length - 1 - start) // stride * stride  # the authors' code never reaches length - 1
     return [min(start + i * stride, last) for i in range(frames)]
+
+
+def repeated_clips(length: int, frames: int, stride: int, repeats: int, generator: Generator) -> list[list[int]]:
+    """`repeats` clips of one video. The start of each is uniform, as in `dense_clip`, which gives the first.
+
+    Starts are whole strides apart, so that clips that overlap share their frames: the same frames of the video are
+    decoded for both. In exchange, the clips of one visit to a video are not independent.
+    """
+    clips = [dense_clip(length, frames, stride, generator)]
+    phase = clips[0][0] % stride
+    starts = range(phase, max(length - frames * stride, phase) + 1, stride)
+    others = [starts[random_below(len(starts), generator)] for _ in range(repeats - 1)]
+    return clips + [_clip_from(start, length, frames, stride) for start in others]
 
 
 def dense_training_clip(length: int, frames: int, stride: int, generator: Generator) -> list[int]:
@@ -212,7 +229,11 @@ class TrainingVideos(Dataset, ABC):
 
 @dataclass(eq=False, kw_only=True)
 class PretrainingClips(TrainingVideos):
-    """Random clips and masks: clip uint8 (T, 3, H, W), positions of visible (N_vis,) and masked (N_mask,) cubes."""
+    """Random clips and masks: clip uint8 (T, 3, H, W), positions of visible (N_vis,) and masked (N_mask,) cubes.
+
+    If `repeats` is above 1, all three have a first axis: clips of one video, opened and decoded once, each with
+    its own start, crop and mask.
+    """
 
     frames: int  # T
     stride: int
@@ -220,13 +241,19 @@ class PretrainingClips(TrainingVideos):
     scales: list[float]  # of multi_scale_crop
     flip: bool
     draw_mask: Callable[[Generator], Tensor]
+    repeats: int = 1
 
-    def sample(self, video: Path, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, video: Path, generator: Generator) -> tuple[Tensor, ...]:
         with Video(video) as opened:
-            indices = dense_clip(len(opened), self.frames, self.stride, generator)
-            frames = opened.frames(indices)  # (T, 3, H_video, W_video)
-        clip = resized_multi_scale_crop(frames, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
-        return clip, *split(self.draw_mask(generator))
+            clips = repeated_clips(len(opened), self.frames, self.stride, self.repeats, generator)
+            wanted = sorted({index for clip in clips for index in clip})
+            frames = opened.frames(wanted)  # (len(wanted), 3, H_video, W_video)
+        samples = []
+        for indices in clips:
+            clip = frames[[wanted.index(i) for i in indices]]  # (T, 3, H_video, W_video)
+            clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
+            samples.append((clip, *split(self.draw_mask(generator))))
+        return tuple(map(torch.stack, zip(*samples, strict=True))) if self.repeats > 1 else samples[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -318,7 +345,7 @@ class GlobalBatches(Sampler):
         self.length, self.run = length, run
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        run, batch_size = self.run, self.run.config.optim.batch_size
+        run, batch_size = self.run, self.run.batch_size
         for step in range(run.start, run.total):
             epoch, batch = divmod(step, self.length // batch_size)
             if batch == 0 or step == run.start:

@@ -260,7 +260,7 @@ def train(config: SimpleNamespace) -> None:
         recompute_blocks(model)
     clips = KeyFrameClips(list(frames.items()), config.run.seed, movies=movies, options=config.data)
     clips[0, 0]  # stops here if no movie can be read
-    run.plan(clips.videos)
+    run.plan(clips.videos, config.optim.batch_size)
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)

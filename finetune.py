@@ -91,7 +91,7 @@ def train(config: SimpleNamespace) -> None:
     augment, repeats = data.Augmentation(config.data), config.data.repeats
     clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # stops here if no video can be read
-    run.plan(videos, repeats)
+    run.plan(videos, config.optim.batch_size, repeats)
     if run.per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
         what = "one video at a time has no other to be mixed with"
         raise UserError(f"{what}: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")

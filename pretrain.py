@@ -135,7 +135,7 @@ def train(config: SimpleNamespace) -> None:
     model, objective, sample_mask = build(config)
     run = Run(config, DEFAULT)
     root, train_videos, val_videos, _ = toy.find(config.data)
-    videos = list_videos(root, train_videos)
+    videos, repeats = list_videos(root, train_videos), config.data.repeats
     clips = data.PretrainingClips(
         videos,
         frames=objective.load_frames,
@@ -144,10 +144,13 @@ def train(config: SimpleNamespace) -> None:
         scales=config.data.scales,
         flip=config.data.flip,
         draw_mask=sample_mask,
+        repeats=repeats,
         seed=config.run.seed,
     )
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
-    run.plan(videos)
+    if config.optim.batch_size % repeats:
+        raise UserError(f"optim.batch_size={config.optim.batch_size} is not a multiple of data.repeats={repeats}")
+    run.plan(videos, config.optim.batch_size // repeats, repeats)
 
     model.to(run.device)
     if config.run.recompute:
@@ -157,8 +160,8 @@ def train(config: SimpleNamespace) -> None:
     say(
         f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, "
-        f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {len(masked):,} of "
-        f"{len(masked) + len(visible):,} cubes masked, {len(visible):,} visible"
+        f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {masked.shape[-1]:,} of "
+        f"{masked.shape[-1] + visible.shape[-1]:,} cubes masked, {visible.shape[-1]:,} visible"
     )
     run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
     network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)
@@ -172,6 +175,7 @@ def train(config: SimpleNamespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for frames, visible, masked in run.micro_batches(batches):
+            frames, visible, masked = frames.flatten(0, -5), visible.flatten(0, -2), masked.flatten(0, -2)  # repeats
             clip, target = objective.split(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
             with run.autocast():
                 prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)

@@ -94,7 +94,7 @@ def train(config: SimpleNamespace) -> None:
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)
     clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=crop)
     clips[0, 0]  # stops here if no video can be read
-    run.plan(videos)
+    run.plan(videos, config.optim.batch_size)
 
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)  # no weight decay
     say(

@@ -197,23 +197,25 @@ class Run:
         self.replicas.append(DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False))
         return self.replicas[-1]
 
-    def plan(self, videos: Sequence, repeats: int = 1) -> None:
-        """Split the paper's batch over processes and micro-batches that fit on a device; count steps. Raises UserError.
+    def plan(self, videos: Sequence, batch_size: int, repeats: int = 1) -> None:
+        """Split a step's `batch_size` videos over processes and micro-batches that fit on a device; count steps.
 
-        repeats: clips that a video becomes on the device; they do not count in the batch.
+        repeats: clips that a video becomes on the device. Raises UserError.
         """
-        self.videos, samples = describe(videos), len(videos)
-        optim, batch_size = self.config.optim, self.config.optim.batch_size
+        self.videos, samples, optim = describe(videos), len(videos), self.config.optim
+        self.batch_size, self.repeats = batch_size, repeats
         if batch_size % self.world_size:
-            raise UserError(f"optim.batch_size={batch_size} cannot be split equally over {self.world_size} processes")
+            what = f"optim.batch_size={optim.batch_size}, {batch_size} videos"
+            raise UserError(f"{what}, cannot be split equally over {self.world_size} processes")
         if samples < batch_size:
-            raise UserError(f"{samples} videos are fewer than one batch: set optim.batch_size to {samples} or less")
+            most = samples * optim.batch_size // batch_size
+            raise UserError(f"{samples} videos are fewer than one batch: set optim.batch_size to {most} or less")
         share = batch_size // self.world_size
         at_most = max(1, self.config.run.batch_per_device // repeats)
         self.per_device = max(n for n in range(1, at_most + 1) if share % n == 0)
         self.accumulation = share // self.per_device
         if 2 * self.per_device < min(at_most, share):
-            what = f"optim.batch_size={batch_size} on {self.world_size} processes"
+            what = f"optim.batch_size={optim.batch_size} on {self.world_size} processes"
             say(f"{what} can only be split into micro-batches of {self.per_device}, though {at_most} fit on a device")
         self.samples_per_step, self.steps_per_epoch = batch_size * repeats, samples // batch_size
         self.total, self.warmup = (n * self.steps_per_epoch for n in (optim.epochs, optim.warmup_epochs))
@@ -241,10 +243,11 @@ class Run:
         for name, part in state.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
         optim, device = self.config.optim, f"{self.world_size} x {self.device.type}"
-        lr = optim.base_lr * optim.batch_size / 256
+        lr, of_each = optim.base_lr * optim.batch_size / 256, f", {self.repeats} clips of each" * (self.repeats > 1)
         say(
-            f"batch {optim.batch_size} = {self.world_size} processes x {self.accumulation} accumulated x "
-            f"{self.per_device}, on {device}; learning rate {optim.base_lr:g} x {optim.batch_size} / 256 = {lr:.4g}\n"
+            f"batch {self.batch_size} = {self.world_size} processes x {self.accumulation} accumulated x "
+            f"{self.per_device}{of_each}, on {device}; "
+            f"learning rate {optim.base_lr:g} x {optim.batch_size} / 256 = {lr:.4g}\n"
             f"{self.total:,} steps = {optim.epochs} epochs x {self.steps_per_epoch:,}; starting at step {self.start:,}"
         )
 

@@ -313,6 +313,40 @@ def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
     return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=draw_mask)
 
 
+def test_repeated_clips_start_uniformly_and_share_frames():
+    starts = Counter()
+    for index in range(4000):
+        clips = data.repeated_clips(60, 8, 4, 3, sample_generator(0, 0, index))  # starts from 0 to 28
+        assert clips[0] == data.dense_clip(60, 8, 4, sample_generator(0, 0, index))  # the first as without repeats
+        assert all(clip == list(range(clip[0], clip[0] + 32, 4)) for clip in clips)
+        assert len({clip[0] % 4 for clip in clips}) == 1
+        starts.update(clip[0] for clip in clips[1:])
+    assert sorted(starts) == list(range(29))
+    expected = 8000 / 29
+    assert (
+        sum((count - expected) ** 2 / expected for count in starts.values()) < 60
+    )  # chi-squared, 28 degrees: p 0.0004
+    assert data.repeated_clips(10, 8, 4, 2, sample_generator(0, 0, 0)) == [[0, 4, 8, 8, 8, 8, 8, 8]] * 2
+
+
+def test_repeats_are_clips_of_one_video_with_crops_and_masks_of_their_own(tmp_path):
+    video = write_numbered(tmp_path / "video.mp4", 90)
+    once, four = (pretraining_clips([video], repeats=repeats, scales=[1.0]) for repeats in (1, 4))
+    clips, visible, masked, broken = four[0, 0]
+    assert clips.shape == (4, 8, 3, 32, 32) and visible.shape == (4, 4) and masked.shape == (4, 12) and not broken
+    wanted = data.repeated_clips(90, 8, 2, 4, sample_generator(0, 0, 0))
+    generator = sample_generator(0, 0, 0)
+    data.repeated_clips(90, 8, 2, 4, generator)
+    for clip, indices, *positions in zip(clips, wanted, visible, masked, strict=True):
+        frames = support.video.read_frames(video, indices)
+        assert torch.equal(clip, data.resized_multi_scale_crop(frames, generator, 32, [1.0], True))
+        assert all(map(torch.equal, positions, masking.split(masking.random_mask((4, 2, 2), 0.75, generator))))
+    assert len({tuple(indices) for indices in wanted}) > 1 and len({tuple(m.tolist()) for m in masked}) > 1
+    alone, generator = once[0, 0], sample_generator(0, 0, 0)  # without repeats: one clip, no axis more
+    frames = support.video.read_frames(video, data.dense_clip(90, 8, 2, generator))
+    assert torch.equal(alone[0], data.resized_multi_scale_crop(frames, generator, 32, [1.0], True))
+
+
 def broken_files(folder: Path) -> list[Path]:
     folder.mkdir()
     whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
@@ -472,7 +506,7 @@ def run_of(batch_size: int, **options) -> SimpleNamespace:
     """What batches take of a support.run.Run."""
     groups = dict(optim=dict(batch_size=batch_size), data=dict(workers=1), run=dict(seed=5))
     config = SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
-    return SimpleNamespace(config=config, **options)
+    return SimpleNamespace(config=config, batch_size=batch_size, **options)
 
 
 def batches(world_size: int, per_device: int, start: int = 0) -> list[list[tuple[int, int]]]:

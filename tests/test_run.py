@@ -83,7 +83,7 @@ def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_ba
     ]
     run = Run(load_config(TOY, settings), TOY)
     run.world_size = world_size
-    run.plan(range(10 * batch + 3), repeats)
+    run.plan(range(10 * batch + 3), batch, repeats)
     assert (run.per_device, run.per_device * run.accumulation * world_size) == (micro_batch, batch)
     assert run.per_device * repeats <= max(at_most, repeats) and run.samples_per_step == batch * repeats
     assert (run.steps_per_epoch, run.total, run.warmup) == (10, 50, 20)
@@ -92,23 +92,23 @@ def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_ba
 def test_a_batch_that_splits_badly_is_said(capsys):
     run = Run(load_config(TOY, ["optim.batch_size=254", "run.batch_per_device=64"]), TOY)
     run.world_size = 2
-    run.plan(range(1000))
+    run.plan(range(1000), 254)
     assert run.per_device == 1 and "can only be split into micro-batches of 1, though 64 fit" in capsys.readouterr().err
     run.world_size = 1
-    run.plan(range(1000))
+    run.plan(range(1000), 254)
     assert run.per_device == 2
     assert "micro-batches of 2" in capsys.readouterr().err
-    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(range(1000))
+    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(range(1000), 256)
     assert not capsys.readouterr().err
 
 
 def test_batches_that_cannot_be_split_end_in_a_sentence():
     run = Run(load_config(TOY, ["optim.batch_size=10"]), TOY)
     with pytest.raises(UserError, match="9 videos are fewer than one batch: set optim.batch_size to 9 or less"):
-        run.plan(range(9))
+        run.plan(range(9), 10)
     run.world_size = 3
-    with pytest.raises(UserError, match="optim.batch_size=10 cannot be split equally over 3 processes"):
-        run.plan(range(100))
+    with pytest.raises(UserError, match="optim.batch_size=10, 10 videos, cannot be split equally over 3 processes"):
+        run.plan(range(100), 10)
 
 
 def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
         "run.log_every=1",
     ]
     run = Run(load_config(TOY, settings), TOY)
-    run.plan(range(2))
+    run.plan(range(2), 2)
     run.open({})
     with pytest.raises(UserError, match="the loss is nan at step 2; a lower optim.base_lr may help"):
         for step in run.steps():

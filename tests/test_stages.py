@@ -79,6 +79,18 @@ def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
     assert (folder / "loss.png").exists() and (folder / "accuracy.png").exists() == (stage != "pretrain")
 
 
+def test_repeats_in_pre_training_count_in_the_batch_and_not_in_epochs(settings, tmp_path):
+    words = [*settings["pretrain"], "data.repeats=4", "optim.batch_size=16", f"run.folder={tmp_path}"]
+    said = run("pretrain.py", *words).stderr  # 24 videos, four in a step
+    assert "batch 4 = 1 processes x 1 accumulated x 4, 4 clips of each" in said and "x 16 / 256" in said
+    assert "18 steps = 3 epochs x 6" in said and len(losses(tmp_path)) == 18
+    parts = [*words[:-1], "run.batch_per_device=5", "data.workers=2", f"run.folder={tmp_path / 'parts'}"]
+    run("pretrain.py", *parts)  # one video, four clips, at a time
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path), rel=1e-4)
+    done = run("pretrain.py", *words, "data.repeats=3", f"run.folder={tmp_path / 'other'}", ok=False)
+    assert done.returncode == 1 and "optim.batch_size=16 is not a multiple of data.repeats=3" in done.stderr
+
+
 def test_tensorboard_gets_what_the_log_holds_also_when_resumed(settings, finished, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     words = [*settings["finetune"], "run.tensorboard=true", f"run.folder={tmp_path / 'run'}"]

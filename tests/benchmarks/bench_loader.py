@@ -59,8 +59,9 @@ def ours(path: str, seed: int) -> Tensor:
     return clips_of(path)[seed, 0][0]  # uint8 (T, 3, H, W): normalized on the device
 
 
-def clips_of(path: str) -> data.PretrainingClips:
+def clips_of(path: str, repeats: int = 1) -> data.PretrainingClips:
     options = dict(frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=no_mask, seed=0)
+    options |= dict(repeats=repeats)
     return data.PretrainingClips([Path(path)], **options)
 
 
@@ -107,9 +108,10 @@ class OfficialClips(Dataset):
         return official(self.path, key[0])
 
 
-def through_a_worker(dataset: Dataset, number: int) -> float:
+def through_a_worker(dataset: Dataset, number: int, repeats: int = 1) -> float:
     """Seconds in which a worker process loads 6 batches of 4 clips, after a first one: without its start."""
-    keys = [[(28 * number + 4 * batch + place, 0) for place in range(4)] for batch in range(7)]
+    videos = 4 // repeats  # in a batch
+    keys = [[(28 * number + 4 * batch + place, 0) for place in range(videos)] for batch in range(7)]
     batches = iter(data.loader(dataset, 1, batch_sampler=keys))
     next(batches)
     start = time.perf_counter()
@@ -196,6 +198,12 @@ def bench(path: str, prepared: Path, options: argparse.Namespace) -> None:
     compare(f"prepared, a sample against {decord}", partial(sample, str(prepared), 4), official_sample, options.repeats)
     workers = partial(through_a_worker, clips_of(str(prepared))), partial(through_a_worker, OfficialClips(path))
     compare(f"prepared, in a loader worker against {decord}", *workers, max(2, options.repeats // 4), clips=24)
+    for file, title in ((path, name), (str(prepared), "prepared")):
+        for repeats in (2, 4):  # 24 clips in all, as in `once`
+            once = partial(through_a_worker, clips_of(file))
+            several = partial(through_a_worker, clips_of(file, repeats), repeats=repeats)
+            what = f"{title}, in a loader worker: data.repeats={repeats} against 1"
+            compare(what, several, once, max(2, options.repeats // 4), clips=24)
     views = partial(timed, all_views, path, 1), partial(timed, separate_views, path, 1)
     compare(f"{name}, 5 x 3 test views against 15 views one by one", *views, max(2, options.repeats // 8))
 
