@@ -65,7 +65,14 @@ from support.persons import (
 from support.pictures import draw_persons, side_by_side
 from support.run import Run, gather, launch, random_below, warmup_cosine
 from support.video import BrokenVideo, Video, write_mp4
-from support.weights import build_from, encoder_options, find_init, load_weights, read_checkpoint, stored_config
+from support.weights import (
+    build_from_checkpoint,
+    encoder_options,
+    find_init,
+    load_weights,
+    read_checkpoint,
+    stored_config,
+)
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
 
@@ -377,7 +384,7 @@ def use_weights(arguments: argparse.Namespace) -> None:
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
     run = Run(config, DEFAULT)
-    model = build_from(ActionDetector, weights, config.model.pretrained_clip).to(run.device)
+    model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(run.device)
     if arguments.predict:
         return predict(model, arguments, run)
     if (classes := model.options["classes"]) != config.data.actions:

@@ -32,7 +32,7 @@ from support.datasets import Classes, LabelledVideos, labelled_videos, named_vid
 from support.run import Run, gather, launch, warmup_cosine
 from support.scores import compare, most_probable, write_predictions, write_scores
 from support.weights import (
-    build_from,
+    build_from_checkpoint,
     encoder_options,
     find_init,
     load_weights,
@@ -220,7 +220,7 @@ def test_weights(arguments: argparse.Namespace) -> None:
     run = Run(config, DEFAULT)
     known = read_checkpoint(weights)[1].get("classes")
     _, videos, names = labelled_videos(*toy.find(config.data), config.data.per_class, known)
-    model = build_from(VideoClassifier, weights, config.model.pretrained_clip).to(run.device)
+    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(run.device)
     if known and known != names:
         raise UserError(f"{weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
@@ -236,7 +236,7 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
     run = Run(config, DEFAULT)
-    model = build_from(VideoClassifier, weights, config.model.pretrained_clip).to(run.device)
+    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(run.device)
     names = class_names(weights, config, model.options["classes"])
     videos, (clips, crops) = named_videos(arguments.predict), (config.data.test_clips, config.data.test_crops)
     scores, broken = test(model, videos, run, clips, crops, "predicting")

@@ -29,7 +29,7 @@ from support.datasets import list_videos, named_videos
 from support.pictures import save_videos
 from support.run import Run, launch, warmup_cosine
 from support.video import BrokenVideo, Video
-from support.weights import build_from, stored_config
+from support.weights import build_from_checkpoint, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain" / "toy.yaml"
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
@@ -265,7 +265,7 @@ def reconstruct_videos(arguments: argparse.Namespace) -> None:
         raise UserError("--reconstruct needs --weights FILE, such as runs/pretrain/toy/checkpoint.pt")
     config = stored_config(weights, DEFAULT, arguments.settings)
     clip_size = [config.data.frames, config.data.size, config.data.size]
-    model = build_from(VideoMAE, weights, clip_size)
+    model = build_from_checkpoint(weights, VideoMAE, clip_size)
     if (model.options["clip_size"], model.options["frames_per_token"]) != (clip_size, Objective(config).cube[0]):
         what = f"clips of {model.options['clip_size']} or another target than target.frames={config.target.frames}"
         raise UserError(f"{weights} was trained on {what}: leave data.frames, data.size and target.frames out")

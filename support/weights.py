@@ -219,7 +219,9 @@ def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 2
     return options
 
 
-def build_from(kind: type[nn.Module], path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> Any:
+def build_from_checkpoint(
+    path: str | Path, kind: type[nn.Module] = VideoMAE, clip_size: tuple[int, int, int] = (16, 224, 224)
+) -> Any:
     """A model of this kind with the weights of a checkpoint; for `clip_size` see `read_options`. Raises UserError."""
     options = read_options(path, clip_size)
     if kind is VideoMAE and "decoder_width" not in options:
@@ -338,7 +340,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     path, folder = vars(parser.parse_args()).values()
     content, is_classifier = read_checkpoint(path)[1], "classes" in read_options(path)
-    model = build_from(VideoClassifier if is_classifier else VideoMAE, path)
+    model = build_from_checkpoint(path, VideoClassifier if is_classifier else VideoMAE)
     config, labels = content.get("config", {}), content["config.json"].get("id2label", {})
     if "size" in (data := config.get("data", {})) and [data["frames"], data["size"]] != model.options["clip_size"][:2]:
         what = f"{path} was trained on clips of another size than its position table's"

@@ -411,7 +411,9 @@ def test_weights_of_the_official_action_detection_repository(tmp_path):
         torch.save(
             {"module": {names[key]: value for key, value in ours.state_dict().items()}}, tmp_path / "official.pth"
         )
-        theirs = support.weights.build_from(detect_ava.ActionDetector, tmp_path / "official.pth", (4, 32, 32)).eval()
+        theirs = support.weights.build_from_checkpoint(
+            tmp_path / "official.pth", detect_ava.ActionDetector, (4, 32, 32)
+        ).eval()
         assert torch.equal(theirs(clip, rois), ours(clip, rois))
 
 
@@ -447,7 +449,7 @@ def test_a_classifier_is_no_detector(tmp_path):
     source = m.VideoClassifier(**TINY, classes=7)
     torch.save(dict(model=source.state_dict(), model_options=source.options), tmp_path / "classifier.pt")
     with pytest.raises(UserError, match="encoder.norm.* is missing"):
-        support.weights.build_from(detect_ava.ActionDetector, tmp_path / "classifier.pt", (4, 32, 32))
+        support.weights.build_from_checkpoint(tmp_path / "classifier.pt", detect_ava.ActionDetector, (4, 32, 32))
 
 
 def test_the_head_starts_at_the_frequencies_of_the_actions():

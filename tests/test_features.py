@@ -20,7 +20,7 @@ import probe
 from detect_ava import ActionDetector
 from support.config import load_config
 from support.video import BrokenVideo
-from support.weights import build_from, export_hugging_face, to_hugging_face
+from support.weights import build_from_checkpoint, export_hugging_face, to_hugging_face
 
 PLAIN = dict(frames=4, stride=3, size=SIZE[1], window_stride=12, last="repeat")
 
@@ -163,7 +163,7 @@ def kept(hidden: torch.Tensor, keep: str) -> torch.Tensor:
 @pytest.mark.parametrize("keep", ["mean", "time", "tokens"])
 def test_features_equal_transformers(videos, pretrained, fine_tuned, tmp_path, keep):
     """Pre-trained, with the last norm; fine-tuned, with fc_norm of what is kept: for the mean, what the head sees."""
-    export_hugging_face(build_from(m.VideoMAE, pretrained), tmp_path / "hf")
+    export_hugging_face(build_from_checkpoint(pretrained, m.VideoMAE), tmp_path / "hf")
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf").eval()
     options = dict(frames=8, stride=2, size=64, window_stride=6, last="repeat")
     clips = clips_of(videos / "a/x.mp4", **options)
@@ -181,7 +181,7 @@ def test_features_equal_transformers(videos, pretrained, fine_tuned, tmp_path, k
         assert found["window_stride"] == 6 and found["keep"] == keep and found["weights"] == str(weights)
         assert found["video"] == str(videos / "a/x.mp4") and found["frames"] == 8 and found["last"] == "repeat"
 
-    classifier = build_from(m.VideoClassifier, fine_tuned).eval()
+    classifier = build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()
     features(tmp_path / "tuned", "--features", videos / "a/x.mp4", "--weights", fine_tuned, *more)
     found = torch.from_numpy(read(tmp_path / "tuned/x.npz")["features"])
     with torch.no_grad():

@@ -15,7 +15,7 @@ import model as m
 from support import toy
 from support.config import load_config
 from support.datasets import labelled_videos
-from support.weights import build_from, to_hugging_face
+from support.weights import build_from_checkpoint, to_hugging_face
 
 
 def configured(*settings: object):
@@ -281,7 +281,7 @@ def test_every_initialization_trains_and_says_so(start, settings, pretrained, fi
     assert not torch.equal(after["model"][block], built[0][block])  # it has learned
     expected = [4, 32, 32] if start == "scratch" else [8, 64, 64]
     assert after["model_options"]["clip_size"] == expected
-    again = build_from(m.VideoClassifier, tmp_path / "run/checkpoint.pt")
+    again = build_from_checkpoint(tmp_path / "run/checkpoint.pt", m.VideoClassifier)
     assert torch.equal(again.encoder.pos_embed, after["positions"])
     assert again.encoder.grid == m.cube_grid(expected, cube)
 

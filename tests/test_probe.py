@@ -13,7 +13,7 @@ import probe
 from support.config import load_config
 from support.datasets import labelled_videos
 from support.run import warmup_cosine
-from support.weights import build_from, to_hugging_face
+from support.weights import build_from_checkpoint, to_hugging_face
 
 
 def configured(*settings: object):
@@ -79,7 +79,7 @@ def test_the_encoder_is_frozen_and_always_in_eval_mode(coloured_videos, pretrain
     fc1 = "blocks.0.mlp.fc1.weight"
     assert not torch.equal(before["random"][fc1], before["pre-trained"][fc1])
 
-    full, clip = build_from(m.VideoMAE, pretrained), torch.randn(2, 3, 8, 64, 64)
+    full, clip = build_from_checkpoint(pretrained, m.VideoMAE), torch.randn(2, 3, 8, 64, 64)
     pre_trained = built["pre-trained"]
     with torch.no_grad():
         assert torch.equal(pre_trained.features(clip), full.encoder(clip).mean(dim=1))

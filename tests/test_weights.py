@@ -340,12 +340,12 @@ def test_build_from_official_checkpoint_reads_the_sizes(tmp_path):
     torch.save(
         official_pretraining(m.VideoMAE(**m.SIZES["S"], decoder_depth=2).state_dict()), tmp_path / "official.pth"
     )
-    model = support.weights.build_from(m.VideoMAE, tmp_path / "official.pth")
+    model = support.weights.build_from_checkpoint(tmp_path / "official.pth", m.VideoMAE)
     assert model.options["heads"] == 6 and model.options["decoder_depth"] == 2 and model.grid == (8, 14, 14)
     classifier = m.VideoClassifier(width=384, depth=1, heads=6, classes=4)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     with pytest.raises(UserError, match="not a pre-training checkpoint"):
-        support.weights.build_from(m.VideoMAE, tmp_path / "classifier.pth")
+        support.weights.build_from_checkpoint(tmp_path / "classifier.pth", m.VideoMAE)
 
 
 def test_weights_of_one_clip_size_run_at_another(tmp_path):
@@ -374,7 +374,9 @@ def test_weights_of_one_clip_size_run_at_another(tmp_path):
     assert support.weights.read_options(tmp_path / "own.pt")["clip_size"] == [4, 48, 48]
     with torch.no_grad():
         assert relative(large(clip), small(clip)) < 1e-6
-        assert torch.equal(support.weights.build_from(m.VideoClassifier, tmp_path / "own.pt").eval()(clip), small(clip))
+        assert torch.equal(
+            support.weights.build_from_checkpoint(tmp_path / "own.pt", m.VideoClassifier).eval()(clip), small(clip)
+        )
 
 
 # ---- stored position tables ----
@@ -640,7 +642,7 @@ def test_a_hugging_face_folder_says_which_clips_it_is_for(hugging_face_folder, t
     if file == "pytorch_model.bin":
         torch.save(theirs.state_dict(), tmp_path / file)
         (tmp_path / "model.safetensors").unlink()
-    own = support.weights.build_from(m.VideoClassifier, tmp_path / file, (16, 224, 224)).eval()
+    own = support.weights.build_from_checkpoint(tmp_path / file, m.VideoClassifier, (16, 224, 224)).eval()
     expected = dict(width=48, depth=2, heads=4, classes=7, clip_size=[6, 40, 40], cube=[3, 8, 8], eps=1e-6)
     assert own.options == expected
     clip = torch.randn(2, 3, 6, 40, 40)
@@ -721,14 +723,14 @@ def test_a_fine_tuned_classifier_there_and_back(fine_tuned, tmp_path, monkeypatc
     assert f"transformers.VideoMAEForVideoClassification.from_pretrained('{tmp_path / 'there'}')" in done.stdout
     assert [path.name for path in (tmp_path / "there").iterdir() if path.suffix != ".json"] == [file]
     clip = torch.randn(2, 3, 4, 32, 32)
-    own = support.weights.build_from(m.VideoClassifier, fine_tuned).eval()
+    own = support.weights.build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()
     assert relative(logits_of(tmp_path / "there", clip), own(clip)) < 1e-5
 
     theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "there")
     assert theirs.config.id2label == dict(enumerate(CLASSES)) and theirs.config.label2id["été"] == 2
     theirs.save_pretrained(tmp_path / "saved")
     for folder in (tmp_path / "there", tmp_path / "saved"):
-        back = support.weights.build_from(m.VideoClassifier, folder).eval()
+        back = support.weights.build_from_checkpoint(folder, m.VideoClassifier).eval()
         assert back.options == own.options and torch.equal(back(clip), own(clip))
         labels = support.weights.read_checkpoint(folder)[1]["config.json"]["id2label"]
         assert [labels[str(number)] for number in range(5)] == CLASSES
@@ -750,7 +752,7 @@ def test_transformers_pipeline_classifies_a_video(fine_tuned, tmp_path):
     found = {answer["label"]: answer["score"] for answer in classify(str(tmp_path / "a.mp4"), top_k=5)}
     frames = support.video.read_frames(tmp_path / "a.mp4", [0, 1, 2, 3])
     clip = pretrain.data.normalize(pretrain.data.test_crops(frames, 32, 1))  # (1, 3, T, 32, 32)
-    logits = support.weights.build_from(m.VideoClassifier, fine_tuned).eval()(clip)
+    logits = support.weights.build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()(clip)
     expected = dict(zip(CLASSES, logits[0].softmax(dim=0).tolist(), strict=True))
     assert found == pytest.approx(expected, abs=1e-5) and max(found.values()) - min(found.values()) > 0.05
     assert torch.equal(image_processor(list(frames), return_tensors="pt").pixel_values.transpose(1, 2), clip)
