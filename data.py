@@ -220,13 +220,17 @@ class PretrainingClips(TrainingVideos):
     scales: list[float]  # of multi_scale_crop
     flip: bool
     draw_mask: Callable[[Generator], Tensor]
+    choose_reconstructed: Callable[..., Tensor] | None = None  # which masked ones: masking.running_cells
 
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         with Video(video) as opened:
             indices = dense_clip(len(opened), self.frames, self.stride, generator)
             frames = opened.frames(indices)  # (T, 3, H_video, W_video)
         clip = resized_multi_scale_crop(frames, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
-        return clip, *split(self.draw_mask(generator))
+        visible, masked = split(self.draw_mask(generator))
+        if self.choose_reconstructed:
+            masked = self.choose_reconstructed(masked, generator=generator)
+        return clip, visible, masked
 
 
 @dataclass(eq=False, kw_only=True)
