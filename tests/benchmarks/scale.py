@@ -1,7 +1,7 @@
 """The arithmetic of scale: what each recipe costs and what bounds it. Nothing is timed, nothing is run.
 
     python tests/benchmarks/scale.py                                      # pre-training, then memory of fine-tuning
-    python tests/benchmarks/scale.py mask.decoder_ratio=0.5               # with a setting of every pre-training recipe
+    python tests/benchmarks/scale.py --decoder-ratio 0.5                  # pre-training with half the decoder
     python tests/benchmarks/scale.py --gpu A100 --gpus 8 --link 12.5      # one port of 100 Gbit/s per machine
 
 FLOPs count a multiply-accumulate twice, backward twice as much as forward, and nothing that is computed again.
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--link", type=float, default=400, help="GB/s between machines: eight ports of 400 Gbit/s are 400"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="for pre-training's recipes")
+    parser.add_argument("--decoder-ratio", type=float, default=0, help="mask.decoder_ratio of pre-training")
     options = parser.parse_args()
     rate = f"{options.share:.0%} of {GPUS[options.gpu] / 1e12:.0f} TFLOP/s"
     print(f"{options.gpus} x {options.gpu} at {rate}; {options.link:g} GB/s between machines")
@@ -157,7 +157,7 @@ def main() -> None:
         " checkpointing"
     )
     for path in recipes("pretrain"):
-        print_pretraining(path, options, options.settings)
+        print_pretraining(path, options, [f"mask.decoder_ratio={options.decoder_ratio}"])
     print("\nfine-tuning               clips  GB with    with activ.")
     print("                          a GPU    these  checkpointing")
     for path in recipes("finetune"):
