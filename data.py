@@ -242,6 +242,7 @@ class PretrainingClips(TrainingVideos):
     flip: bool
     draw_mask: Callable[[Generator], Tensor]
     repeats: int = 1
+    choose_reconstructed: Callable[..., Tensor] | None = None  # which masked ones: masking.running_cells
 
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor, ...]:
         with Video(video) as opened:
@@ -252,7 +253,10 @@ class PretrainingClips(TrainingVideos):
         for indices in clips:
             clip = frames[[wanted.index(i) for i in indices]]  # (T, 3, H_video, W_video)
             clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
-            samples.append((clip, *split(self.draw_mask(generator))))
+            visible, masked = split(self.draw_mask(generator))
+            if self.choose_reconstructed:
+                masked = self.choose_reconstructed(masked, generator=generator)
+            samples.append((clip, visible, masked))
         return tuple(map(torch.stack, zip(*samples, strict=True))) if self.repeats > 1 else samples[0]
 
 

@@ -53,6 +53,26 @@ def _sample(count: int, ratio: float, generator: torch.Generator | None) -> Tens
     return mask
 
 
+def running_cells(masked: Tensor, grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """Of the masked positions (N_mask,), those to reconstruct, ascending: the decoder leaves out a fraction `ratio`.
+
+    Dual masking with running cells (VideoMAE V2, Wang et al., CVPR 2023): the places of each cell of 2 x 2 take turns,
+    which move on with time from a random start. The number is exact for every mask; what does not make a whole turn is
+    chosen at random. On average each cube is reconstructed equally often. With tubes, T/2 a multiple of 4 and `ratio`
+    a multiple of 1/4, each masked place is reconstructed at exactly 1 - ratio of the times. UserError if none is left.
+    """
+    if ratio == 0:
+        return masked
+    count = round((1 - ratio) * len(masked))
+    if count == 0:
+        raise UserError(f"mask.decoder_ratio={ratio:g} leaves none of {len(masked)} masked cubes; choose a smaller one")
+    shuffled = masked[torch.randperm(len(masked), generator=generator)]
+    time, row, column = torch.unravel_index(shuffled, grid)
+    start = torch.randint(4, (), generator=generator)
+    turn = (2 * (row % 2) + column % 2 + time + start) % 4  # (N_mask,)
+    return shuffled[turn.argsort(stable=True)[:count]].sort().values
+
+
 def split(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of the visible cubes (N_vis,) and of the masked cubes (N_mask,), each in ascending order."""
     return (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)

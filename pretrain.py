@@ -145,6 +145,7 @@ def train(config: SimpleNamespace) -> None:
         flip=config.data.flip,
         draw_mask=sample_mask,
         repeats=repeats,
+        choose_reconstructed=partial(masking.running_cells, grid=model.grid, ratio=config.mask.decoder_ratio),
         seed=config.run.seed,
     )
     _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
@@ -157,11 +158,12 @@ def train(config: SimpleNamespace) -> None:
         recompute_blocks(model)
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    cubes = len(model.pos_embed)  # N
     say(
         f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, "
-        f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {masked.shape[-1]:,} of "
-        f"{masked.shape[-1] + visible.shape[-1]:,} cubes masked, {visible.shape[-1]:,} visible"
+        f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {cubes - visible.shape[-1]:,} of "
+        f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed"
     )
     run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
     network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)

@@ -20,7 +20,7 @@ import yaml
 
 COUNTS = """model.decoder_depth model.cube data.actions data.frames data.stride data.size data.repeats data.test_clips
     data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every run.checkpoint_every"""
-RATES = "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum"
+RATES = "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio"
 LIMITS = {  # of some keys, in every stage that has them; all other numbers are from 0 to any finite one
     **dict.fromkeys(COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(RATES.split(), (0, 0.9999)),

@@ -55,6 +55,18 @@ def test_a_recipe_in_the_table(capsys):
     assert float(checkpointed) < float(kept) / 2
 
 
+def test_half_the_decoder_in_the_table(capsys):
+    """GFLOP of a clip with 704 of the 1408 masked cubes in the decoder, by hand: ViT-B's encoder stays as it was."""
+    options = argparse.Namespace(gpu="H100", gpus=64, share=0.4, core_ms=45.0, clip_mb=0.64, link=400.0)
+    scale.print_pretraining(PRETRAINING / "k400_base.yaml", options, ["mask.decoder_ratio=0.5"])
+    encoder = 160 * 1536 * 768 + 12 * (12 * 160 * 768**2 + 2 * 160**2 * 768) + 160 * 768 * 384
+    decoder = 4 * (12 * 864 * 384**2 + 2 * 864**2 * 384) + 704 * 384 * 1536
+    assert capsys.readouterr().out.split()[2] == f"{3 * 2 * (encoder + decoder) / 1e9:.0f}" == "139"
+    assert bench_step.step_flops(argparse.Namespace(of="pretrain", batch=1, decoder_ratio=0.5), "B", 4) == 3 * 2 * (
+        encoder + decoder
+    )
+
+
 def test_every_recipe_of_a_dataset_is_in_the_tables():
     for folder, own in ((PRETRAINING, {"toy", "own"}), (FINETUNING, {"toy", "own"})):
         listed = {path.stem for path in scale.recipes(folder.name)}

@@ -1,9 +1,9 @@
-"""Masks: counts of the paper, polarity, shape in time, uniformity."""
+"""Masks: counts of the paper, polarity, shape in time, uniformity; which masked cubes are reconstructed."""
 
 import pytest
 import torch
 
-from masking import frame_mask, random_mask, split, tube_mask
+from masking import frame_mask, random_mask, running_cells, split, tube_mask
 from support.config import UserError
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in cubes of 2 x 16 x 16
@@ -66,3 +66,90 @@ def test_same_generator_same_mask():
 def test_a_mask_that_masks_all_or_none_is_refused(ratio):
     with pytest.raises(UserError, match="some have to be masked and some visible"):
         tube_mask(GRID, ratio)
+
+
+# ---- which masked cubes are reconstructed ----
+
+
+def reconstructed(grid, mask, ratio, generator):
+    """As a mask (T/2, H/16, W/16)."""
+    result = torch.zeros(grid, dtype=torch.bool)
+    result.view(-1)[running_cells(split(mask)[1], grid, ratio, generator)] = True
+    return result
+
+
+@pytest.mark.parametrize("mask_function, mask_ratio", [(tube_mask, 0.9), (random_mask, 0.75), (frame_mask, 0.875)])
+@pytest.mark.parametrize("grid", [GRID, (6, 5, 7)])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.6])
+def test_the_number_of_reconstructed_cubes_is_exact(mask_function, mask_ratio, grid, ratio):
+    generator, counts = torch.Generator().manual_seed(0), set()
+    for _ in range(5):
+        mask = mask_function(grid, mask_ratio, generator)
+        kept = running_cells(split(mask)[1], grid, ratio, generator)
+        assert mask[kept].all() and torch.equal(kept, kept.unique())  # masked, once each, ascending
+        counts.add(len(kept))
+    assert counts == {round((1 - ratio) * int(mask.sum()))}
+
+
+def test_without_a_ratio_all_are_reconstructed_and_no_random_number_is_drawn():
+    generator, (_, masked) = torch.Generator().manual_seed(0), split(tube_mask(GRID, 0.9))
+    before = generator.get_state()
+    assert running_cells(masked, GRID, 0, generator) is masked
+    assert torch.equal(generator.get_state(), before)
+
+
+def v2_patterns(times, height, width, left_out):
+    """VideoMAE V2's four decoder masks, written after its paper: a queue that is shifted by one at each time."""
+    queue = [True] * left_out + [False] * (4 - left_out)
+    for start in range(4):
+        cells = [torch.tensor([queue[(place + start + time) % 4] for place in range(4)]) for time in range(times)]
+        yield ~torch.stack([cell.view(2, 2).repeat(height // 2, width // 2) for cell in cells])
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("grid, mask_ratio", [(GRID, 0.9), ((4, 4, 4), 0.75)])
+def test_tubes_are_reconstructed_where_v2_does(ratio, grid, mask_ratio):
+    """The masked cubes of one of its four patterns, each pattern a quarter of the time."""
+    patterns, found = list(v2_patterns(*grid, round(4 * ratio))), [0] * 4
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        mask = tube_mask(grid, mask_ratio, generator)
+        kept = reconstructed(grid, mask, ratio, generator)
+        same = [torch.equal(kept, mask.view(grid) & pattern) for pattern in patterns]
+        assert sum(same) == 1
+        found[same.index(True)] += 1
+    assert min(found) > 25  # 50 +- 6
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_each_masked_place_is_reconstructed_equally_often_in_any_four_times(ratio):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        mask = tube_mask(GRID, 0.9, generator)
+        kept, places = reconstructed(GRID, mask, ratio, generator), mask.view(GRID)[0]
+        for start in range(5):
+            assert (kept[start : start + 4].sum(0) == places * 4 * (1 - ratio)).all()
+        assert (kept[1:] != kept[:-1]).any(0)[places].all()  # it moves on
+        at_each_time = kept.sum((1, 2))  # of 176, 20 places are visible at random: 88 +- 2 at a ratio of 1/2
+        assert (at_each_time - 176 * (1 - ratio)).abs().max() <= 10
+
+
+@pytest.mark.parametrize(
+    "mask_function, mask_ratio, ratio",
+    [(tube_mask, 0.75, 0.5), (tube_mask, 0.75, 0.6), (random_mask, 0.75, 0.5), (frame_mask, 0.5, 0.3)],
+)
+@pytest.mark.parametrize("grid", [(4, 4, 4), (6, 4, 6)])
+def test_every_cube_is_reconstructed_equally_often_on_average(mask_function, mask_ratio, ratio, grid):
+    generator, samples = torch.Generator().manual_seed(0), 3000
+    rate = sum(
+        reconstructed(grid, mask_function(grid, mask_ratio, generator), ratio, generator).float()
+        for _ in range(samples)
+    )
+    expected = rate.mean() / samples
+    std = (expected * (1 - expected) / samples) ** 0.5
+    assert (rate / samples - expected).abs().max() < 5 * std
+
+
+def test_a_decoder_without_cubes_is_refused():
+    with pytest.raises(UserError, match="mask.decoder_ratio=0.99 leaves none of 12 masked cubes"):
+        running_cells(torch.arange(12), (4, 4, 4), 0.99)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,90 @@ def test_four_clips_can_be_overfitted(toy_videos, normalize):
     assert loss.item() < 0.1 * nothing_learned
 
 
+# ---- half the decoder ----
+
+
+@pytest.mark.parametrize("more", [[], ["target.loss=l1", "target.normalize=false"]])
+def test_the_loss_of_some_cubes_is_the_mean_over_these_cubes(more):
+    """The same predictions, all or some of them: the whole loss is the mean of the loss of each half."""
+    objective = pretrain.Objective(configured(*more))
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8)
+    masks = [masking.tube_mask((4, 4, 4), 0.75, generator) for _ in range(2)]
+    masked = torch.stack([masking.split(mask)[1] for mask in masks])  # (2, 48)
+    kept = torch.stack([masking.running_cells(row, (4, 4, 4), 0.5, generator) for row in masked])  # (2, 24)
+    prediction = torch.randn(2, 48, 1536)
+    chosen = (masked[:, :, None] == kept[:, None]).any(2)  # (2, 48)
+    halves = [
+        objective.loss(prediction[part].view(2, 24, -1), frames, masked[part].view(2, 24)) for part in (chosen, ~chosen)
+    ]
+    assert torch.equal(masked[chosen].view(2, 24), kept) and halves[0] != halves[1]
+    assert float(sum(halves) / 2) == pytest.approx(float(objective.loss(prediction, frames, masked)), rel=1e-5)
+    by_hand = sum(
+        objective.loss(prediction[[b]][:, [i]], frames[[b]], masked[[b]][:, [i]]) for b, i in chosen.nonzero().tolist()
+    )
+    assert float(halves[0]) == pytest.approx(float(by_hand / 48), rel=1e-5)
+
+
+def test_the_model_reconstructs_the_listed_cubes_alone():
+    """Cubes that are left out take no part in the decoder, and each prediction belongs to its own position."""
+    torch.manual_seed(0)
+    model = m.VideoMAE(**m.SIZES["tiny"], decoder_depth=2, clip_size=(8, 64, 64)).eval()
+    clip, generator = torch.randn(1, 3, 8, 64, 64), torch.Generator().manual_seed(0)
+    visible, masked = masking.split(masking.tube_mask(model.grid, 0.75, generator))
+    kept = masking.running_cells(masked, model.grid, 0.5, generator)
+    some, all_of_them = model(clip, visible[None], kept[None]), model(clip, visible[None], masked[None])
+    assert some.shape == (1, 24, 1536) and all_of_them.shape == (1, 48, 1536)
+    order = torch.randperm(24, generator=generator)
+    assert torch.allclose(model(clip, visible[None], kept[order][None]), some[:, order], atol=1e-5)
+    tokens = torch.cat(
+        [
+            model.encoder_to_decoder(model.encoder(clip, visible[None])) + model.pos_embed[visible],
+            model.mask_token + model.pos_embed[kept],
+        ],
+        dim=1,
+    )
+    assert tokens.shape[1] == 16 + 24 and torch.equal(model.decoder(tokens, 24), some)
+    assert not torch.allclose(some, all_of_them[:, torch.isin(masked, kept)], atol=1e-5)  # fewer tokens to attend to
+
+
+def test_samples_of_the_default_are_those_without_the_key(toy_videos):
+    def clips(**options):
+        defaults = dict(frames=8, stride=2, size=64, scales=[1.0, 0.75], flip=True, seed=0)
+        draw_mask = partial(masking.tube_mask, (4, 4, 4), 0.75)
+        return data.PretrainingClips(list_videos(str(toy_videos), "train"), **defaults, draw_mask=draw_mask, **options)
+
+    cells = partial(masking.running_cells, grid=(4, 4, 4))
+    before, default = clips(), clips(choose_reconstructed=partial(cells, ratio=0.0))
+    half = clips(choose_reconstructed=partial(cells, ratio=0.5))
+    for index in range(4):
+        assert all(map(torch.equal, before[3, index][:3], default[3, index][:3]))
+        clip, visible, masked, _ = before[3, index]
+        clip_of_half, visible_of_half, kept, _ = half[3, index]
+        assert torch.equal(clip, clip_of_half) and torch.equal(visible, visible_of_half)  # only the targets are fewer
+        assert len(kept) == 24 and torch.isin(kept, masked).all()
+        assert torch.equal(kept, half[3, index][2]) and not torch.equal(kept, half[4, index][2])
+
+
+def test_a_run_with_half_the_decoder_draws_all_masked_cubes(finished, settings, tmp_path):
+    more = ["mask.decoder_ratio=0.5", f"run.folder={tmp_path}"]
+    done = run("pretrain.py", *settings["pretrain"], *more)
+    assert "tube mask: 48 of 64 cubes masked, 16 visible, 24 reconstructed" in done.stderr
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] and losses(tmp_path) != losses(finished("pretrain"))
+    half, default = (size_of(next((f / "pictures").glob("*.png"))) for f in (tmp_path, finished("pretrain")))
+    assert half == default
+    done = run("pretrain.py", *settings["pretrain"], f"run.folder={tmp_path}", "mask.decoder_ratio=0", ok=False)
+    assert "mask.decoder_ratio=0.5, not 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "ratio, sentence", [(1, "at most 0.9999"), (-0.5, "at least 0"), (0.99, "leaves none of 48 masked cubes")]
+)
+def test_a_decoder_without_cubes_ends_in_a_sentence(ratio, sentence, settings, tmp_path):
+    done = run("pretrain.py", *settings["pretrain"], f"mask.decoder_ratio={ratio}", f"run.folder={tmp_path}", ok=False)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
 # ---- whole runs ----
 
 
@@ -187,6 +272,7 @@ def test_a_picture_that_cannot_be_drawn_is_named(settings, tmp_path):
 VARIANTS = [  # of Table 1, and sizes
     ["mask.type=random", "mask.ratio=0.9"],
     ["mask.type=frame", "mask.ratio=0.875"],
+    ["mask.type=random", "mask.decoder_ratio=0.6", "target.frames=center"],
     ["target.frames=double"],
     ["target.frames=center", "mask.type=random"],
     ["target.frames=center", "mask.type=frame", "mask.ratio=0.875"],

@@ -31,6 +31,7 @@ MODEL = {  # Table 8, Sec. 3.3, Sec. 4.2; the target is Tables 6, 7 ("reconstruc
     "data.size": {"32x320": 320, "": 224},
     "data.stride": {"ssv2": 2, "hmdb51": 2, "k400": 4, "ava": 4},  # Table 8, Sec. B, Table 5
     "mask.type": "tube",
+    "mask.decoder_ratio": 0.0,
     "target.frames": "input",
     "target.normalize": True,
     "target.loss": "mse",

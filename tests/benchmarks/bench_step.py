@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_step.py --of finetune --batch 2             # a fine-tuning step
     python tests/benchmarks/bench_step.py --of forward --batch 2              # the classifier's forward pass
     python tests/benchmarks/bench_step.py --of finetune --batch 2 --recompute # ours with activation checkpointing
+    python tests/benchmarks/bench_step.py --decoder-ratio 0.5                 # ours with half the decoder against ours
     python tests/benchmarks/bench_step.py --device cuda --size S B L --batch 16 --precision bf16 --compile --depths 1 4
 
 Interleaved; ratios are medians of pairs, first on each line. Memory is measured in a process of its own for each model.
@@ -115,17 +116,23 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-BUILDERS = {"ours": ours, "transformers": transformers_sdpa}
+BUILDERS = {"ours": ours, "transformers": transformers_sdpa, "decoder_ratio=0": ours}
 
 
-def batch_of(size: int, device: str) -> tuple[Tensor, ...]:
+def batch_of(size: int, device: str, decoder_ratio: float = 0) -> tuple[Tensor, ...]:
     """Frames, mask, positions of visible and of masked tokens, and targets of `size` clips of 16 x 224 x 224."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (size, 16, 3, 224, 224), dtype=torch.uint8, generator=generator)
     mask = torch.stack([masking.tube_mask((8, 14, 14), 0.9, generator) for _ in range(size)])
     visible, masked = map(torch.stack, zip(*map(masking.split, mask), strict=True))
+    masked = torch.stack([masking.running_cells(row, (8, 14, 14), decoder_ratio, generator) for row in masked])
     targets = torch.rand(size, 400, generator=generator).softmax(dim=1)
     return tuple(x.to(device) for x in (frames, mask, visible, masked, targets))
+
+
+def ratio_of(name: str, options: argparse.Namespace) -> float:
+    """mask.decoder_ratio of one of BUILDERS."""
+    return options.decoder_ratio if name == "ours" else 0
 
 
 def timed(function: Callable[[], None], device: str) -> float:
@@ -148,7 +155,7 @@ def measure_memory(arguments: str) -> None:
     name, size, depth, bf16, options = json.loads(arguments)
     options = argparse.Namespace(**options)
     torch.set_num_threads(options.threads)
-    step, batch = BUILDERS[name](options, size, depth), batch_of(options.batch, options.device)
+    step, batch = BUILDERS[name](options, size, depth), batch_of(options.batch, options.device, ratio_of(name, options))
     with torch.set_grad_enabled(options.of != "forward"):
         for _ in range(2):
             step(batch, bf16)
@@ -170,35 +177,37 @@ def step_flops(options: argparse.Namespace, size: str, depth: int) -> int:
     """Forward and backward are three times forward; what is computed again does not count."""
     with torch.device("meta"):
         model: nn.Module = VideoMAE(**SIZES[size], decoder_depth=depth)
-        model, positions = (model, (160, 1408)) if options.of == "pretrain" else (model.encoder, ())
+        positions = (160, round((1 - options.decoder_ratio) * 1408))
+        model, positions = (model, positions) if options.of == "pretrain" else (model.encoder, ())
         flops = forward_flops(model, *empty_batch(1, (16, 224, 224), positions))
     return flops * options.batch * (1 if options.of == "forward" else 3)
 
 
 def compare(options: argparse.Namespace, size: str, depth: int, precision: str) -> None:
     """Print speed and memory of one model in one precision."""
-    bf16, batch = precision == "bf16", batch_of(options.batch, options.device)
-    steps = {name: build(options, size, depth) for name, build in BUILDERS.items()}
+    bf16, other = precision == "bf16", "decoder_ratio=0" if options.decoder_ratio else "transformers"
+    steps = {name: BUILDERS[name](options, size, depth) for name in ("ours", other)}
+    batches = {name: batch_of(options.batch, options.device, ratio_of(name, options)) for name in steps}
     rates = []
 
     def way(name: str, number: int) -> float:
         if name == "ours" and number:
             rates.append(matmul_rate(options.device, torch.bfloat16 if bf16 else torch.float32))
-        return timed(lambda: steps[name](batch, bf16), options.device)
+        return timed(lambda: steps[name](batches[name], bf16), options.device)
 
     seconds = measure({name: partial(way, name) for name in steps}, options.repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     flops, peak = step_flops(options, size, depth), statistics.median(rates)
     name = f"ViT-{size}, {depth} decoder blocks" if options.of == "pretrain" else f"ViT-{size}"
     print(
-        f"{name}, {precision}: {quartiles(ratios(seconds, 'ours', 'transformers'))} times as fast as transformers; "
-        f"{median['ours']:.3f} against {median['transformers']:.3f} s a step, "
+        f"{name}, {precision}: {quartiles(ratios(seconds, 'ours', other))} times as fast as {other}; "
+        f"{median['ours']:.3f} against {median[other]:.3f} s a step, "
         f"{options.batch / median['ours']:.1f} clips/s; {flops / 1e9:.0f} GFLOP a step at "
         f"{flops / median['ours'] / 1e12:.3f} TFLOP/s = {flops / median['ours'] / peak:.0%} of a matrix product's "
         f"{peak / 1e12:.3f}",
         flush=True,
     )
-    memory = [peak_memory(name, options, size, depth, bf16) for name in BUILDERS]
+    memory = [peak_memory(name, options, size, depth, bf16) for name in steps]
     print(f"    peak memory {memory[0]:.2f} against {memory[1]:.2f} GB", flush=True)
 
 
@@ -208,6 +217,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", nargs="+", default=["B"], choices=list(SIZES))
     parser.add_argument("--depths", nargs="+", type=int, default=[4], help="decoder blocks, Table 1a")
+    parser.add_argument("--decoder-ratio", type=float, default=0, help="mask.decoder_ratio, compared with 0")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--compile", action="store_true")

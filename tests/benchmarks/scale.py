@@ -1,6 +1,7 @@
 """The arithmetic of scale: what each recipe costs and what bounds it. Nothing is timed, nothing is run.
 
     python tests/benchmarks/scale.py                                      # pre-training, then memory of fine-tuning
+    python tests/benchmarks/scale.py --decoder-ratio 0.5                  # pre-training with half the decoder
     python tests/benchmarks/scale.py --gpu A100 --gpus 8 --link 12.5      # one port of 100 Gbit/s per machine
 
 FLOPs count a multiply-accumulate twice, backward twice as much as forward, and nothing that is computed again.
@@ -36,8 +37,8 @@ def recipes(stage: str) -> list[Path]:
     return [path for path in sorted((CONFIGS / stage).glob("*_*.yaml")) if path.stem.split("_")[0] in VIDEOS]
 
 
-def load_recipe(path: Path) -> SimpleNamespace:
-    return load_config(path.with_name("toy.yaml"), [str(path)])
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> SimpleNamespace:
+    return load_config(path.with_name("toy.yaml"), [str(path), *settings])
 
 
 def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
@@ -77,8 +78,9 @@ def shapes(config: SimpleNamespace) -> tuple[nn.Module, partial]:
                 empty_batch, clip_size=clip_size
             )
         model = VideoMAE(**sizes, decoder_depth=config.model.decoder_depth, clip_size=clip_size)
-    positions = [len(x) for x in masking.split(masking.tube_mask(model.grid, config.mask.ratio))]
-    return model, partial(empty_batch, clip_size=clip_size, positions=positions)
+    visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
+    masked = masking.running_cells(masked, model.grid, config.mask.decoder_ratio)
+    return model, partial(empty_batch, clip_size=clip_size, positions=(len(visible), len(masked)))
 
 
 def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
@@ -101,9 +103,9 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
         return kept, total()
 
 
-def print_pretraining(path: Path, options: argparse.Namespace) -> None:
-    """One line of the table of recipes for pre-training."""
-    config = load_recipe(path)
+def print_pretraining(path: Path, options: argparse.Namespace, settings: Sequence[str] = ()) -> None:
+    """One line of the table of recipes for pre-training, with other settings if any are given."""
+    config = load_recipe(path, settings)
     model, batch = shapes(config)
     with torch.device("meta"):
         flops = 3 * forward_flops(model, *batch(1))
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--link", type=float, default=400, help="GB/s between machines: eight ports of 400 Gbit/s are 400"
     )
+    parser.add_argument("--decoder-ratio", type=float, default=0, help="mask.decoder_ratio of pre-training")
     options = parser.parse_args()
     rate = f"{options.share:.0%} of {GPUS[options.gpu] / 1e12:.0f} TFLOP/s"
     print(f"{options.gpus} x {options.gpu} at {rate}; {options.link:g} GB/s between machines")
@@ -154,7 +157,7 @@ def main() -> None:
         " checkpointing"
     )
     for path in recipes("pretrain"):
-        print_pretraining(path, options)
+        print_pretraining(path, options, [f"mask.decoder_ratio={options.decoder_ratio}"])
     print("\nfine-tuning               clips  GB with    with activ.")
     print("                          a GPU    these  checkpointing")
     for path in recipes("finetune"):
