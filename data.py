@@ -34,8 +34,8 @@ TRIES = 100  # videos in a row that may be unreadable before a run gives up
 def dense_clip(length: int, frames: int, stride: int, generator: Generator | None = None) -> list[int]:
     """Indices of `frames` frames, `stride` apart, from a random start (Sec. 3.3, "Temporal downsampling").
 
-    Without a generator the clip is in the middle. In a video of `length` < frames * stride it starts at 0 and repeats
-    the last index that it reaches.
+    Without a generator the clip is in the middle. A clip that runs past the end of the video starts at 0 and
+    repeats the last index that it reaches.
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
@@ -201,7 +201,7 @@ def _statistics(device: torch.device, mean: tuple[float, ...], std: tuple[float,
 
 @dataclass(eq=False)
 class TrainingVideos(Dataset, ABC):
-    """Samples by (epoch, index), each followed by a list that says which broken videos it replaces."""
+    """Samples by (epoch, index). The last item of each is a list of the broken videos that it replaces."""
 
     videos: list
     seed: int
@@ -282,7 +282,7 @@ class LabelledClips(TrainingVideos):
 
 @dataclass(eq=False)
 class TestViews(Dataset):
-    """Items (index, views, reason): all views of a video, uint8 (clips * crops, T, 3, H, W), or None and why not.
+    """Items (index, views, reason): all views of a video, uint8 (clips * crops, T, 3, H, W), or None and the reason.
 
     Every frame is decoded once. Nothing is random, and a broken video is not replaced.
     """
@@ -339,7 +339,7 @@ def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
 
 
 class GlobalBatches(Sampler):
-    """This process's part of every batch that is left of a run, in micro-batches: lists of (epoch, index).
+    """This process's micro-batches of the remaining steps of a run: lists of (epoch, index).
 
     Every epoch is a new shuffle of the `length` videos, the last incomplete batch dropped. Which videos form a step's
     batch does not depend on the number of processes. run: a support.run.Run.

@@ -72,7 +72,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 def mixing(mixup: float, cutmix: float) -> v2.Transform:
     """Mixup or cutmix (Table 10), chosen at random for each micro-batch; one whose alpha is 0 is left out.
 
-    Called with clips (B, 3, T, H, W) as a Video, of which only the batch and the last two axes matter here, and targets
+    Called with clips (B, 3, T, H, W) as a `tv_tensors.Video` (only the batch and the last two axes matter) and targets
     (B, classes). Each clip is mixed with the next one of the micro-batch. A cutmix box is the same in all frames.
     """
     chosen = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
@@ -120,9 +120,8 @@ def train(config: SimpleNamespace) -> None:
             targets = soft_targets(labels, len(names), config.optim.label_smoothing)  # (B, classes)
             targets = targets.repeat(repeats, 1)  # (repeats B, classes)
             # First one augmentation of all videos, then the next: mixup mixes clips of different videos.
-            clip = data.normalize(
-                rearrange(frames, "B repeats T c H W -> (repeats B) T c H W")
-            )  # (repeats B, 3, T, H, W)
+            clip = rearrange(frames, "B repeats T c H W -> (repeats B) T c H W")
+            clip = data.normalize(clip)  # (repeats B, 3, T, H, W)
             clip, targets = mix(tv_tensors.Video(clip), targets)
             with run.autocast():
                 logits = network(clip.as_subclass(Tensor))  # (repeats B, classes)
@@ -167,9 +166,8 @@ def test(
                 with run.autocast():
                     parts = views.to(run.device, non_blocking=True).flatten(0, 1).split(at_most)
                     logits = torch.cat([model(data.normalize(part)) for part in parts])  # (B V, classes)
-                probabilities = (
-                    logits.float().softmax(dim=1).unflatten(0, (len(indices), -1)).mean(dim=1)
-                )  # (B, classes)
+                probabilities = logits.float().softmax(dim=1).unflatten(0, (len(indices), -1))  # (B, V, classes)
+                probabilities = probabilities.mean(dim=1)  # (B, classes)
                 found.append((indices, probabilities))
             bar.update(len(indices) + len(unreadable))
     scores = torch.full((len(videos), model.options["classes"]), float("nan"))

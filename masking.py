@@ -4,7 +4,8 @@ A mask is a boolean tensor (N,) over the cubes of one clip, in the order time, h
 True = masked: the encoder does not see the cube, the decoder predicts it. False = visible.
 
 Videos change slowly (Sec. 3.2). A cube that is masked at one time and visible at another can simply be copied, and at
-the usual ratios of 50 % to 75 % enough is visible to fill in the rest. So tubes mask 90 % of the places, at all times.
+the usual ratios of 50 % to 75 % enough is visible to fill in the rest. So tubes mask 90 % of the spatial places, in
+every frame.
 
 The paper samples from Bernoulli(rho_mask). Here, as in the authors' code, the *number* of masked cubes is exact, so
 that clips can be stacked.

@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Turn on activation checkpointing: the same losses and gradients with much less memory and a third more work."""
+    """Turn on activation checkpointing: the same losses and gradients, much less memory, a third more compute."""
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
@@ -105,8 +105,8 @@ class Encoder(nn.Module):
     """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only (Sec. 3.3).
 
     clip_size: frames, height and width of the pre-training. For other clips the position table is interpolated, so
-    weights of 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path: of the last block; it rises with
-    depth. norm: whether there is a last LayerNorm. UserError if clip_size is not a whole number of cubes.
+    weights of 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path: of the last block; it rises
+    linearly with depth. norm: whether there is a last LayerNorm. UserError if clip_size is not a whole number of cubes.
     """
 
     def __init__(
@@ -158,7 +158,8 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """The pre-training model (Figure 1). `VideoMAE(**SIZES["B"], decoder_depth=4)` is that of Table 8.
 
-    frames_per_token: frames that a token predicts, 2 but for other targets (Table 1c). encoder: arguments of `Encoder`.
+    frames_per_token: frames that each token predicts: 2, or 4 or 1 for other targets (Table 1c).
+    encoder: arguments of `Encoder`.
     """
 
     def __init__(
@@ -175,7 +176,8 @@ class VideoMAE(nn.Module):
         self.register_buffer("pos_embed", positions, persistent=False)
         pixels = frames_per_token * math.prod(self.options["cube"][1:]) * 3
         self.decoder = Decoder(width=decoder_width, depth=decoder_depth, heads=decoder_heads, pixels=pixels, eps=eps)
-        for part in (self.encoder.blocks, self.decoder):  # the other two layers keep PyTorch's default, as the authors'
+        # patch_embed and encoder_to_decoder keep PyTorch's own initialization, as in the authors' code.
+        for part in (self.encoder.blocks, self.decoder):
             initialize(part, nn.init.xavier_uniform_)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +33,28 @@ from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain" / "toy.yaml"
-LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
+# Table 1f. Each is 0 for equal arguments, so that tokens without a target (Table 1c, "center") add nothing.
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class Objective:
-    """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over the masked cubes p in Omega and the pixels of each, normalized.
+    """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over clips, masked cubes p in Omega, and the pixel values of each cube.
 
     Called with the decoder's prediction (B, N_mask, pixels), the frames to predict, uint8 (B, T_target, 3, H, W), and
     the positions of the masked tokens (B, N_mask), `loss` returns a scalar. Table 1f has other errors, Table 1c other
-    frames to predict: `load_frames` and `load_stride` say which to load, `cube` how many of them each token predicts.
+    frames to predict: see `Target`.
     """
 
     def __init__(self, config: SimpleNamespace) -> None:
         self.error = pick(LOSSES, config.target.loss, "target.loss")
         self.normalize = config.target.normalize
-        row = pick(table_1c(config), config.target.frames, "target.frames")
-        self.load_frames, self.load_stride, self.input_step, self.target_frames, self.tokens, self.cube = row
-        self.fraction = len(self.tokens) / len(table_1c(config)["input"][4])  # of all tokens, those that have a target
+        rows = table_1c(config)
+        self.target = pick(rows, config.target.frames, "target.frames")
+        self.fraction = len(self.target.tokens) / len(rows["input"].tokens)  # of all tokens, those that have a target
 
     def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
         index, has_target = self.target_index(masked)
-        cubes = take(to_cubes(target, self.cube).flatten(2), index)  # I(p): (B, N_mask, pixels), uint8
+        cubes = take(to_cubes(target, self.target.cube).flatten(2), index)  # I(p): (B, N_mask, pixels), uint8
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
         if self.normalize:
             mean, std = cube_statistics(cubes)
@@ -64,21 +66,20 @@ class Objective:
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Loaded frames (B, T', 3, H, W) as the input (B, T, 3, H, W) and the target (B, T_target, 3, H, W)."""
-        return frames[:, :: self.input_step], frames[:, self.target_frames]
+        return frames[:, :: self.target.input_step], frames[:, self.target.frames]
 
     def target_index(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         """The index of each masked token's cube among the target's, and whether it has one there: both (B, N_mask)."""
-        index = masked - self.tokens.start
-        has_target = (index >= 0) & (index < len(self.tokens))
-        return index.clamp(0, len(self.tokens) - 1), has_target
+        index = masked - self.target.tokens.start
+        has_target = (index >= 0) & (index < len(self.target.tokens))
+        return index.clamp(0, len(self.target.tokens) - 1), has_target
 
 
 def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the pixels of each cube and channel (Sec. 3.1): (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
     mean = cubes.mean(dim=-2, keepdim=True)
-    variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (
-        cubes.shape[-2] - 1
-    )  # std() is 3 times slower on CPU
+    # std() is 3 times slower on CPUs
+    variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (cubes.shape[-2] - 1)
     return mean, variance.sqrt() + 1e-6  # n - 1 and 1e-6 as in the authors' code
 
 
@@ -95,12 +96,19 @@ def from_cubes(cubes: Tensor, cube: tuple[int, int, int], size: int) -> Tensor:
     return rearrange(cubes, "B (t h w) (p0 p1 p2) c -> B (t p0) c (h p1) (w p2)", **shape)
 
 
-def table_1c(config: SimpleNamespace) -> dict[str, tuple]:
-    """The targets of Table 1c. T x tau/2 -> T x tau/2 is "input" with half of data.stride.
+class Target(NamedTuple):
+    """A row of Table 1c: which frames to load, and which of them the encoder sees and the decoder predicts."""
 
-    For each: the number and stride of the frames to load; the step of the encoder's input and the slice of the target
-    among them; the tokens that have a target; the cube of pixels that each of these predicts.
-    """
+    load_frames: int
+    load_stride: int
+    input_step: int  # the encoder sees every frame, or every second
+    frames: slice  # those to predict
+    tokens: range  # those that have a target
+    cube: tuple[int, int, int]  # of pixels, that each of these tokens predicts
+
+
+def table_1c(config: SimpleNamespace) -> dict[str, Target]:
+    """The targets of Table 1c. T x tau/2 -> T x tau/2 is "input" with half of data.stride."""
     frames, stride, size, (p0, p1, p2) = config.data.frames, config.data.stride, config.data.size, config.model.cube
     time, height, width = cube_grid((frames, size, size), config.model.cube)
     tokens, middle = range(time * height * width), time // 2 * height * width
@@ -108,9 +116,9 @@ def table_1c(config: SimpleNamespace) -> dict[str, tuple]:
         raise UserError(f"target.frames=double halves the stride, so data.stride={stride} has to be even")
     center = slice(frames // 2, frames // 2 + 1)  # the paper does not say which frame it is
     return {
-        "input": (frames, stride, 1, slice(None), tokens, (p0, p1, p2)),  # T x tau -> T x tau, the default
-        "double": (2 * frames, stride // 2, 2, slice(None), tokens, (2 * p0, p1, p2)),  # T x tau -> 2T x tau/2
-        "center": (frames, stride, 1, center, range(middle, middle + height * width), (1, p1, p2)),
+        "input": Target(frames, stride, 1, slice(None), tokens, (p0, p1, p2)),  # T x tau -> T x tau, the default
+        "double": Target(2 * frames, stride // 2, 2, slice(None), tokens, (2 * p0, p1, p2)),  # T x tau -> 2T x tau/2
+        "center": Target(frames, stride, 1, center, range(middle, middle + height * width), (1, p1, p2)),
     }
 
 
@@ -123,7 +131,7 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
         decoder_depth=config.model.decoder_depth,
         clip_size=(config.data.frames, config.data.size, config.data.size),
         cube=config.model.cube,
-        frames_per_token=objective.cube[0],
+        frames_per_token=objective.target.cube[0],
     )
     sample_mask = partial(pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
     sample_mask(torch.Generator())  # stops here if the ratio masks every cube or none
@@ -138,8 +146,8 @@ def train(config: SimpleNamespace) -> None:
     videos, repeats = list_videos(root, train_videos), config.data.repeats
     clips = data.PretrainingClips(
         videos,
-        frames=objective.load_frames,
-        stride=objective.load_stride,
+        frames=objective.target.load_frames,
+        stride=objective.target.load_stride,
         size=config.data.size,
         scales=config.data.scales,
         flip=config.data.flip,
@@ -168,9 +176,8 @@ def train(config: SimpleNamespace) -> None:
     run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
     network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)
     batches = data.training_batches(clips, run)
-    peak_lr, end_lr = (
-        lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr)
-    )  # Sec. B
+    # Sec. B: the linear scaling rule
+    peak_lr, end_lr = (lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr))
 
     for step in run.steps():
         lr = warmup_cosine(step, run.total, run.warmup, peak_lr, end_lr)
@@ -201,20 +208,20 @@ def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Ten
     """Figure 10: named videos uint8 (T, 3, H, W), of loaded frames (T', 3, H, W) under a mask (N,).
 
     A model with normalized targets does not predict a cube's mean and std. The first reconstruction estimates them from
-    visible cubes nearby and is what the model really knows; the second takes them from the masked cube itself.
+    visible cubes nearby, so it shows only what the model sees; the second takes them from the masked cube itself.
     """
     device = model.mask_token.device
     visible, masked = (positions[None].to(device) for positions in masking.split(mask))
     clip, target = objective.split(frames[None].to(device))
     prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
-    cubes = to_cubes(target / 255, objective.cube)[0]  # (N, p0 p1 p2, 3)
+    cubes = to_cubes(target / 255, objective.target.cube)[0]  # (N, p0 p1 p2, 3)
     index, has_target = objective.target_index(masked[0])
     index, prediction = index[has_target], prediction[has_target]
 
     def video(pixels: Tensor) -> Tensor:
         """The target with the masked cubes replaced."""
         shown = cubes.index_put((index,), pixels)[None]
-        return (from_cubes(shown, objective.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()
+        return (from_cubes(shown, objective.target.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()
 
     views = {"original": video(cubes[index]), "masked": video(torch.full_like(prediction, 0.5))}
     if not objective.normalize:
@@ -247,7 +254,9 @@ def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, rat
     objective, sample_mask, rows = Objective(config), pick(masking.MASKS, config.mask.type, "mask.type"), {}
     try:
         with Video(video) as opened:
-            frames = opened.frames(data.dense_clip(len(opened), objective.load_frames, objective.load_stride))
+            frames = opened.frames(
+                data.dense_clip(len(opened), objective.target.load_frames, objective.target.load_stride)
+            )
     except BrokenVideo as error:
         say(f"no picture of {error}")
         return False
@@ -268,7 +277,7 @@ def reconstruct_videos(arguments: argparse.Namespace) -> None:
     config = stored_config(weights, DEFAULT, arguments.settings)
     clip_size = [config.data.frames, config.data.size, config.data.size]
     model = build_from_checkpoint(weights, VideoMAE, clip_size)
-    if (model.options["clip_size"], model.options["frames_per_token"]) != (clip_size, Objective(config).cube[0]):
+    if (model.options["clip_size"], model.options["frames_per_token"]) != (clip_size, Objective(config).target.cube[0]):
         what = f"clips of {model.options['clip_size']} or another target than target.frames={config.target.frames}"
         raise UserError(f"{weights} was trained on {what}: leave data.frames, data.size and target.frames out")
     ratios = arguments.ratios or [config.mask.ratio]

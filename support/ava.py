@@ -295,10 +295,10 @@ def average_precisions(
 ) -> dict[int, float]:
     """Average precision of each action; NaN without ground truth, 0 without detections. The mean of all is the mAP.
 
-    A detection looks only at the true box that it overlaps most, and is wrong if a detection with a higher score has
-    taken that one, even where a second box overlaps enough. Detections without area do not count. Those in frames
-    without ground truth are wrong, unless `skip_empty`, mmaction2's default, skips these frames. Equal scores and equal
-    overlaps are decided by frame and box; in the official evaluator by the order of rows.
+    Each detection is matched only to the true box that it overlaps most. It is wrong if a detection with a higher score
+    was matched to that box before, even where a second box overlaps enough. Detections without area do not count. Those
+    in frames without ground truth are wrong, unless `skip_empty`, mmaction2's default, skips these frames. Equal scores
+    and equal overlaps are decided by frame and box; in the official evaluator by the order of rows.
     """
     truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
     for frame, box, action, _ in sorted(ground_truth):
@@ -349,7 +349,7 @@ def summarize(precisions: dict[int, float], actions: Actions) -> dict[str, Any]:
 
 
 def report(summary: dict[str, Any], path: Path, as_json: bool = False) -> None:
-    """Write a summary as json and print AP by action, the mean of each group, and the mAP, or `as_json` what it is."""
+    """Write a summary as json and print AP by action, the mean of each group and the mAP, or `as_json` the summary."""
     path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     if as_json:
         return print(json.dumps(summary), flush=True)

@@ -102,7 +102,7 @@ def describe(videos: Sequence) -> dict[str, Any]:
 
 
 def check_facts(folder: Path, checkpoint: dict, facts: dict, other_videos: bool) -> None:
-    """Raises UserError if a checkpoint's classes, or training videos, if it names them, are not those of a run."""
+    """Raise UserError if a run's classes, actions or training videos differ from its checkpoint's."""
     for name in ("classes", "actions"):
         if checkpoint.get(name) != facts.get(name):
             what = f"{folder} holds a run with other {name}"

@@ -1,4 +1,4 @@
-"""What the four stages do alike and no reader of the paper has to study: processes, batches, checkpoints when due, log.
+"""Code shared by the four stages: processes and device, batches, when to save a checkpoint, the log.
 
 Everything random is a function of the seed, so that a resumed run repeats what an uninterrupted one does. What a
 sample holds depends on (seed, epoch, index): not on the number of processes, loader workers or micro-batches. What is
@@ -120,7 +120,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
 @contextmanager
 def noted_signals() -> Iterator[list[str]]:
-    """The names of the signals that came. By SIGTERM or SIGUSR1 a cluster's scheduler announces the end of a job."""
+    """Collect the names of stop signals. A cluster's scheduler sends SIGTERM or SIGUSR1 before it ends a job."""
     numbers, told = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)], []
     before = [signal.signal(number, lambda number, _: told.append(signal.Signals(number).name)) for number in numbers]
     try:
@@ -131,16 +131,16 @@ def noted_signals() -> Iterator[list[str]]:
 
 
 def ignore_signals(worker: int) -> None:
-    """For a loader's worker, which gets them as well and has to stay until its process has finished the step."""
+    """Ignore stop signals in a loader worker, which has to outlive the current step."""
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def find_device() -> torch.device:
-    """The accelerator of this process (CUDA, Apple's MPS, Intel's XPU), or the CPU. Raises UserError if there is none.
+    """The accelerator of this process (CUDA, Apple's MPS, Intel's XPU), or the CPU.
 
-    Each process of torchrun has its own.
+    Each process of torchrun has its own. Raises UserError if there are more processes than devices.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if not accelerator:
@@ -180,7 +180,7 @@ class Run:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.replicas: list[DistributedDataParallel] = []
         self.broken: list[str] = []  # a sentence on each video that could not be read
-        self.pending: tuple[Tensor, torch.Event | None, dict] | None = None
+        self.pending: tuple[torch.Event | None, dict[str, Any]] | None = None
 
     def autocast(self) -> torch.autocast:
         """bf16 where `run.precision` asks for it."""
@@ -294,39 +294,48 @@ class Run:
     def end_step(self, **values: Any) -> None:
         """Log `values` with the mean loss, speed and memory, and save a checkpoint, each if it is due.
 
-        A line is written when the next one is due: by then its loss has come from the device, and the loop never waits.
+        values: numbers, or tensors on the device. A line is written one logging interval late: by then its values have
+        come from the device, and the loop never waits.
         """
         done, run = self.step + 1, self.config.run
         if done % run.log_every == 0 or done == self.total:
-            if self.world_size > 1:
-                dist.all_reduce(self.loss_sum)
-            self._write_pending()
-            loss = (self.loss_sum / (self.count * self.world_size)).to("cpu", non_blocking=True)
-            arrived = None if self.device.type == "cpu" else torch.Event(self.device)
-            if arrived:
-                arrived.record()
-            seconds = time.perf_counter() - self.since
-            speed = round((done - self.since_step) * self.samples_per_step / seconds, 1)
-            measured = dict(clips_per_second=speed, waiting_for_data=round(self.waited / seconds, 4))
-            place = dict(step=done, epoch=round(done / self.steps_per_epoch, 4))
-            self.pending = loss, arrived, place | values | measured | dict(memory_gb=peak_memory(self.device))
-            self._reset(done)
+            self._log_step(done, values)
         stop = self._stop_requested() and done < self.total
         if stop or done % run.checkpoint_every == 0 or done == self.total:
-            self._write_pending()
-            self.broken = list(dict.fromkeys(gather(self.broken)))
-            if self.rank == 0:
-                if self.broken:
-                    (self.folder / "broken_videos.txt").write_text(
-                        "".join(f"{line}\n" for line in self.broken), "utf-8", "surrogateescape"
-                    )
-                content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
-                content |= dict(step=done, config=as_dict(self.config))
-                save_checkpoint(self.folder / "checkpoint.pt", content)
-                draw_log(self.folder)
+            self._save(done)
         if stop:
             reason = " and ".join(self.told) or "another process"
             raise UserError(f"stopped by {reason} after step {done}: the same command resumes there")
+
+    def _log_step(self, done: int, values: dict[str, Any]) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(self.loss_sum)
+        self._write_pending()
+        seconds, loss = time.perf_counter() - self.since, self.loss_sum / (self.count * self.world_size)
+        speed = round((done - self.since_step) * self.samples_per_step / seconds, 1)
+        place = dict(loss=loss, step=done, epoch=round(done / self.steps_per_epoch, 4))
+        measured = dict(clips_per_second=speed, waiting_for_data=round(self.waited / seconds, 4))
+        values = place | values | measured | dict(memory_gb=peak_memory(self.device))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.detach().to("cpu", non_blocking=True)
+        arrived = None if self.device.type == "cpu" else torch.Event(self.device)
+        if arrived:
+            arrived.record()
+        self.pending = arrived, values
+        self._reset(done)
+
+    def _save(self, done: int) -> None:
+        self._write_pending()
+        self.broken = list(dict.fromkeys(gather(self.broken)))
+        if self.rank == 0:
+            if self.broken:
+                lines = "".join(f"{line}\n" for line in self.broken)
+                (self.folder / "broken_videos.txt").write_text(lines, "utf-8", "surrogateescape")
+            content = {name: part.state_dict() for name, part in self.state.items()} | self.facts
+            content |= dict(step=done, config=as_dict(self.config))
+            save_checkpoint(self.folder / "checkpoint.pt", content)
+            draw_log(self.folder)
 
     def _stop_requested(self) -> bool:
         """Whether a signal asked any of the processes to stop. They agree on it a step later, so that none waits."""
@@ -363,13 +372,14 @@ class Run:
     def _write_pending(self) -> None:
         if not self.pending:
             return
-        (loss, arrived, values), self.pending = self.pending, None
+        (arrived, values), self.pending = self.pending, None
         if arrived:
             arrived.synchronize()
-        if not math.isfinite(loss := float(loss)):
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+        if not math.isfinite(loss := values["loss"]):
             raise UserError(f"the loss is {loss} at step {values['step']}; a lower optim.base_lr may help")
         if self.rank == 0:
-            self._write(dict(loss=loss) | values)
+            self._write(values)
         self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": values["clips_per_second"]}, refresh=False)
 
 

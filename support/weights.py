@@ -25,7 +25,7 @@ from support.run import launch
 
 # Where a file's tensors may be.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
-# This project's names are the official ones. What stands for their parts elsewhere:
+# Parameters have the official names. These are other projects' names for their parts:
 HUGGING_FACE = {  # in both directions
     "embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
     "embeddings.position_embeddings": "encoder.pos_embed",
@@ -59,7 +59,7 @@ SAFE += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for 
 
 
 def weights_file(path: str | Path) -> Path:
-    """`path`, or if that is a run's folder or one of Hugging Face, the file of weights in it."""
+    """The file of weights in `path` if that is a run's folder or one of Hugging Face, otherwise `path` itself."""
     files = (Path(path) / name for name in ("checkpoint.pt", "model.safetensors", "pytorch_model.bin"))
     return next((file for file in files if file.is_file()), Path(path))
 

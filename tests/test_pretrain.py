@@ -91,7 +91,8 @@ def test_target_of_twice_the_frames():
             "model.cube=[2,16,16]",
         )
     )
-    assert (objective.load_frames, objective.load_stride, objective.cube) == (8, 2, (4, 16, 16))
+    target_row = objective.target
+    assert (target_row.load_frames, target_row.load_stride, target_row.cube) == (8, 2, (4, 16, 16))
     frames = torch.randint(0, 256, (1, 8, 3, 16, 16), dtype=torch.uint8)
     clip, target = objective.split(frames)
     assert torch.equal(clip, frames[:, [0, 2, 4, 6]]) and torch.equal(target, frames)

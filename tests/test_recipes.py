@@ -296,13 +296,17 @@ AUTHORS = {
     "data.person_score": True,
 }
 OWN = {"data.root": "my_videos", "data.train": "", "data.val": "", "data.workers": 2}
-OWN_PRETRAIN = OWN | {
-    "mask.ratio": 0.75,
-    "optim.batch_size": 4,
-    "optim.base_lr": 3.2e-2,
-    "optim.epochs": 100,
-    "optim.warmup_epochs": 10,
-}
+OWN_PRETRAIN = (
+    TOY_PRETRAIN
+    | OWN
+    | {
+        "data.size": 112,
+        "optim.batch_size": 12,
+        "optim.base_lr": 2.1e-2,
+        "optim.epochs": 1500,
+        "optim.warmup_epochs": 50,
+    }
+)
 OWN_FINETUNE = OWN | {"data.classes": "", "optim.batch_size": 16, "optim.base_lr": 1e-3, "optim.epochs": 30}
 
 # ---- the recipes ----
@@ -351,7 +355,7 @@ RECIPES = {
     "pretrain/ssv2_large": recipe("ssv2 L", 6e-4, "", "74.3 % top-1 with 16 frames, 75.4 % top-1 with 32 (Table 6)"),
     "pretrain/ucf101_base": recipe("ucf101 k400 B", 2.25e-4, "", "91.3 % top-1 (Tables 2 and 13)"),
     "pretrain/hmdb51_base": recipe("hmdb51 k400 B", 2.25e-4, "", "62.6 % top-1 (Tables 2 and 13)"),
-    "pretrain/own": recipe("k400 S", 5e-4, "", others=OWN_PRETRAIN),
+    "pretrain/own": recipe("k400 B", 9.84375e-4, "", others=OWN_PRETRAIN),
     "pretrain/toy": recipe("k400 B", 3e-3, "", others=TOY_PRETRAIN),
     "finetune/k400_small": recipe("k400 S", 2e-3, "pretrain/k400_small", "79.0 % top-1, 93.8 % top-5 (Table 7)"),
     "finetune/k400_base": recipe(
@@ -526,9 +530,9 @@ def test_every_model_for_pretraining_builds(name):
         model = VideoMAE(**SIZES[config.model.size], decoder_depth=depth, clip_size=clip_size(config))
     assert len(model.decoder.blocks) == depth
     visible, masked = split(tube_mask(model.grid, config.mask.ratio))
-    counts = {("tiny", 0.75): (16, 48)} | {(size, 0.75): (392, 1176) for size in "SBLH"}
-    counts |= {(size, 0.9): (160, 1408) for size in "SBLH"}  # Table 8: 768 x 8 x [196 x (1 - ratio)] are visible
-    assert (len(visible), len(masked)) == counts[config.model.size, config.mask.ratio]
+    counts = {(64, 0.75): (16, 48), (112, 0.75): (52, 144), (224, 0.75): (392, 1176)}
+    counts |= {(224, 0.9): (160, 1408)}  # Table 8: 768 x 8 x [196 x (1 - ratio)] are visible
+    assert (len(visible), len(masked)) == counts[config.data.size, config.mask.ratio]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("pretrain/")])

@@ -236,6 +236,18 @@ def test_precision_and_compilation_follow_the_device():
         assert (product.dtype == torch.bfloat16) == run.bf16
 
 
+def test_a_line_of_the_log_holds_whatever_a_stage_measures_also_on_the_device(tmp_path):
+    words = [f"run.folder={tmp_path}", "optim.batch_size=2", "optim.epochs=1", "optim.warmup_epochs=0"]
+    run, model = Run(load_config(TOY, [*words, "run.log_every=1"]), TOY), torch.nn.Linear(1, 1)
+    run.plan(range(2), 2)
+    run.open(dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)))
+    for _ in run.steps():
+        run.add_loss(torch.tensor(0.5))
+        run.end_step(lr=0.1, grad_norm=torch.tensor(2.0, requires_grad=True))
+    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (line["loss"], line["lr"], line["grad_norm"]) == (0.5, 0.1, 2.0)
+
+
 @pytest.mark.parametrize("kind, count, rank", [("cuda", 2, 1), ("mps", 1, 0), ("xpu", 2, 0)])
 def test_a_process_takes_the_accelerator_of_its_rank(kind, count, rank, monkeypatch):
     """On this machine there may be none: torch.accelerator's answers are those of other machines."""
