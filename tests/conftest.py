@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from model import SIZES, VideoMAE
 from support import toy
 
 ROOT = Path(__file__).resolve().parents[1]
+
+STAGES = ["pretrain", "finetune", "probe", "detect_ava"]
+RESULTS = {"pretrain": [], "finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_ava": ["detections.csv"]}
 
 # One thread everywhere: the losses of runs are compared to the bit.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -162,6 +166,28 @@ def log(folder: Path) -> list[dict]:
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log(folder) if "loss" in line]
+
+
+def random_run(finished, stage: str) -> Path:
+    return finished(stage, *EVERYTHING_RANDOM[stage])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in a run's checkpoint that is a tensor."""
+
+    def walk(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            yield from walk(item, f"{name}.{key}")
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+    return dict(walk(torch.load(folder / "checkpoint.pt", weights_only=True), ""))
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    first, second = tensors(one), tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -1,56 +1,27 @@
-"""What all four stages share, as real runs: optimizer, resuming, processes, memory, mistakes, what a run leaves."""
+"""What all four stages share, as real runs: optimizer, processes, memory, mistakes, what a run leaves."""
 
 import importlib
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, EVERYTHING_RANDOM, ROOT, command, in_group, log, losses, run
+from conftest import ENVIRONMENT, EVERYTHING_RANDOM, RESULTS, ROOT, STAGES, command, log, losses, random_run, run
 
 import support.run
 from support.config import UserError, as_dict, load_config
 from support.run import warmup_cosine
 
-STAGES = ["pretrain", "finetune", "probe", "detect_ava"]
-RESULTS = {"pretrain": [], "finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_ava": ["detections.csv"]}
-
 
 def module(stage: str):
     return importlib.import_module(stage)
-
-
-def random_run(finished, stage: str) -> Path:
-    return finished(stage, *EVERYTHING_RANDOM[stage])
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in a run's checkpoint that is a tensor."""
-
-    def walk(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, item in items:
-            yield from walk(item, f"{name}.{key}")
-        if isinstance(value, torch.Tensor):
-            yield name, value
-
-    return dict(walk(torch.load(folder / "checkpoint.pt", weights_only=True), ""))
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 # ---- what a run says and leaves ----
@@ -180,173 +151,6 @@ def test_weights_move_as_adamw_of_the_paper_moves_them(stage, settings, tmp_path
     assert moved > 2 * len(names)
 
 
-# ---- resuming ----
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_moment_a_run_resumes_bit_for_bit(stage, settings, finished, tmp_path):
-    """The main process alone is killed, wherever it is; everything random is on."""
-    reference, folder = random_run(finished, stage), tmp_path / "run"
-    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "data.workers=2"]
-    arguments = command(f"{stage}.py", *settings[stage], *more)
-    for wanted in (3, 6) if stage == "pretrain" else (4,):
-        process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-        while not (folder / "checkpoint.pt").exists() or len((folder / "log.jsonl").read_text().splitlines()) < wanted:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        until = time.monotonic() + 20
-        while in_group(process.pid) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not in_group(process.pid)  # the loader's workers are gone, too
-        step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-        assert 0 < step < log(reference)[-1]["step"]
-    done = run(f"{stage}.py", *settings[stage], *more)
-    assert f"starting at step {step}" in done.stderr
-    assert same_tensors(folder, reference) and losses(folder) == losses(reference)
-    assert all((folder / name).read_bytes() == (reference / name).read_bytes() for name in RESULTS[stage])
-    again = run(f"{stage}.py", *settings[stage], *more)  # finished: nothing is left to do
-    assert f"starting at step {log(reference)[-1]['step']}" in again.stderr and losses(folder) == losses(reference)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_of_an_older_version_resumes(stage, settings, finished, tmp_path):
-    """It does not know keys that came later, has one that is gone, and its groups say no lr_scale in pre-training."""
-    reference, folder = finished(stage), tmp_path / "run"
-    folder.mkdir()
-    content = torch.load(reference / "checkpoint.pt", weights_only=True)
-    del content["config"]["run"]["profile"]
-    content["config"]["run"]["gone"] = 3
-    if stage == "pretrain":
-        for group in content["optimizer"]["param_groups"]:
-            del group["lr_scale"]
-    content["step"] -= 1
-    torch.save(content, folder / "checkpoint.pt")
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}")
-    assert f"starting at step {content['step']}" in done.stderr and "run.gone, run.profile" in done.stderr
-    assert len(losses(folder)) == 1
-
-
-@pytest.mark.parametrize("change", [lambda names: [*names, "another"], lambda names: ["renamed", *names[1:]]])
-def test_a_run_whose_classes_changed_does_not_resume(change, settings, finished, tmp_path):
-    content = torch.load(finished("finetune") / "checkpoint.pt", weights_only=True)
-    content["classes"] = change(content["classes"])
-    (tmp_path / "run").mkdir()
-    torch.save(content, tmp_path / "run/checkpoint.pt")
-    done = run("finetune.py", *settings["finetune"], f"run.folder={tmp_path / 'run'}", ok=False)
-    assert done.returncode == 1 and "holds a run with other classes: set another run.folder" in done.stderr
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]  # nothing is touched
-
-
-@pytest.mark.parametrize("name, processes", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGTERM", 2), ("SIGUSR1", 2)])
-def test_a_signal_of_a_cluster_saves_a_checkpoint_from_which_the_run_resumes(
-    name, processes, settings, finished, tmp_path
-):
-    """Without torchrun, all processes get it, as from Slurm; with it, torchrun gets SIGTERM, one process SIGUSR1."""
-    folder = tmp_path / "run"
-    words = [*settings["pretrain"], "run.checkpoint_every=1000", "data.workers=1", "optim.epochs=40"]
-    line = command("pretrain.py", *words, f"run.folder={folder}", processes=processes)
-    more = dict(cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    with subprocess.Popen(line, **more) as process:
-        while not (folder / "log.jsonl").exists() or len(log(folder)) < 2:
-            time.sleep(0.02)
-            assert process.poll() is None
-        if not processes:
-            os.killpg(process.pid, getattr(signal, name))
-        elif name == "SIGTERM":
-            process.send_signal(signal.SIGTERM)
-        else:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[0]), signal.SIGUSR1)
-        said = process.communicate(timeout=100)[1]
-    assert process.returncode != 0 and re.search(rf"pretrain.py: stopped by {name} after step \d+: the same", said), (
-        said
-    )
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-    assert 2 <= step < 100 and log(folder)[-1]["step"] <= step
-    run("pretrain.py", *words, f"run.folder={folder}")
-    reference = finished("pretrain", "optim.epochs=40")
-    assert losses(folder) == pytest.approx(losses(reference), abs=0 if not processes else 1e-5)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
-    """As on macOS and Windows, where there is no fork."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import multiprocessing\nmultiprocessing.set_start_method('spawn', True)\n"
-    )
-    words = command(f"{stage}.py", *settings[stage], "data.workers=1", f"run.folder={tmp_path / 'run'}")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "run") == losses(finished(stage))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_whose_list_of_videos_changed_resumes_only_if_told_to(stage, settings, finished, tmp_path):
-    content = torch.load(finished(stage) / "checkpoint.pt", weights_only=True)
-    content["videos"]["count"] += 1
-    content["step"] -= 1
-    folder = tmp_path / "run"
-    folder.mkdir()
-    torch.save(content, folder / "checkpoint.pt")
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", ok=False)
-    sentence = (
-        f"{content['videos']['count']} training videos, which are not the {content['videos']['count'] - 1} of now"
-    )
-    assert done.returncode == 1 and sentence in done.stderr and "resume by run.other_videos=true" in done.stderr
-    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]  # nothing is touched
-    run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "run.other_videos=true")
-    assert len(losses(folder)) == 1
-
-
-@pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
-def test_a_run_resumes_without_the_file_it_started_from(stage, settings, finished, pretrained, tmp_path):
-    init, folder = tmp_path / "init.pt", tmp_path / "run"
-    shutil.copy(pretrained, init)
-    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=64", f"run.folder={folder}"]
-    first = subprocess.Popen(command(f"{stage}.py", *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not (folder / "checkpoint.pt").exists() and first.poll() is None:
-        time.sleep(0.02)
-    first.kill()
-    first.wait()
-    init.unlink()
-    assert f"initialized from {folder}" in run(f"{stage}.py", *words).stderr
-    start = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    shutil.rmtree(folder)
-    shutil.copy(pretrained, init)
-    run(f"{stage}.py", *words)
-    whole = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(start[name], whole[name]) for name in whole)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_folder_belongs_to_its_configuration(stage, settings, finished):
-    folder = finished(stage)
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "optim.epochs=4", ok=False)
-    assert done.returncode == 1 and f"{folder} holds a run with optim.epochs=3, not 4" in done.stderr
-
-
-def test_a_folder_belongs_to_one_run_which_control_c_ends_in_a_sentence(settings, tmp_path):
-    folder = tmp_path / "run"
-    arguments = command("pretrain.py", *settings["pretrain"], "optim.epochs=500", f"run.folder={folder}")
-    # tests started in the background ignore ctrl-C, and so would the run
-    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=hear
-    )
-    while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
-        time.sleep(0.05)
-    second = run(*arguments[1:], ok=False)
-    assert second.returncode == 1 and f"another run is at work in {folder}: wait for it" in second.stderr
-    assert "Traceback" not in second.stderr
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "interrupted: the same command resumes" in said and "Traceback" not in said
-    assert not in_group(process.pid)
-
-
 # ---- processes, workers, accumulation, memory ----
 
 
@@ -374,6 +178,19 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
         ours, theirs = (re.findall(r"[\d.]{5,}", (folder / name).read_text()) for folder in (tmp_path, finished(stage)))
         assert len(ours) == len(theirs)
         assert [*map(float, ours)] == pytest.approx([*map(float, theirs)], abs=2e-2 if stage == "detect_ava" else 1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
+    """As on macOS and Windows, where there is no fork."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', True)\n"
+    )
+    words = command(f"{stage}.py", *settings[stage], "data.workers=1", f"run.folder={tmp_path / 'run'}")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == losses(finished(stage))
 
 
 @pytest.mark.parametrize("stage, processes", [("pretrain", 0), ("finetune", 2), ("detect_ava", 0)])
