@@ -82,8 +82,9 @@ def _render(folder: Path, settings: dict, ava: bool, last: str, text: str) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(settings), "utf-8")
         wanted = [(split, number) for split, count in settings["videos"].items() for number in range(count)]
+        processes = min(os.cpu_count(), math.ceil(len(wanted) / 100))  # starting one takes as long as 100 videos
         # spawn, not fork: PyTorch's threads may be running already
-        with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
             done = pool.imap(partial(_render_one, folder, settings["seed"], ava), wanted, chunksize=8)
             for rows in tqdm(done, f"rendering toy videos into {folder}", len(wanted), unit="video"):
                 texts |= {name: texts.get(name, "") + some for name, some in rows.items()}

@@ -90,7 +90,7 @@ def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
         "optim.epochs=3",
         "optim.warmup_epochs=1",
         "run.log_every=1",
-        "run.checkpoint_every=2",
+        "run.checkpoint_every=3",
     ]
     videos = [f"data.root={toy_videos}", "data.train=train", "data.val=val"]
     small = ["data.frames=4", "data.size=32", "run.batch_per_device=16"]

@@ -3,9 +3,9 @@
 import importlib
 import json
 import math
+import multiprocessing
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, EVERYTHING_RANDOM, RESULTS, ROOT, STAGES, command, log, losses, random_run, run
+from conftest import EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run
 
 import support.run
 from support.config import UserError, as_dict, load_config
@@ -183,14 +183,14 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
 @pytest.mark.parametrize("stage", STAGES)
 def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
     """As on macOS and Windows, where there is no fork."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import multiprocessing\nmultiprocessing.set_start_method('spawn', True)\n"
-    )
-    words = command(f"{stage}.py", *settings[stage], "data.workers=1", f"run.folder={tmp_path / 'run'}")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "run") == losses(finished(stage))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        more = ["run.validate_every=0"] if stage == "finetune" else []
+        run(f"{stage}.py", *settings[stage], *more, "data.workers=1", f"run.folder={tmp_path}")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert losses(tmp_path) == losses(finished(stage))
 
 
 @pytest.mark.parametrize("stage, processes", [("pretrain", 0), ("finetune", 2), ("detect_ava", 0)])
