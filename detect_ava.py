@@ -26,7 +26,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -55,6 +54,7 @@ from support.persons import (
     Movies,
     Rows,
     TestSet,
+    draw_video,
     find_persons,
     find_test,
     find_training,
@@ -64,7 +64,7 @@ from support.persons import (
 )
 from support.pictures import draw_persons, side_by_side
 from support.run import Run, gather, launch, random_below, warmup_cosine
-from support.video import BrokenVideo, Video, write_mp4
+from support.video import BrokenVideo
 from support.weights import (
     build_from_checkpoint,
     encoder_options,
@@ -428,28 +428,6 @@ def predict(model: nn.Module, arguments: argparse.Namespace, run: Run) -> None:
             say(f"left out: {error}")
     if not done:
         raise UserError("nothing could be predicted; the lines above say why")
-
-
-def draw_video(path: Path, out: Path, rows: Rows, names: dict[int, str], classes: int, starts_at: int) -> None:
-    """Write detections in a video as csv, and the video as mp4, each frame with those nearest, within half a second."""
-    if out.exists() and out.samefile(path):
-        raise UserError(f"{path} would be overwritten: give another --out")
-    frames = ava.key_frames(rows)
-    persons, key_times = list(frames.values()), [Fraction(str(second)) - starts_at for _, second in frames]
-
-    def drawn(movie: Video) -> Iterator[Tensor]:
-        images = tqdm(movie.every_frame(), "drawing", len(movie), unit="frame")
-        for time, image in zip(movie.times, images, strict=True):
-            index = nearest(key_times, time)
-            shown = persons[index] if abs(key_times[index] - time) <= Fraction(1, 2) else []
-            picture = draw_persons(image, *ava.to_persons(shown, classes), names, "orange")
-            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]  # H.264 wants even sizes
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    ava.write_rows(out.with_suffix(".csv"), rows)
-    with Video(path) as movie:
-        write_mp4(out, drawn(movie), movie.rate)
-    print(f"{len({(row.frame, row.box) for row in rows})} persons in {len(frames)} key frames: {out}", flush=True)
 
 
 def main() -> None:

@@ -1,19 +1,22 @@
-"""Which key frames are labelled, and where the persons are: by AVA's lists, by a detector, or whole frames."""
+"""Which key frames are labelled, where the persons are (by lists, a detector, or whole frames), a video of them."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+from tqdm import tqdm
 
 from support import ava
 from support.config import UserError, say
+from support.pictures import draw_persons
 from support.run import Run
-from support.video import Video
+from support.video import Video, write_mp4
 
 Rows = list[ava.Row]
 KeyFrames = dict[ava.Frame, Rows]  # the rows of each key frame (video, second)
@@ -103,6 +106,28 @@ def persons_each_second(path: Path, person_detector: nn.Module | None, run: Run)
     if not rows:
         raise UserError(f"{path} shows no person whom the detector gives a score of {options.threshold} or more")
     return ava.key_frames(rows)
+
+
+def draw_video(path: Path, out: Path, rows: Rows, names: dict[int, str], classes: int, starts_at: int) -> None:
+    """Write detections in a video as csv, and the video as mp4, each frame with those nearest, within half a second."""
+    if out.exists() and out.samefile(path):
+        raise UserError(f"{path} would be overwritten: give another --out")
+    frames = ava.key_frames(rows)
+    persons, key_times = list(frames.values()), [Fraction(str(second)) - starts_at for _, second in frames]
+
+    def drawn(movie: Video) -> Iterator[Tensor]:
+        images = tqdm(movie.every_frame(), "drawing", len(movie), unit="frame")
+        for time, image in zip(movie.times, images, strict=True):
+            index = nearest(key_times, time)
+            shown = persons[index] if abs(key_times[index] - time) <= Fraction(1, 2) else []
+            picture = draw_persons(image, *ava.to_persons(shown, classes), names, "orange")
+            yield picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]  # H.264 wants even sizes
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ava.write_rows(out.with_suffix(".csv"), rows)
+    with Video(path) as movie:
+        write_mp4(out, drawn(movie), movie.rate)
+    print(f"{len({(row.frame, row.box) for row in rows})} persons in {len(frames)} key frames: {out}", flush=True)
 
 
 def nearest(times: list[Fraction], time: Fraction) -> int:

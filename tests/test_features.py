@@ -17,8 +17,10 @@ from videos import SIZE, broken_files, number_of, write_numbered
 import data
 import model as m
 import probe
+import support.video
 from detect_ava import ActionDetector
 from support.config import load_config
+from support.features import windows
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint, export_hugging_face, to_hugging_face
 
@@ -27,7 +29,7 @@ PLAIN = dict(frames=4, stride=3, size=SIZE[1], window_stride=12, last="repeat")
 
 def numbers(path: Path, **options: object) -> list[list[int]]:
     """The numbers that the frames of each window show, if `whole_width` is there."""
-    return [[number_of(frame) for frame in clip] for clip, _ in probe.windows(path, **PLAIN | options)]
+    return [[number_of(frame) for frame in clip] for clip, _ in windows(path, **PLAIN | options)]
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def clips_of(path: Path, **options: int) -> torch.Tensor:
     """All windows of a video, normalized, as transformers takes them: (windows, T, 3, H, W)."""
-    clips = torch.stack([clip for clip, _ in probe.windows(path, **options)])
+    clips = torch.stack([clip for clip, _ in windows(path, **options)])
     return data.normalize(clips).transpose(1, 2)
 
 
@@ -113,7 +115,7 @@ def test_a_video_without_a_whole_window_is_named_if_the_last_is_dropped(tmp_path
 def test_start_and_end_are_those_of_the_frames_even_at_a_changing_rate(tmp_path):
     shown = [10 * i + (300 if i > 15 else 0) for i in range(30)]  # ms
     path = write_numbered(tmp_path / "a.mkv", 30, times=shown)
-    found = [times for _, times in probe.windows(path, **PLAIN)]
+    found = [times for _, times in windows(path, **PLAIN)]
     assert found == [(shown[a] / 1000, shown[b] / 1000) for a, b in ((0, 9), (12, 21), (24, 27))]
 
 
@@ -122,7 +124,7 @@ def test_pixels_are_those_of_a_test_view(tmp_path, size):
     """In the middle of its windows, also of a video too short for one."""
     for count in (12, 8):
         path = write_numbered(tmp_path / f"{count}.mp4", count)
-        (clip, _), *more = probe.windows(path, **PLAIN | dict(size=size))
+        (clip, _), *more = windows(path, **PLAIN | dict(size=size))
         view = data.TestViews([path], frames=4, stride=3, sampling="dense", size=size, clips=1, crops=1)[0][1]
         assert not more and torch.equal(clip, view[0])
 
@@ -133,16 +135,16 @@ def test_frames_in_memory_do_not_depend_on_the_length_and_each_is_decoded_once(
 ):
     """At any window at most `most` cropped frames are alive, and one or two decoded ones."""
     path, decoded = write_numbered(tmp_path / "a.mp4", 240, size=(74, 74)), []
-    original = probe.Video.every_frame
+    original = support.video.Video.every_frame
 
     def every_frame(video):
         for frame in original(video):
             decoded.append(1)
             yield frame
 
-    monkeypatch.setattr(probe.Video, "every_frame", every_frame)
+    monkeypatch.setattr(support.video.Video, "every_frame", every_frame)
     alive = []
-    for number, _ in enumerate(probe.windows(path, **PLAIN | dict(size=37, window_stride=window_stride))):
+    for number, _ in enumerate(windows(path, **PLAIN | dict(size=37, window_stride=window_stride))):
         if number in (2, 17, 75, 230):
             shapes = [each.shape for each in gc.get_objects() if type(each) is torch.Tensor]
             alive.append(shapes.count((3, 37, 37)))
