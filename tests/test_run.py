@@ -63,6 +63,16 @@ def test_what_is_drawn_on_the_device_depends_on_seed_micro_batch_and_rank():
     assert len(drawn) == 4
 
 
+def test_each_micro_batch_of_a_run_draws_other_numbers_on_the_device(tmp_path):
+    settings = ["optim.batch_size=4", "optim.epochs=3", "run.batch_per_device=2", f"run.folder={tmp_path}"]
+    run = Run(load_config(TOY, settings), TOY)
+    run.plan(["a", "b", "c", "d", "e", "f", "g", "h"], 4)
+    run.open({})
+    batches = iter([(torch.zeros(2), [])] * 12)
+    seeds = [torch.initial_seed() for _ in run.steps() for _ in run.micro_batches(batches)]
+    assert len(seeds) == 3 * 2 * 2 == len(set(seeds))
+
+
 @pytest.mark.parametrize(
     "batch, world_size, at_most, repeats, micro_batch",
     [
