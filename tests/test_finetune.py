@@ -286,6 +286,24 @@ def test_every_initialization_trains_and_says_so(start, settings, pretrained, fi
     assert again.encoder.grid == m.cube_grid(expected, cube)
 
 
+def test_each_augmented_clip_keeps_the_target_of_its_video(coloured_videos, tmp_path, monkeypatch):
+    """First one clip of each video, then the next: so mixup mixes clips of different videos."""
+    seen = []
+
+    def mix(clip, targets):
+        seen.append((clip.as_subclass(torch.Tensor).mean(dim=(2, 3, 4)).argmax(dim=1), targets.argmax(dim=1)))
+        return clip, targets
+
+    monkeypatch.setattr(finetune, "mixing", lambda *_: mix)
+    words = [f"data.root={coloured_videos}", "data.train=train", "data.val=val", "data.frames=2", "data.size=32"]
+    words += ["init=scratch", "data.repeats=3", "optim.batch_size=4", "optim.epochs=1", "run.batch_per_device=12"]
+    run("finetune.py", *words, "data.workers=0", f"run.folder={tmp_path}")
+    assert len(seen) == 3 and {len(labels) for _, labels in seen} == {12}
+    for color, labels in seen:
+        assert torch.equal(color, 2 - labels)  # blue, green, red are channels 2, 1, 0
+        assert torch.equal(labels, labels[:4].repeat(3))
+
+
 def test_colors_are_learned_from_scratch_and_a_broken_video_lowers_the_score(coloured_videos, tmp_path):
     """Twelve epochs of twelve videos of three colors, a thing that pixels tell: every test video is recognized."""
     videos = [f"data.root={coloured_videos}", "data.train=train", "data.val=val", "data.frames=2", "data.size=32"]

@@ -152,11 +152,12 @@ def test_a_run_resumes_without_the_file_it_started_from(stage, settings, finishe
     assert all(torch.equal(start[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("setting, then", [("optim.epochs=4", 3), ("run.seed=7", 0)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_folder_belongs_to_its_configuration(stage, settings, finished):
-    folder = finished(stage)
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "optim.epochs=4", ok=False)
-    assert done.returncode == 1 and f"{folder} holds a run with optim.epochs=3, not 4" in done.stderr
+def test_a_folder_belongs_to_its_configuration(stage, setting, then, settings, finished):
+    folder, (key, now) = finished(stage), setting.split("=")
+    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", setting, ok=False)
+    assert done.returncode == 1 and f"{folder} holds a run with {key}={then}, not {now}" in done.stderr
 
 
 def test_a_folder_belongs_to_one_run_which_control_c_ends_in_a_sentence(settings, tmp_path):
