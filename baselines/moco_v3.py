@@ -83,7 +83,7 @@ class TwoViews(data.TrainingVideos):
 
 
 class Average(torch.autograd.Function):
-    """The mean of a tensor over all processes."""
+    """The mean of a tensor over all processes, and of its gradient: all processes' losses depend on it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Average(torch.autograd.Function):
         dist.all_reduce(x)
         return x / dist.get_world_size()
 
-    backward = forward  # the losses of all processes depend on x
+    backward = forward
 
 
 @torch.compiler.disable
@@ -146,7 +146,7 @@ def perceptron(*widths: int) -> nn.Sequential:
 class QueryNetwork(nn.Module):
     """f_q of MoCo v3's Algorithm 1: encoder, mean over all tokens, projector, predictor.
 
-    The cube embedding is random and fixed, which keeps the training of a ViT stable (MoCo v3, Sec. 4.3). Weights are
+    The cube embedding is random and fixed, which keeps the training of a ViT stable (MoCo v3, Sec. 4.2). Weights are
     initialized as in MoCo v3's code. encoder: arguments of `Encoder`.
     """
 
