@@ -18,15 +18,17 @@ from typing import Any
 
 import yaml
 
-COUNTS = """model.decoder_depth model.cube data.actions data.frames data.stride data.size data.repeats data.test_clips
-    data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every run.checkpoint_every"""
+COUNTS = """model.decoder_depth model.cube moco.mlp_dim moco.dim data.actions data.frames data.stride data.size
+    data.repeats data.test_clips data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every
+    run.checkpoint_every"""
 RATES = "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio"
 LIMITS = {  # of some keys, in every stage that has them; all other numbers are from 0 to any finite one
     **dict.fromkeys(COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(RATES.split(), (0, 0.9999)),
     **dict.fromkeys(["data.scales", "data.crop_area"], (0.01, 1)),
     **dict.fromkeys(["data.crop_aspect", "data.rate"], (0.01, 1000)),
-    **dict.fromkeys(["mask.ratio", "data.erase"], (0, 1)),
+    **dict.fromkeys(["mask.ratio", "data.erase", "moco.momentum"], (0, 1)),
+    "moco.temperature": (0.001, math.inf),
     "run.seed": (0, 2**32 - 1),
 }
 

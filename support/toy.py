@@ -44,9 +44,9 @@ AVA_FOLDER, AVA_VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
 
 
 def find(data: SimpleNamespace) -> tuple[str, str, str, str]:
-    """A configuration's root, train, val and, if it has them, classes; without a root those of the toy videos."""
+    """A configuration's root and train and, if it has them, val and classes; without a root those of the toy videos."""
     if data.root:
-        return data.root, data.train, data.val, getattr(data, "classes", "")
+        return data.root, data.train, getattr(data, "val", ""), getattr(data, "classes", "")
     return str(render(FOLDER)), "train", "val", "classes.txt"
 
 

@@ -53,6 +53,7 @@ NAMES = {  # regular expressions, for reading, replaced one after the other
 }
 # A model without such a part leaves it unused. Anything else that is left over is a mistake.
 PARTS = "encoder.norm. fc_norm. encoder_to_decoder. mask_token decoder pos_embed cls_token pre_logits.".split()
+PARTS += ["projector.", "predictor."]  # of baselines/moco_v3.py
 # Official checkpoints contain their command line and numpy's scalars, whose module numpy 2 renamed: values, no code.
 SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
 SAFE += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]

@@ -22,8 +22,10 @@ from support import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 
-STAGES = ["pretrain", "finetune", "probe", "detect_ava"]
-RESULTS = {"pretrain": [], "finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_ava": ["detections.csv"]}
+STAGES = ["pretrain", "finetune", "probe", "detect_ava", "baselines/moco_v3"]
+DOWNSTREAM = ["finetune", "probe", "detect_ava"]
+RESULTS = {"finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_ava": ["detections.csv"]}
+RESULTS |= {"pretrain": [], "baselines/moco_v3": []}
 
 # One thread everywhere: the losses of runs are compared to the bit.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -79,6 +81,7 @@ EVERYTHING_RANDOM = {  # what is drawn on the device is drawn by each process
     ],
     "probe": ["data.scales=[1, 0.875, 0.75, 0.66]"],
     "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colours=true"],
+    "baselines/moco_v3": ["data.flip=true"],
 }
 
 
@@ -107,6 +110,7 @@ def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
         "finetune": [*same, *videos, *classes, *augment, "optim.layer_decay=0.7", "run.validate_every=2"],
         "probe": [*same, *videos, *classes],
         "detect_ava": [*same, f"data.root={toy_ava}", "init=scratch", "optim.layer_decay=0.7", "run.pictures=1"],
+        "baselines/moco_v3": [*same, *videos[:2], *small, "moco.mlp_dim=32", "moco.dim=16"],
     }
 
 
@@ -117,7 +121,7 @@ def finished(settings, tmp_path_factory):
 
     def make(stage: str, *more: str) -> Path:
         if (stage, more) not in done:
-            folder = tmp_path_factory.mktemp(stage) / "run"
+            folder = tmp_path_factory.mktemp(Path(stage).name) / "run"
             said = run(f"{stage}.py", *settings[stage], *more, f"run.folder={folder}")
             (folder / "said.txt").write_text(said.stderr)
             (folder / "printed.txt").write_text(said.stdout)
@@ -144,7 +148,7 @@ def run(
         words = command(script, *arguments, processes=processes)
         done = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     else:
-        name = Path(script).stem if str(script).endswith(".py") else str(script)
+        name = str(script).removesuffix(".py").replace("/", ".")
         stage, out, err, status = importlib.import_module(name), io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(cwd)

@@ -55,6 +55,19 @@ def test_a_recipe_in_the_table(capsys):
     assert float(checkpointed) < float(kept) / 2
 
 
+def test_table_3_in_gigaflops(capsys):
+    """MoCo v3: both clips of a video, all 1568 tokens of each, forward, backward, and forward as keys, by hand."""
+    encoder = 1568 * 1536 * 768 + 12 * (12 * 1568 * 768**2 + 2 * 1568**2 * 768)
+    projector, predictor = 768 * 4096 + 4096**2 + 4096 * 256, 256 * 4096 + 4096 * 256
+    by_hand = 2 * 2 * (3 * (encoder + projector + predictor) + encoder + projector)
+    assert scale.moco_v3_flops(scale.load_recipe(scale.CONFIGS / "baselines/ssv2_base.yaml")) == by_hand
+    scale.print_table_3()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows[0][:5] == ["VideoMAE", "203", "800", "27.4", "19.5"]
+    assert rows[1][:6] == ["MoCo", "v3", f"{by_hand / 1e9:.0f}", "300", f"{by_hand * 300 * 169e3 / 1e18:.1f}", "61.7"]
+    assert float(rows[1][6]) == pytest.approx(by_hand * 300 * 169e3 / (64 * 61.7 * 3600) / 1e12, abs=0.05)
+
+
 def test_half_the_decoder_in_the_table(capsys):
     """GFLOP of a clip with 704 of the 1408 masked cubes in the decoder, by hand: ViT-B's encoder stays as it was."""
     options = argparse.Namespace(gpu="H100", gpus=64, share=0.4, core_ms=45.0, clip_mb=0.64, link=400.0)
@@ -74,7 +87,11 @@ def test_every_recipe_of_a_dataset_is_in_the_tables():
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain/k400_huge", "finetune/k400_huge", "finetune/k400_large_320", "finetune/k400_huge_320"]
+    "name",
+    [
+        *("pretrain/k400_huge", "finetune/k400_huge", "finetune/k400_large_320", "finetune/k400_huge_320"),
+        *("baselines/k400_base", "baselines/ucf101_base"),
+    ],
 )
 def test_the_largest_recipes_fit_a_gpu_of_24_gb(name):
     """By arithmetic, with a tenth to spare for what lives for a moment only."""

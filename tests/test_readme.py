@@ -12,6 +12,7 @@ import detect_ava
 import finetune
 import pretrain
 import probe
+from baselines import moco_v3
 from support.config import load_config, read_yaml
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -19,7 +20,7 @@ PAGES = {
     path.relative_to(ROOT): path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 }
 EVERYTHING = "\n".join(PAGES.values())
-STAGES = {stage.__name__: stage for stage in (pretrain, finetune, probe, detect_ava)}
+STAGES = {stage.__name__.replace(".", "/"): stage for stage in (pretrain, finetune, probe, detect_ava, moco_v3)}
 FOLDERS = [stage.DEFAULT.parent for stage in STAGES.values()]
 KEYS = {key for stage in STAGES.values() for key in read_yaml(stage.DEFAULT)}
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
@@ -110,13 +111,13 @@ def test_every_recipe_is_in_a_table(folder):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_exists(page):
-    keys = set(re.findall(r"`((?:model|mask|target|data|optim|run)\.\w+)(?=[`=])", PAGES[page]))
+    keys = set(re.findall(r"`((?:model|mask|moco|target|data|optim|run)\.\w+)(?=[`=])", PAGES[page]))
     assert keys <= KEYS | {"model.py", "data.py"}, keys - KEYS
 
 
 def test_numbers_of_lines_are_true():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", README, re.MULTILINE)
-    files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]
+    files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "baselines").glob("*.py")]
     stated = {name: int(number.replace(",", "")) for name, number in rows}
     true = {path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in files}
     assert stated.keys() == {name for name, lines in true.items() if lines}

@@ -1,4 +1,4 @@
-"""What all four stages share, as real runs: optimizer, processes, memory, mistakes, what a run leaves."""
+"""What all stages and the baseline share, as real runs: optimizer, processes, memory, mistakes, what a run leaves."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run, tensors
+from conftest import DOWNSTREAM, EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run, tensors
 
 import support.run
 from support.config import UserError, as_dict, load_config
@@ -21,7 +21,7 @@ from support.run import warmup_cosine
 
 
 def module(stage: str):
-    return importlib.import_module(stage)
+    return importlib.import_module(stage.replace("/", "."))
 
 
 # ---- what a run says and leaves ----
@@ -47,7 +47,7 @@ def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
     assert [line["lr"] for line in lines] == pytest.approx(expected) and expected[0] == 0 < max(expected) <= peak
     assert not list(folder.glob("*.tmp")) and not (folder / "broken_videos.txt").exists()
     assert all((folder / name).exists() for name in RESULTS[stage])
-    assert (folder / "loss.png").exists() and (folder / "accuracy.png").exists() == (stage != "pretrain")
+    assert (folder / "loss.png").exists() and (folder / "accuracy.png").exists() == (stage in DOWNSTREAM)
 
 
 def test_repeats_in_pre_training_count_in_the_batch_and_not_in_epochs(settings, tmp_path):
@@ -162,6 +162,7 @@ def test_weights_move_as_adamw_of_the_paper_moves_them(stage, settings, tmp_path
         ("finetune", 2, ["data.workers=0", "run.batch_per_device=4"]),
         ("probe", 2, ["run.batch_per_device=2"]),
         ("detect_ava", 2, ["data.workers=2", "run.batch_per_device=1"]),
+        ("baselines/moco_v3", 2, ["data.workers=2"]),
     ],
 )
 def test_results_do_not_depend_on_processes_workers_or_micro_batches(
@@ -169,7 +170,7 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
 ):
     """Without what is drawn on each device."""
     done = run(f"{stage}.py", *settings[stage], *more, f"run.folder={tmp_path}", processes=processes)
-    parts = {"pretrain": (2, 2), "finetune": (2, 2), "probe": (2, 2), "detect_ava": (4, 1)}
+    parts = {"pretrain": (2, 2), "finetune": (2, 2), "probe": (2, 2), "detect_ava": (4, 1), "baselines/moco_v3": (1, 4)}
     accumulated, at_once = parts[stage] if processes == 2 else (1, 8)
     assert f"batch 8 = {processes} processes x {accumulated} accumulated x {at_once}" in done.stderr
     assert done.stderr.count("starting at step 0") == 1  # rank 0 alone speaks
@@ -177,7 +178,7 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
     ours, theirs = tensors(tmp_path), tensors(finished(stage))
     moments = [name for name in theirs if name.endswith((".exp_avg", ".momentum_buffer"))]
     for name in moments:  # gradients: AdamW's steps would not show it if all were twice as large
-        assert float((ours[name] - theirs[name]).norm()) <= 1e-2 * float(theirs[name].norm()) + 1e-9, name
+        assert float((ours[name] - theirs[name]).norm()) <= 1e-2 * float(theirs[name].norm()) + 1e-6, name
     assert moments
     for name in RESULTS[stage]:
         ours, theirs = (re.findall(r"[\d.]{5,}", (folder / name).read_text()) for folder in (tmp_path, finished(stage)))
@@ -246,7 +247,7 @@ def test_no_step_waits_for_the_gpu(stage, compiled, settings, tmp_path, monkeypa
 # ---- broken videos and mistakes ----
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune", "probe"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "probe", "baselines/moco_v3"])
 def test_broken_videos_are_survived_counted_and_named(stage, settings, toy_videos, tmp_path):
     videos = sorted((toy_videos / "train").rglob("*.mp4"))
     broken = tmp_path / videos[5].parent.name / "broken.mp4"
@@ -271,9 +272,9 @@ MISTAKES = [
     (STAGES, "run.precision=fp16", "run.precision=fp16 is not known"),
     (STAGES, "optim.batch_size=1000", "are fewer than one batch: set optim.batch_size to"),
     (STAGES, "data.root=/nowhere", "there is no folder"),
-    (STAGES[1:], "init=none.pt", "no weights at init=none.pt: make them with pretrain.py"),
-    (STAGES[1:], "init=configs", "no weights at init=configs: make them with"),
-    (STAGES[1:], "init=", "no weights at init="),
+    (DOWNSTREAM, "init=none.pt", "no weights at init=none.pt: make them with pretrain.py"),
+    (DOWNSTREAM, "init=configs", "no weights at init=configs: make them with"),
+    (DOWNSTREAM, "init=", "no weights at init="),
     (["probe"], "init=scratch", "no weights at init=scratch"),
     (["finetune", "probe"], "model.size=S", "does not fit this"),
     (["finetune", "probe"], "data.sampling=tsn", "data.sampling=tsn is not known; choose one of dense, uniform"),
@@ -290,6 +291,16 @@ MISTAKES = [
     (["pretrain"], "mask.ratio=1.0", "a mask ratio of 1 masks 16 of 16 places"),
     (["pretrain"], "mask.type=tubes", "mask.type=tubes is not known; choose one of tube, random, frame"),
     (["pretrain"], "data.root=tests", "there is no folder or list file"),
+    (["baselines/moco_v3"], "mask.ratio=0.5", "unknown key 'mask.ratio'"),
+    (["baselines/moco_v3"], "run.batch_per_device=8", "set run.batch_per_device=16 (with run.recompute=true"),
+    (["baselines/moco_v3"], "optim.batch_size=1", "optim.batch_size=1 leaves a clip without negatives"),
+    (["baselines/moco_v3"], "moco.temperature=0", "moco.temperature=0.0 has to be at least 0.001"),
+    (["baselines/moco_v3"], "moco.momentum=2", "moco.momentum=2.0 has to be at least 0 and at most 1"),
+    (
+        ["baselines/moco_v3"],
+        "data.crop_area=[1, 0.5]",
+        "data.crop_area=[1.0, 0.5] has to name the smaller number first",
+    ),
     (
         ["detect_ava"],
         "data.size=80",
@@ -309,7 +320,7 @@ MISTAKES = [
 def test_mistakes_end_in_one_sentence_before_any_work(stage, setting, sentence, settings, tmp_path):
     folder = tmp_path / "run"
     done = run(f"{stage}.py", *settings[stage], "data.workers=0", setting, f"run.folder={folder}", ok=False)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{stage}.py: ")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{Path(stage).name}.py: ")
     assert sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not folder.exists()
 

@@ -1,6 +1,6 @@
 """The arithmetic of scale: what each recipe costs and what bounds it. Nothing is timed, nothing is run.
 
-    python tests/benchmarks/scale.py                                      # pre-training, then memory of fine-tuning
+    python tests/benchmarks/scale.py                                      # pre-training, Table 3, memory of the others
     python tests/benchmarks/scale.py --decoder-ratio 0.5                  # pre-training with half the decoder
     python tests/benchmarks/scale.py --gpu A100 --gpus 8 --link 12.5      # one port of 100 Gbit/s per machine
 
@@ -23,12 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import masking
+from baselines import moco_v3
 from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
 from support.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s in NVIDIA's data sheets (SXM)
 # Training videos as in Sec. 4.1; those of Kinetics-700 by its authors (Carreira et al., 2019)
+TABLE_3 = {"VideoMAE": ("pretrain", 800, 19.5), "MoCo v3": ("baselines", 300, 61.7)}  # epochs, hours on 64 V100s
 VIDEOS = {"k400": 240_000, "ssv2": 169_000, "ucf101": 9_500, "hmdb51": 3_500, "k700": 545_000}
 
 
@@ -46,6 +48,13 @@ def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops()
+
+
+def moco_v3_flops(config: SimpleNamespace) -> int:
+    """FLOPs of a step of MoCo v3 for each video: both clips forward and backward, and forward as keys."""
+    f_q, batch = shapes(config)
+    with torch.device("meta"):
+        return 3 * forward_flops(f_q, *batch(2)) + forward_flops(moco_v3.key_network(f_q), *batch(2))
 
 
 def kept_for_backward(model: nn.Module, *inputs: Tensor) -> int:
@@ -71,12 +80,13 @@ def shapes(config: SimpleNamespace) -> tuple[nn.Module, partial]:
     """The model that a recipe trains, without memory for its weights, and a function from clips to an empty batch."""
     clip_size = (config.data.frames, config.data.size, config.data.size)
     sizes = SIZES[config.model.size]
+    encoder = {name: sizes[name] for name in ("width", "depth", "heads")} | dict(clip_size=clip_size)
     with torch.device("meta"):
+        if hasattr(config, "moco"):
+            f_q = moco_v3.QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder)
+            return f_q, partial(empty_batch, clip_size=clip_size)
         if not hasattr(config, "mask"):
-            encoder = {name: sizes[name] for name in ("width", "depth", "heads")}
-            return VideoClassifier(**encoder, classes=400, clip_size=clip_size), partial(
-                empty_batch, clip_size=clip_size
-            )
+            return VideoClassifier(**encoder, classes=400), partial(empty_batch, clip_size=clip_size)
         model = VideoMAE(**sizes, decoder_depth=config.model.decoder_depth, clip_size=clip_size)
     visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
     masked = masking.running_cells(masked, model.grid, config.mask.decoder_ratio)
@@ -86,11 +96,11 @@ def shapes(config: SimpleNamespace) -> tuple[nn.Module, partial]:
 def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
     """Memory of training with `run.batch_per_device` clips in bf16, without and with activation checkpointing.
 
-    Weights, gradients and AdamW's two moments in float32, the bf16 copies of the weights, and what each clip keeps for
-    the backward pass. What lives for a moment only is not counted.
+    Weights, gradients and AdamW's two moments in float32, MoCo v3's second weights, the bf16 copies of the weights, and
+    what each clip keeps for the backward pass. What lives for a moment only is not counted.
     """
     model, batch = shapes(config)
-    state = 16 * sum(parameter.numel() for parameter in model.parameters())
+    state = (20 if hasattr(config, "moco") else 16) * sum(parameter.numel() for parameter in model.parameters())
 
     def total() -> float:
         one, two = (kept_for_backward(model, *batch(clips)) for clips in (1, 2))
@@ -124,7 +134,21 @@ def print_pretraining(path: Path, options: argparse.Namespace, settings: Sequenc
     )
 
 
-def print_finetuning(path: Path) -> None:
+def print_table_3() -> None:
+    """What both methods compute on Something-Something V2, next to the hours of Table 3."""
+    print("\nTable 3: SSV2, ViT-B   GFLOP of a  epochs   EFLOP   hours on 64 V100s  TFLOP/s of a")
+    print("                       video's step          in all   in the paper       V100, then")
+    for method, (stage, epochs, hours) in TABLE_3.items():
+        config = load_recipe(CONFIGS / stage / "ssv2_base.yaml", [f"optim.epochs={epochs}"])
+        model, batch = shapes(config)
+        with torch.device("meta"):
+            flops = moco_v3_flops(config) if stage == "baselines" else 3 * forward_flops(model, *batch(1))
+        total = flops * epochs * VIDEOS["ssv2"]
+        rate = total / (64 * 3600 * hours)
+        print(f"{method:24} {flops / 1e9:9.0f} {epochs:7} {total / 1e18:8.1f} {hours:14.1f} {rate / 1e12:17.1f}")
+
+
+def print_memory(path: Path) -> None:
     config = load_recipe(path)
     kept, checkpointed = gigabytes(config)
     print(f"{path.stem:24} {config.run.batch_per_device:6} {kept:8.1f} {checkpointed:14.1f}")
@@ -158,10 +182,12 @@ def main() -> None:
     )
     for path in recipes("pretrain"):
         print_pretraining(path, options, [f"mask.decoder_ratio={options.decoder_ratio}"])
-    print("\nfine-tuning               clips  GB with    with activ.")
-    print("                          a GPU    these  checkpointing")
-    for path in recipes("finetune"):
-        print_finetuning(path)
+    print_table_3()
+    for title, stage in (("MoCo v3", "baselines"), ("fine-tuning", "finetune")):
+        print(f"\n{title:24}  clips  GB with    with activ.")
+        print("                          a GPU    these  checkpointing")
+        for path in recipes(stage):
+            print_memory(path)
 
 
 if __name__ == "__main__":

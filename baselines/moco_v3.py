@@ -1,0 +1,270 @@
+"""MoCo v3 (Chen, Xie and He, ICCV 2021) on videos: the contrastive pre-training of Tables 2, 3 and 4.
+
+    laptop:   torchrun baselines/moco_v3.py                            # toy videos, tiny model, a few minutes
+    8 GPUs:   torchrun --nproc_per_node=8 baselines/moco_v3.py configs/baselines/ucf101_base.yaml data.root=/data/ucf101
+    8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+              baselines/moco_v3.py configs/baselines/k400_base.yaml data.root=/data/k400
+    next:     torchrun finetune.py init=runs/baselines/toy/checkpoint.pt run.folder=runs/finetune/toy_moco_v3
+
+Two clips of a video are a pair; the clips of the batch's other videos are the negatives. VideoMAE's authors compare
+with it (Sec. 4.3), but published no code for it; docs/differences.md says what is chosen here.
+The same command resumes from the last checkpoint. Any value of the YAML file can be given as group.key=value.
+"""
+
+import argparse
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Generator, Tensor, nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which holds all that follows
+
+import data
+from model import Encoder, encoder_size, initialize, recompute_blocks
+from support import toy
+from support.config import UserError, load_config, parse, say
+from support.datasets import list_videos
+from support.run import Run, launch, random_below, warmup_cosine
+from support.video import Video
+
+DEFAULT = Path(__file__).parents[1] / "configs" / "baselines" / "toy.yaml"
+
+
+# ---- two views of a video ----
+
+
+def augmentation(options: SimpleNamespace, blur: float, solarize: float) -> v2.Transform:
+    """MoCo v3's augmentation: uint8 (T, 3, H, W) to (T, 3, size, size). Each choice holds for all frames of a clip.
+
+    options: the group `data` of a configuration. blur, solarize: how often.
+    """
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(options.size, options.crop_area),
+            v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=blur),  # the kernel ends at 3 sigma
+            v2.RandomSolarize(threshold=128, p=solarize),
+            v2.RandomHorizontalFlip(p=0.5 if options.flip else 0.0),
+        ]
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class TwoViews(data.TrainingVideos):
+    """Two clips of a video, uint8 (2, T, 3, H, W): each with a random start and an augmentation of its own."""
+
+    config: SimpleNamespace  # the group `data` of a configuration
+
+    def sample(self, video: Path, generator: Generator) -> tuple[Tensor]:
+        frames, stride = self.config.frames, self.config.stride
+        with Video(video) as opened:
+            clips = [data.dense_clip(len(opened), frames, stride, generator) for _ in range(2)]
+            wanted = sorted({index for clip in clips for index in clip})
+            decoded = opened.frames(wanted)  # (len(wanted), 3, H_video, W_video)
+        one, two = (decoded[[wanted.index(i) for i in clip]] for clip in clips)  # (T, 3, H_video, W_video)
+        with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
+            torch.manual_seed(random_below(2**62, generator))
+            one = augmentation(self.config, blur=1.0, solarize=0.0)(one)  # (T, 3, H, W)
+            two = augmentation(self.config, blur=0.1, solarize=0.2)(two)
+        return (torch.stack([one, two]),)
+
+
+# ---- batch norm, keys and negatives: over the clips of all processes ----
+
+
+class Average(torch.autograd.Function):
+    """The mean of a tensor over all processes, and of its gradient: all processes' losses depend on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    backward = forward
+
+
+@torch.compiler.disable
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the columns of x (B, width), over the clips of all processes: twice (width,)."""
+    average = Average.apply if dist.is_initialized() else nn.Identity()
+    mean = average(x.mean(dim=0))
+    return mean, average((x - mean).square().mean(dim=0))
+
+
+class BatchNorm(nn.Module):
+    """Batch norm of x (B, width), with the statistics of all processes.
+
+    torch.nn.SyncBatchNorm is for GPUs alone. This one is the same on every device, so tests on CPUs check what GPUs do.
+    It keeps no running statistics: projector and predictor are not used after training.
+    """
+
+    def __init__(self, width: int, affine: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = moments(x := x.float())
+        x = (x - mean) * (variance + 1e-5).rsqrt()
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """MoCo v3's Eq. 1, InfoNCE, times 2 tau: queries (B, dim) find their keys (B, dim) among those of all processes."""
+    q, k, first = F.normalize(q, dim=1), F.normalize(k, dim=1), 0
+    if dist.is_initialized():
+        keys, first = [torch.empty_like(k) for _ in range(dist.get_world_size())], dist.get_rank() * len(q)
+        dist.all_gather(keys, k)  # in the order of ranks; they have no gradient
+        k = torch.cat(keys)  # (B x processes, dim)
+    logits = q @ k.T / temperature  # (B, B x processes)
+    return 2 * temperature * F.cross_entropy(logits, first + torch.arange(len(q), device=q.device))
+
+
+# ---- networks ----
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers without biases, each followed by batch norm, with ReLU between; the last norm has no parameters."""
+    *inner, last = zip(widths, widths[1:], strict=False)
+    layers = []
+    for before, after in inner:
+        layers += [nn.Linear(before, after, bias=False), BatchNorm(after, affine=True), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*last, bias=False), BatchNorm(last[1], affine=False))
+
+
+class QueryNetwork(nn.Module):
+    """f_q of MoCo v3's Algorithm 1: encoder, mean over all tokens, projector, predictor.
+
+    The cube embedding is random and fixed, which keeps the training of a ViT stable (MoCo v3, Sec. 4.2). Weights are
+    initialized as in MoCo v3's code. encoder: arguments of `Encoder`.
+    """
+
+    def __init__(self, *, mlp_dim: int, dim: int, **encoder: Any) -> None:
+        super().__init__()
+        self.encoder = Encoder(**encoder)
+        self.options = self.encoder.options
+        self.projector = perceptron(self.options["width"], mlp_dim, mlp_dim, dim)
+        self.predictor = perceptron(dim, mlp_dim, dim)
+        initialize(self.encoder.blocks, nn.init.xavier_uniform_)
+        embedding = self.encoder.patch_embed.requires_grad_(False).proj
+        with torch.no_grad():
+            nn.init.xavier_uniform_(embedding.weight.flatten(1)), nn.init.zeros_(embedding.bias)
+            for block in self.encoder.blocks:
+                for matrix in block.attn.qkv.weight.chunk(3):  # queries, keys and values each
+                    nn.init.xavier_uniform_(matrix)
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized clips (2 B, 3, T, H, W), first views, then second ones, to q (2 B, dim) and features (2 B, D)."""
+        features = self.encoder(clips).mean(dim=1)  # (2 B, N, D) to (2 B, D)
+        views = features.chunk(2)  # batch norm sees one view at a time, as in MoCo v3's code
+        q = torch.cat([self.predictor(self.projector(view)) for view in views])  # (2 B, dim)
+        return q, features.detach()  # features are only logged
+
+
+def key_network(f_q: QueryNetwork) -> QueryNetwork:
+    """f_k, the momentum encoder: a copy without predictor and gradients."""
+    f_k = deepcopy(f_q).requires_grad_(False)
+    f_k.predictor = nn.Identity()
+    return f_k
+
+
+@torch.no_grad()
+def move(f_k: QueryNetwork, f_q: QueryNetwork, momentum: float) -> None:
+    """f_k = m f_k + (1 - m) f_q."""
+    for slow, fast in zip(f_k.parameters(), f_q.parameters(), strict=False):  # f_q's predictor, left over, comes last
+        slow.lerp_(fast, 1 - momentum)
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """The std of normalized features (B, D), mean over D: 1 / sqrt(D) if they fill the sphere, 0 if they collapse.
+
+    They are the encoder's. Behind batch norm, which brings every column to a variance of 1, no collapse would show.
+    """
+    return moments(F.normalize(features.float(), dim=1))[1].sqrt().mean()
+
+
+def build(config: SimpleNamespace) -> QueryNetwork:
+    """The network f_q, with random weights. Raises UserError."""
+    if (area := config.data.crop_area) != sorted(area):
+        raise UserError(f"data.crop_area={area} has to name the smaller number first")
+    if config.optim.batch_size < 2:
+        raise UserError("optim.batch_size=1 leaves a clip without negatives: choose at least 2, better hundreds")
+    torch.manual_seed(config.run.seed)
+    encoder = encoder_size(config.model.size) | dict(cube=config.model.cube)
+    encoder |= dict(clip_size=(config.data.frames, config.data.size, config.data.size))
+    return QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder)
+
+
+def train(config: SimpleNamespace) -> None:
+    """Pre-train as `config` says, or resume: MoCo v3's Algorithm 1."""
+    f_q = build(config)
+    run = Run(config, DEFAULT)
+    root, train_videos, *_ = toy.find(config.data)
+    videos = list_videos(root, train_videos)
+    clips = TwoViews(videos, config.run.seed, config=config.data)
+    clips[0, 0]  # stops here if no video can be read
+    run.plan(videos, config.optim.batch_size, repeats=2)
+    if run.accumulation > 1:
+        what = f"accumulating {run.accumulation} micro-batches would leave each clip the negatives of its own alone"
+        needed = 2 * config.optim.batch_size // run.world_size
+        memory = "with run.recompute=true clips need less memory"
+        raise UserError(f"{what}: set run.batch_per_device={needed} ({memory}), or a smaller optim.batch_size")
+
+    f_k, optim = key_network(f_q.to(run.device)), config.optim
+    if config.run.recompute:
+        recompute_blocks(f_q)
+    learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    say(
+        f"{run.folder}: MoCo v3, ViT-{config.model.size}, {sum(p.numel() for p in f_q.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in f_q.encoder.parameters()):,} of them the encoder's\n"
+        f"{len(videos):,} videos; two clips of each, of {config.data.frames} frames, {config.data.stride} apart, "
+        f"{config.data.size} x {config.data.size} pixels"
+    )
+    run.open(dict(model=f_q, key_network=f_k, optimizer=optimizer), model_options=f_q.options)
+    queries, keys = run.parallel(run.compile(f_q)), run.compile(f_k)
+    batches = data.training_batches(clips, run)
+    peak_lr, uniform_std = optim.base_lr * optim.batch_size / 256, f_q.options["width"] ** -0.5
+
+    for step in run.steps():
+        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, 0.0)
+        momentum = warmup_cosine(step, run.total, 0, config.moco.momentum, 1.0)  # half a cosine from 0.99 to 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        move(f_k, f_q, momentum)
+        for (views,) in run.micro_batches(batches):  # a single one, (B, 2, T, 3, H, W)
+            clip = data.normalize(rearrange(views, "B views T c H W -> (views B) T c H W"))  # (2 B, 3, T, H, W)
+            with run.autocast():
+                q, features = queries(clip)  # (2 B, dim), (2 B, D)
+                with torch.no_grad():
+                    k, _ = keys(clip)  # (2 B, dim)
+            (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)  # (B, dim)
+            tau = config.moco.temperature
+            loss = contrastive_loss(q1, k2, tau) + contrastive_loss(q2, k1, tau)
+            loss.backward()
+            run.add_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(lr=lr, momentum=momentum, feature_std=feature_std(features), uniform_std=uniform_std)
+
+    say(f"{run.folder}: {run.total:,} steps done; see checkpoint.pt and log.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    train(load_config(DEFAULT, parse(parser).settings))
+
+
+if __name__ == "__main__":
+    launch(main)
