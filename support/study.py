@@ -31,7 +31,8 @@ from support.run import launch, say
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "configs" / "study" / "toy.yaml"
-COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "seconds", "torch", "commit", "command")
+COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "curve", "seconds", "torch", "commit", "command")
+PRETRAINING = "baselines/moco_v3", "pretrain"  # stages that others start from; an experiment without either has the last
 
 
 # One command: a stage of an experiment with one seed. results.csv knows it by the first three.
@@ -58,14 +59,16 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
         words = f"data.root={study['root']}", *words, *study["settings"][stage].split()
         words += *study["experiments"][name].get(stage, "").split(), *settings
         words += f"run.seed={seed}", f"run.folder={folder}"
-        load_config(ROOT / "configs" / stage / "toy.yaml", list(words))
+        load_config(ROOT / "configs" / Path(stage).parts[0] / "toy.yaml", list(words))
         return Run(name, str(seed), stage, folder, words)
 
     runs = []
     for name in only or study["experiments"]:
         experiment = pick(study["experiments"], name, "--only")
         init = experiment.get("init", name)
-        source = None if init == "scratch" else make(init, "pretrain")
+        source = None
+        if init != "scratch":
+            source = make(init, *[stage for stage in PRETRAINING if stage in study["experiments"][init]][:1] or PRETRAINING[1:])
         weights = f"init={source.folder / 'checkpoint.pt' if source else 'scratch'}"
         runs.append((source, make(name, "probe" if "probe" in experiment else "finetune", weights)))
     return runs
@@ -116,12 +119,22 @@ def execute(run: Run) -> tuple[Run, list[dict]]:
 
 
 def read_log(run: Run) -> list[dict]:
-    """Stage and result of a finished run: the loss at the end of pre-training, or top-1, of which a probe has two."""
+    """Stage and result of a finished run: the loss at the end of pre-training, or top-1, of which a probe has two.
+
+    Of fine-tuning also the curve of the training loss: "50:2.07 100:1.98", its means over 50 steps (5 lines).
+    """
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    if run.stage == "pretrain":
-        return [dict(stage=run.stage, loss=f"{statistics.mean(line['loss'] for line in lines[-8:]):.4f}")]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if run.stage in PRETRAINING:
+        return [dict(stage=run.stage, loss=f"{statistics.mean(loss for _, loss in losses[-8:]):.4f}")]
+    parts = [losses[start : start + 5] for start in range(0, len(losses), 5)]
+    curve = " ".join(f"{part[-1][0]}:{statistics.mean(loss for _, loss in part):.3f}" for part in parts)
     top1 = {line.get("encoder"): f"{line['test_top1']:.2f}" for line in lines if "test_top1" in line}
-    return [dict(stage=run.stage + " of random weights" * (name == "random"), top1=top1[name]) for name in top1]
+    curves = {None: dict(curve=curve)}
+    return [
+        dict(stage=run.stage + " of random weights" * (name == "random"), top1=top1[name]) | curves.get(name, {})
+        for name in top1
+    ]
 
 
 def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
