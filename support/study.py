@@ -11,6 +11,7 @@ A key=value goes to all runs: without loader processes two runs at a time keep t
 import argparse
 import csv
 import json
+import math
 import os
 import shlex
 import statistics
@@ -32,7 +33,10 @@ from support.run import launch, say
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "configs" / "study" / "toy.yaml"
 COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "curve", "seconds", "torch", "commit", "command")
-PRETRAINING = "baselines/moco_v3", "pretrain"  # stages that others start from; an experiment without either has the last
+PRETRAINING = (
+    "baselines/moco_v3",
+    "pretrain",
+)  # stages that others start from; an experiment without either has the last
 
 
 # One command: a stage of an experiment with one seed. results.csv knows it by the first three.
@@ -68,7 +72,9 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
         init = experiment.get("init", name)
         source = None
         if init != "scratch":
-            source = make(init, *[stage for stage in PRETRAINING if stage in study["experiments"][init]][:1] or PRETRAINING[1:])
+            source = make(
+                init, *[stage for stage in PRETRAINING if stage in study["experiments"][init]][:1] or PRETRAINING[1:]
+            )
         weights = f"init={source.folder / 'checkpoint.pt' if source else 'scratch'}"
         runs.append((source, make(name, "probe" if "probe" in experiment else "finetune", weights)))
     return runs
@@ -145,38 +151,103 @@ def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
         return {tuple(row[column] for column in COLUMNS[:3]): row for row in csv.DictReader(opened)}
 
 
-def values(results: dict, experiment: str, stage: str, column: str = "top1") -> list[float]:
-    """A column's values, one for each seed."""
-    return [float(row[column]) for (name, _, of), row in results.items() if (name, of) == (experiment, stage)]
+def values(results: dict, experiment: str, stage: str, column: str = "top1") -> dict[str, float]:
+    """A column's values by seed."""
+    found = {seed: row[column] for (name, seed, of), row in results.items() if (name, of) == (experiment, stage)}
+    return {seed: float(value) for seed, value in found.items()}
+
+
+def halfway(results: dict, experiment: str) -> dict[str, float]:
+    """By seed, the step of fine-tuning at which the training loss is halfway between chance and the best of all runs.
+
+    It is read off a run's curve, linear between its points; infinite if the run does not get there. While each video
+    has been seen once, the training loss is that of new videos.
+    """
+    curves = {key: row["curve"] for key, row in results.items() if row["curve"]}
+    curves = {key: [tuple(map(float, point.split(":"))) for point in curve.split()] for key, curve in curves.items()}
+    chance = math.log(len(toy.CLASSES))
+    goal = (chance + min(loss for curve in curves.values() for _, loss in curve)) / 2
+    steps = {}
+    for (name, seed, _), curve in curves.items():
+        if name == experiment:
+            pairs = zip([(0.0, chance), *curve], curve, strict=False)
+            crossings = (a + (b - a) * (high - goal) / (high - low) for (a, high), (b, low) in pairs if low <= goal)
+            steps[seed] = next(crossings, math.inf)
+    return steps
+
+
+def compare(results: dict, claim: dict) -> tuple[str, bool]:
+    """A claim of the paper as a row of a table, and whether it holds here.
+
+    It does if `higher` is ahead of `lower` with every seed; or, where the paper's difference is `small`, if the mean
+    difference is below the range of either side's seeds. Each side is an experiment or, as a list, two to subtract.
+    """
+
+    def side(key: str) -> dict[str, float]:
+        names = claim[key] if isinstance(claim[key], list) else [claim[key]]
+        top1 = [values(results, name, claim.get(f"{key}_stage", claim.get("stage", "finetune"))) for name in names]
+        return {
+            seed: top1[0][seed] - sum(x[seed] for x in top1[1:]) for seed in sorted(set.intersection(*map(set, top1)))
+        }
+
+    high, low = side("higher"), side("lower")
+    differences = [high[seed] - low[seed] for seed in high if seed in low]
+    if not differences:
+        return "", False
+    mean, ahead = statistics.mean(differences), min(differences) > 0
+    below_spread = abs(mean) < max(max(x.values()) - min(x.values()) for x in (high, low))
+    verdict = "ahead with every seed" if ahead else "behind with every seed" if max(differences) < 0 else "no order"
+    verdict += ", below the spread" if below_spread else ""
+    seeds = ", ".join(f"{difference:+.1f}" for difference in differences)
+    row = f"| {claim['says']} | {claim['paper']} | **{mean:+.1f}** ({seeds}) | {verdict} |"
+    return row, ahead or bool(claim.get("small")) and below_spread
+
+
+def summary(seeds: dict[str, float], digits: int = 1) -> str:
+    return f"**{statistics.mean(seeds.values()):.{digits}f}** ({', '.join(f'{x:.{digits}f}' for x in seeds.values())})"
 
 
 def report(study: dict, results: dict, text: Path, picture: Path) -> None:
     """Write tables of means and seeds next to the paper's figures, and a chart. Raises UserError without matplotlib."""
-    link = Path(os.path.relpath(picture, text.parent)).as_posix()
-    parts = [study["about"], f"![means as bars, seeds as dots]({link})\n"]
+    link, agreed, parts = Path(os.path.relpath(picture, text.parent)).as_posix(), {}, []
     figure = new_figure(10, 1 + 1.3 * len(study["tables"]))
     panels = figure.subplots(-(-len(study["tables"]) // 2), 2, squeeze=False).flat
     for table, axes in zip(study["tables"], panels, strict=False):
-        head, lines = f"| case | overrides | pre-training loss | top-1: mean (seeds) | paper: {table['paper']} |", []
+        head, lines = "| case | overrides | pre-training loss | top-1 | steps to halfway | paper |", []
         for row in table["rows"]:
             experiment, stage = study["experiments"][row["experiment"]], row.get("stage", "finetune")
             if top1 := values(results, row["experiment"], stage):
-                mean, seeds = statistics.mean(top1), ", ".join(f"{value:.1f}" for value in top1)
                 source = experiment.get("init", row["experiment"]) if "random" not in stage else ""
                 losses = values(results, source, "pretrain", "loss")
-                loss = f"{statistics.mean(losses):.3f}" if losses else "–"
                 given = ", ".join(f"{key}: `{words}`" for key, words in experiment.items() if words) or "–"
-                cells = row["case"], given, loss, f"**{mean:.1f}** ({seeds})", str(row.get("paper", "–"))
+                steps = sorted(halfway(results, row["experiment"]).values()) if stage == "finetune" else []
+                steps = [f"{step:.0f}" if math.isfinite(step) else "never" for step in steps]
+                steps = f"{steps[len(steps) // 2]} ({steps[0]} to {steps[-1]})" if steps else "–"
+                loss = f"{statistics.mean(losses.values()):.3f}" if losses else "–"
+                cells = row["case"], given, loss, summary(top1), steps, str(row.get("paper", "–"))
                 lines.append(f"| {' | '.join(cells)} |")
-                axes.barh(row["case"], mean, color="lightsteelblue")
-                axes.plot(top1, [row["case"]] * len(top1), "o", color="black", markersize=3)
+                axes.barh(row["case"], statistics.mean(top1.values()), color="lightsteelblue")
+                axes.plot([*top1.values()], [row["case"]] * len(top1), "o", color="black", markersize=3)
         axes.set(title=table["title"], xlim=(0, 100), xlabel="top-1, %")
         axes.invert_yaxis()
         if lines:
-            parts.append("\n".join([f"## {table['title']}\n", head, "|" + "---|" * 5, *lines, "", table["why"], ""]))
+            claims = [compare(results, claim) for claim in table["claims"]]
+            agreed[table["title"]] = all(holds for _, holds in claims)
+            said = [
+                "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |",
+                "|---|---|---|---|",
+                *(c for c, _ in claims if c),
+            ]
+            parts += [
+                "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
+            ]
+    named = ", ".join(title for title in agreed if not agreed[title]) or "none"
+    count = (
+        f"**The paper's order is seen with every seed in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
+    )
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))
     parts.append(f"{len(results)} results of commit {', '.join(commits)} with torch {', '.join(versions)}.\n")
-    text.write_text("\n".join(parts), "utf-8")
+    text.write_text("\n".join([study["about"], count, f"![means as bars, seeds as dots]({link})\n", *parts]), "utf-8")
     figure.savefig(picture, dpi=100)
     say(f"{text}, {picture}")
 

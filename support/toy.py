@@ -65,7 +65,7 @@ def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path
     Every video depends on (seed, split, number) alone; what an interrupted call has left is used. Under torchrun one
     process of each machine renders while the others wait. Raises UserError if the videos there have other settings.
     """
-    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, classes=CLASSES)
+    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, light=LIGHT, spread=SPREAD, classes=CLASSES)
     return _render(folder, settings, False, "classes.txt", "".join(f"{name}\n" for name in CLASSES))
 
 
