@@ -241,10 +241,8 @@ def report(study: dict, results: dict, text: Path, picture: Path) -> None:
             parts += [
                 "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
             ]
-    named = ", ".join(title for title in agreed if not agreed[title]) or "none"
-    count = (
-        f"**The paper's order is seen with every seed in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
-    )
+    named = ", ".join(title.split(":")[0] for title in agreed if not agreed[title]) or "none"
+    count = f"**All claims of the paper hold here in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))
     parts.append(f"{len(results)} results of commit {', '.join(commits)} with torch {', '.join(versions)}.\n")
     text.write_text("\n".join([study["about"], count, f"![means as bars, seeds as dots]({link})\n", *parts]), "utf-8")
