@@ -203,10 +203,6 @@ def compare(results: dict, claim: dict) -> tuple[str, bool]:
     return row, ahead or bool(claim.get("small")) and below_spread
 
 
-def summary(seeds: dict[str, float], digits: int = 1) -> str:
-    return f"**{statistics.mean(seeds.values()):.{digits}f}** ({', '.join(f'{x:.{digits}f}' for x in seeds.values())})"
-
-
 def report(study: dict, results: dict, text: Path, picture: Path) -> None:
     """Write tables of means and seeds next to the paper's figures, and a chart. Raises UserError without matplotlib."""
     link, agreed, parts = Path(os.path.relpath(picture, text.parent)).as_posix(), {}, []
@@ -224,23 +220,21 @@ def report(study: dict, results: dict, text: Path, picture: Path) -> None:
                 steps = [f"{step:.0f}" if math.isfinite(step) else "never" for step in steps]
                 steps = f"{steps[len(steps) // 2]} ({steps[0]} to {steps[-1]})" if steps else "–"
                 loss = f"{statistics.mean(losses.values()):.3f}" if losses else "–"
-                cells = row["case"], given, loss, summary(top1), steps, str(row.get("paper", "–"))
+                mean, seeds = statistics.mean(top1.values()), ", ".join(f"{value:.1f}" for value in top1.values())
+                cells = row["case"], given, loss, f"**{mean:.1f}** ({seeds})", steps, str(row.get("paper", "–"))
                 lines.append(f"| {' | '.join(cells)} |")
-                axes.barh(row["case"], statistics.mean(top1.values()), color="lightsteelblue")
+                axes.barh(row["case"], mean, color="lightsteelblue")
                 axes.plot([*top1.values()], [row["case"]] * len(top1), "o", color="black", markersize=3)
         axes.set(title=table["title"], xlim=(0, 100), xlabel="top-1, %")
         axes.invert_yaxis()
         if lines:
             claims = [compare(results, claim) for claim in table["claims"]]
             agreed[table["title"]] = all(holds for _, holds in claims)
-            said = [
-                "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |",
-                "|---|---|---|---|",
-                *(c for c, _ in claims if c),
-            ]
-            parts += [
+            said = "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |", "|" + "---|" * 4
+            said += tuple(line for line, _ in claims if line)
+            parts.append(
                 "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
-            ]
+            )
     named = ", ".join(title.split(":")[0] for title in agreed if not agreed[title]) or "none"
     count = f"**All claims of the paper hold here in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))

@@ -1,4 +1,4 @@
-"""The notebook: its cells run from top to bottom in a short form, and it is committed with the outputs of the long one."""
+"""The notebook: it runs from top to bottom in a short form, and is committed with the outputs of the long one."""
 
 import json
 from pathlib import Path
