@@ -1,6 +1,6 @@
 """The paper's claims on the toy videos: runs the experiments of configs/study/toy.yaml and reports them.
 
-    python -m support.study --jobs 2 data.workers=0             # three hours on two cores; the same command resumes
+    python -m support.study --jobs 2 data.workers=0             # 90 minutes on two cores; the same command resumes
     python -m support.study --seeds 0 --only base scratch       # some experiments, with what they start from
     python -m support.study --report docs/study.md --results docs/toy_study/results.csv     # what is published
 
@@ -154,7 +154,7 @@ def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
 def values(results: dict, experiment: str, stage: str, column: str = "top1") -> dict[str, float]:
     """A column's values by seed."""
     found = {seed: row[column] for (name, seed, of), row in results.items() if (name, of) == (experiment, stage)}
-    return {seed: float(value) for seed, value in found.items()}
+    return {seed: float(found[seed]) for seed in sorted(found, key=int)}
 
 
 def halfway(results: dict, experiment: str) -> dict[str, float]:
@@ -218,7 +218,7 @@ def report(study: dict, results: dict, text: Path, picture: Path) -> None:
                 given = ", ".join(f"{key}: `{words}`" for key, words in experiment.items() if words) or "–"
                 steps = sorted(halfway(results, row["experiment"]).values()) if stage == "finetune" else []
                 steps = [f"{step:.0f}" if math.isfinite(step) else "never" for step in steps]
-                steps = f"{steps[len(steps) // 2]} ({steps[0]} to {steps[-1]})" if steps else "–"
+                steps = f"**{steps[(len(steps) - 1) // 2]}** ({', '.join(steps)})" if steps else "–"
                 loss = f"{statistics.mean(losses.values()):.3f}" if losses else "–"
                 mean, seeds = statistics.mean(top1.values()), ", ".join(f"{value:.1f}" for value in top1.values())
                 cells = row["case"], given, loss, f"**{mean:.1f}** ({seeds})", steps, str(row.get("paper", "–"))

@@ -20,7 +20,7 @@ def test_notebook_runs_from_top_to_bottom_in_its_short_form(tmp_path: Path, monk
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
     printed = outputs(notebook)
     assert "pre-training: 4 steps" in printed and "pre-trained: 4 steps" in printed
-    assert printed.count("image/png") == outputs(nbformat.read(NOTEBOOK, as_version=4)).count("image/png")
+    assert printed.count("image/jpeg") == outputs(nbformat.read(NOTEBOOK, as_version=4)).count("image/jpeg")
 
 
 def test_notebook_is_committed_with_the_outputs_of_a_whole_run_in_order():
@@ -29,4 +29,4 @@ def test_notebook_is_committed_with_the_outputs_of_a_whole_run_in_order():
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
     printed = outputs(notebook)
     assert "pre-training: 1500 steps" in printed and '"error"' not in printed and "stderr" not in printed
-    assert printed.count("image/png") >= 10 and NOTEBOOK.stat().st_size < 700_000
+    assert printed.count("image/jpeg") >= 10 and NOTEBOOK.stat().st_size < 700_000
