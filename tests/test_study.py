@@ -325,3 +325,20 @@ def test_published_results_are_unique_and_docs_study_is_their_report(tmp_path):
     assert len(rows) == len(study.read_results(PUBLISHED))
     (tmp_path / "toy_study").mkdir()
     assert report_of(PUBLISHED, tmp_path) == (ROOT / "docs" / "study.md").read_text("utf-8")
+
+
+def test_sentences_about_results_agree_with_the_results():
+    rows, why = study.read_results(PUBLISHED), {table["title"].split(":")[0]: table["why"] for table in STUDY["tables"]}
+
+    def mean(experiment: str, stage: str = "finetune", column: str = "top1") -> float:
+        found = study.values(rows, experiment, stage, column).values()
+        return sum(found) / len(found)
+
+    videomae, moco = mean("base", "pretrain", "seconds") / 4, mean("moco", "baselines/moco_v3", "seconds") / 2
+    assert f"takes {videomae:.0f} s with VideoMAE and {moco:.0f} s with MoCo v3" in why["Table 3"]
+    assert abs(mean("moco_untrained") - mean("base")) < 5  # "as good a start"
+    assert mean("scratch_twice") > mean("twice") - 1  # "not behind"
+    for of_what in ("probe", "probe of random weights"):
+        assert abs(mean("probe", of_what) - 25) < 2  # "no more than the hint (25 %)"
+    seeds = {len(study.values(rows, name, "finetune")) for name in STUDY["experiments"] if "probe" not in name}
+    assert seeds <= {2, 3}  # "two or three seeds"
