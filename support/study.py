@@ -179,8 +179,9 @@ def halfway(results: dict, experiment: str) -> dict[str, float]:
 def compare(results: dict, claim: dict) -> tuple[str, bool]:
     """A claim of the paper as a row of a table, and whether it holds here.
 
-    It does if `higher` is ahead of `lower` with every seed; or, where the paper's difference is `small`, if the mean
-    difference is below the range of either side's seeds. Each side is an experiment or, as a list, two to subtract.
+    It does if `higher` is ahead of `lower` with every seed that both have; or, where the paper's difference is `small`,
+    if the mean difference is below the range of either side's seeds. Each side is an experiment or, as a list, two to
+    subtract.
     """
 
     def side(key: str) -> dict[str, float]:
@@ -191,11 +192,12 @@ def compare(results: dict, claim: dict) -> tuple[str, bool]:
         }
 
     high, low = side("higher"), side("lower")
-    differences = [high[seed] - low[seed] for seed in high if seed in low]
-    if not differences:
+    pairs = [(high[seed], low[seed]) for seed in high if seed in low]
+    if not pairs:
         return "", False
+    differences = [ahead - behind for ahead, behind in pairs]
     mean, ahead = statistics.mean(differences), min(differences) > 0
-    below_spread = abs(mean) < max(max(x.values()) - min(x.values()) for x in (high, low))
+    below_spread = abs(mean) < max(max(of_seeds) - min(of_seeds) for of_seeds in zip(*pairs, strict=True))
     verdict = "ahead with every seed" if ahead else "behind with every seed" if max(differences) < 0 else "no order"
     verdict += ", below the spread" if below_spread else ""
     seeds = ", ".join(f"{difference:+.1f}" for difference in differences)
