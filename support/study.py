@@ -1,6 +1,6 @@
 """The paper's claims on the toy videos: runs the experiments of configs/study/toy.yaml and reports them.
 
-    python -m support.study --jobs 2 data.workers=0             # 90 minutes on two cores; the same command resumes
+    python -m support.study --jobs 2 data.workers=0             # 95 minutes on two cores; the same command resumes
     python -m support.study --seeds 0 --only base scratch       # some experiments, with what they start from
     python -m support.study --report docs/study.md --results docs/toy_study/results.csv     # what is published
 
