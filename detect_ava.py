@@ -45,7 +45,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
-from model import Encoder, cube_grid, initialize, parameter_groups, recompute_blocks
+from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
 from support import ava, toy
 from support.config import UserError, load_config, parse, say
 from support.datasets import named_videos
@@ -203,9 +203,7 @@ class ActionDetector(nn.Module):
         self.encoder = Encoder(**encoder)
         self.options = self.encoder.options | dict(classes=classes)
         self.head = nn.Linear(self.options["width"], classes)
-        initialize(self, partial(nn.init.trunc_normal_, std=0.02))
-        with torch.no_grad():
-            self.head.weight.mul_(0.001)  # as in VideoClassifier, and in the authors' code
+        initialize_from_scratch(self.encoder, self.head)
 
     def forward(self, clip: Tensor, rois: Tensor) -> Tensor:
         """Normalized clips (B, 3, T, H, W), boxes (M, 5) in pixels after a clip's index, to logits (M, classes)."""

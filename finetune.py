@@ -186,10 +186,11 @@ def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
 def validate(model: nn.Module, videos: LabelledVideos, run: Run) -> None:
     """Log and print the accuracy from one view of each video."""
     epoch = (run.step + 1) // run.steps_per_epoch
-    scores, _ = test(model, [path for path, _ in videos], run, 1, 1, f"epoch {epoch}, one view")
+    scores, broken = test(model, [path for path, _ in videos], run, 1, 1, f"epoch {epoch}, one view")
     top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
     run.log(step=run.step + 1, epoch=epoch, top1=top1, top5=top5)
-    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos, one view")
+    tested = f"{len(videos):,} videos" + (f", {len(broken)} of them unreadable" if broken else "")
+    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, one view")
 
 
 def test_and_write(

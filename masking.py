@@ -7,8 +7,8 @@ Videos change slowly (Sec. 3.2). A cube that is masked at one time and visible a
 the usual ratios of 50 % to 75 % enough is visible to fill in the rest. So tubes mask 90 % of the spatial places, in
 every frame.
 
-The paper samples from Bernoulli(rho_mask). Here, as in the authors' code, the *number* of masked cubes is exact, so
-that clips can be stacked.
+The paper samples from Bernoulli(rho_mask). Here, as in the authors' code, the *number* of masked cubes is exact, the
+ratio rounded down to whole ones, so that clips can be stacked: 90 % of 196 places are 176.
 """
 
 import torch

@@ -218,7 +218,7 @@ class Run:
             what = f"optim.batch_size={optim.batch_size} on {self.world_size} processes"
             say(f"{what} can only be split into micro-batches of {self.per_device}, though {at_most} fit on a device")
         self.samples_per_step, self.steps_per_epoch = batch_size * repeats, samples // batch_size
-        self.total, self.warmup = (n * self.steps_per_epoch for n in (optim.epochs, optim.warmup_epochs))
+        self.total, self.warmup = (round(n * self.steps_per_epoch) for n in (optim.epochs, optim.warmup_epochs))
 
     def open(self, state: dict[str, Any], **facts: Any) -> None:
         """Lock the run's folder, resume from its checkpoint if there is one, and say how the run is set up.

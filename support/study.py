@@ -1,6 +1,6 @@
 """The paper's claims on the toy videos: runs the experiments of configs/study/toy.yaml and reports them.
 
-    python -m support.study --jobs 2 data.workers=0             # three hours on two cores; the same command resumes
+    python -m support.study --jobs 2 data.workers=0             # 95 minutes on two cores; the same command resumes
     python -m support.study --seeds 0 --only base scratch       # some experiments, with what they start from
     python -m support.study --report docs/study.md --results docs/toy_study/results.csv     # what is published
 
@@ -11,6 +11,7 @@ A key=value goes to all runs: without loader processes two runs at a time keep t
 import argparse
 import csv
 import json
+import math
 import os
 import shlex
 import statistics
@@ -31,7 +32,11 @@ from support.run import launch, say
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "configs" / "study" / "toy.yaml"
-COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "seconds", "torch", "commit", "command")
+COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "curve", "seconds", "torch", "commit", "command")
+PRETRAINING = (
+    "baselines/moco_v3",
+    "pretrain",
+)  # stages that others start from; an experiment without either has the last
 
 
 # One command: a stage of an experiment with one seed. results.csv knows it by the first three.
@@ -58,14 +63,18 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
         words = f"data.root={study['root']}", *words, *study["settings"][stage].split()
         words += *study["experiments"][name].get(stage, "").split(), *settings
         words += f"run.seed={seed}", f"run.folder={folder}"
-        load_config(ROOT / "configs" / stage / "toy.yaml", list(words))
+        load_config(ROOT / "configs" / Path(stage).parts[0] / "toy.yaml", list(words))
         return Run(name, str(seed), stage, folder, words)
 
     runs = []
     for name in only or study["experiments"]:
         experiment = pick(study["experiments"], name, "--only")
         init = experiment.get("init", name)
-        source = None if init == "scratch" else make(init, "pretrain")
+        source = None
+        if init != "scratch":
+            source = make(
+                init, *[stage for stage in PRETRAINING if stage in study["experiments"][init]][:1] or PRETRAINING[1:]
+            )
         weights = f"init={source.folder / 'checkpoint.pt' if source else 'scratch'}"
         runs.append((source, make(name, "probe" if "probe" in experiment else "finetune", weights)))
     return runs
@@ -116,12 +125,22 @@ def execute(run: Run) -> tuple[Run, list[dict]]:
 
 
 def read_log(run: Run) -> list[dict]:
-    """Stage and result of a finished run: the loss at the end of pre-training, or top-1, of which a probe has two."""
+    """Stage and result of a finished run: the loss at the end of pre-training, or top-1, of which a probe has two.
+
+    Of fine-tuning also the curve of the training loss: "50:2.07 100:1.98", its means over 50 steps (5 lines).
+    """
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    if run.stage == "pretrain":
-        return [dict(stage=run.stage, loss=f"{statistics.mean(line['loss'] for line in lines[-8:]):.4f}")]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if run.stage in PRETRAINING:
+        return [dict(stage=run.stage, loss=f"{statistics.mean(loss for _, loss in losses[-8:]):.4f}")]
+    parts = [losses[start : start + 5] for start in range(0, len(losses), 5)]
+    curve = " ".join(f"{part[-1][0]}:{statistics.mean(loss for _, loss in part):.3f}" for part in parts)
     top1 = {line.get("encoder"): f"{line['test_top1']:.2f}" for line in lines if "test_top1" in line}
-    return [dict(stage=run.stage + " of random weights" * (name == "random"), top1=top1[name]) for name in top1]
+    curves = {None: dict(curve=curve)}
+    return [
+        dict(stage=run.stage + " of random weights" * (name == "random"), top1=top1[name]) | curves.get(name, {})
+        for name in top1
+    ]
 
 
 def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -132,38 +151,97 @@ def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
         return {tuple(row[column] for column in COLUMNS[:3]): row for row in csv.DictReader(opened)}
 
 
-def values(results: dict, experiment: str, stage: str, column: str = "top1") -> list[float]:
-    """A column's values, one for each seed."""
-    return [float(row[column]) for (name, _, of), row in results.items() if (name, of) == (experiment, stage)]
+def values(results: dict, experiment: str, stage: str, column: str = "top1") -> dict[str, float]:
+    """A column's values by seed."""
+    found = {seed: row[column] for (name, seed, of), row in results.items() if (name, of) == (experiment, stage)}
+    return {seed: float(found[seed]) for seed in sorted(found, key=int)}
+
+
+def halfway(results: dict, experiment: str) -> dict[str, float]:
+    """By seed, the step of fine-tuning at which the training loss is halfway between chance and the best of all runs.
+
+    It is read off a run's curve, linear between its points; infinite if the run does not get there. While each video
+    has been seen once, the training loss is that of new videos.
+    """
+    curves = {key: row["curve"] for key, row in results.items() if row["curve"]}
+    curves = {key: [tuple(map(float, point.split(":"))) for point in curve.split()] for key, curve in curves.items()}
+    chance = math.log(len(toy.CLASSES))
+    goal = (chance + min(loss for curve in curves.values() for _, loss in curve)) / 2
+    steps = {}
+    for (name, seed, _), curve in curves.items():
+        if name == experiment:
+            pairs = zip([(0.0, chance), *curve], curve, strict=False)
+            crossings = (a + (b - a) * (high - goal) / (high - low) for (a, high), (b, low) in pairs if low <= goal)
+            steps[seed] = next(crossings, math.inf)
+    return steps
+
+
+def compare(results: dict, claim: dict) -> tuple[str, bool]:
+    """A claim of the paper as a row of a table, and whether it holds here.
+
+    It does if `higher` is ahead of `lower` with every seed that both have; or, where the paper's difference is `small`,
+    if the mean difference is below the range of either side's seeds. Each side is an experiment or, as a list, two to
+    subtract.
+    """
+
+    def side(key: str) -> dict[str, float]:
+        names = claim[key] if isinstance(claim[key], list) else [claim[key]]
+        top1 = [values(results, name, claim.get(f"{key}_stage", claim.get("stage", "finetune"))) for name in names]
+        return {
+            seed: top1[0][seed] - sum(x[seed] for x in top1[1:]) for seed in sorted(set.intersection(*map(set, top1)))
+        }
+
+    high, low = side("higher"), side("lower")
+    pairs = [(high[seed], low[seed]) for seed in high if seed in low]
+    if not pairs:
+        return "", False
+    differences = [ahead - behind for ahead, behind in pairs]
+    mean, ahead = statistics.mean(differences), min(differences) > 0
+    below_spread = abs(mean) < max(max(of_seeds) - min(of_seeds) for of_seeds in zip(*pairs, strict=True))
+    verdict = "ahead with every seed" if ahead else "behind with every seed" if max(differences) < 0 else "no order"
+    verdict += ", below the spread" if below_spread else ""
+    seeds = ", ".join(f"{difference:+.1f}" for difference in differences)
+    row = f"| {claim['says']} | {claim['paper']} | **{mean:+.1f}** ({seeds}) | {verdict} |"
+    return row, ahead or bool(claim.get("small")) and below_spread
 
 
 def report(study: dict, results: dict, text: Path, picture: Path) -> None:
     """Write tables of means and seeds next to the paper's figures, and a chart. Raises UserError without matplotlib."""
-    link = Path(os.path.relpath(picture, text.parent)).as_posix()
-    parts = [study["about"], f"![means as bars, seeds as dots]({link})\n"]
+    link, agreed, parts = Path(os.path.relpath(picture, text.parent)).as_posix(), {}, []
     figure = new_figure(10, 1 + 1.3 * len(study["tables"]))
     panels = figure.subplots(-(-len(study["tables"]) // 2), 2, squeeze=False).flat
     for table, axes in zip(study["tables"], panels, strict=False):
-        head, lines = f"| case | overrides | pre-training loss | top-1: mean (seeds) | paper: {table['paper']} |", []
+        head, lines = "| case | overrides | pre-training loss | top-1 | steps to halfway | paper |", []
         for row in table["rows"]:
             experiment, stage = study["experiments"][row["experiment"]], row.get("stage", "finetune")
             if top1 := values(results, row["experiment"], stage):
-                mean, seeds = statistics.mean(top1), ", ".join(f"{value:.1f}" for value in top1)
                 source = experiment.get("init", row["experiment"]) if "random" not in stage else ""
                 losses = values(results, source, "pretrain", "loss")
-                loss = f"{statistics.mean(losses):.3f}" if losses else "–"
                 given = ", ".join(f"{key}: `{words}`" for key, words in experiment.items() if words) or "–"
-                cells = row["case"], given, loss, f"**{mean:.1f}** ({seeds})", str(row.get("paper", "–"))
+                steps = sorted(halfway(results, row["experiment"]).values()) if stage == "finetune" else []
+                steps = [f"{step:.0f}" if math.isfinite(step) else "never" for step in steps]
+                steps = f"**{steps[(len(steps) - 1) // 2]}** ({', '.join(steps)})" if steps else "–"
+                loss = f"{statistics.mean(losses.values()):.3f}" if losses else "–"
+                mean, seeds = statistics.mean(top1.values()), ", ".join(f"{value:.1f}" for value in top1.values())
+                cells = row["case"], given, loss, f"**{mean:.1f}** ({seeds})", steps, str(row.get("paper", "–"))
                 lines.append(f"| {' | '.join(cells)} |")
                 axes.barh(row["case"], mean, color="lightsteelblue")
-                axes.plot(top1, [row["case"]] * len(top1), "o", color="black", markersize=3)
+                axes.plot([*top1.values()], [row["case"]] * len(top1), "o", color="black", markersize=3)
         axes.set(title=table["title"], xlim=(0, 100), xlabel="top-1, %")
         axes.invert_yaxis()
         if lines:
-            parts.append("\n".join([f"## {table['title']}\n", head, "|" + "---|" * 5, *lines, "", table["why"], ""]))
+            claims = [compare(results, claim) for claim in table["claims"]]
+            agreed[table["title"]] = all(holds for _, holds in claims)
+            said = "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |", "|" + "---|" * 4
+            said += tuple(line for line, _ in claims if line)
+            parts.append(
+                "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
+            )
+    named = ", ".join(title.split(":")[0] for title in agreed if not agreed[title]) or "none"
+    count = f"**All claims of the paper hold here in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))
     parts.append(f"{len(results)} results of commit {', '.join(commits)} with torch {', '.join(versions)}.\n")
-    text.write_text("\n".join(parts), "utf-8")
+    text.write_text("\n".join([study["about"], count, f"![means as bars, seeds as dots]({link})\n", *parts]), "utf-8")
     figure.savefig(picture, dpi=100)
     say(f"{text}, {picture}")
 

@@ -3,9 +3,11 @@
     python -m support.toy toy_videos        # renders what is missing; the stages do so on first use
     python -m support.toy toy_ava --ava     # several shapes at a time, annotated as AVA is, for detect_ava.py
 
-Only motion tells the class, as in Something-Something: in every frame of every class the shape is anywhere with the
-same probability. Backgrounds and shapes are smooth colour gradients: a tenth of the cubes tells most about the colours
-of the others, and what is left to learn is where the shape will be.
+Motion tells the class, as in Something-Something: in every frame of every class the shape is anywhere with the same
+probability. A single frame gives a hint: the background is lighter towards where the shape goes, give or take 70
+degrees, so that the best guess from it is right in a quarter of the videos. Without the hint a classifier stays at
+chance level for long and then finds the motion all at once, when is a matter of luck (docs/study.md). Backgrounds and
+shapes are smooth colour gradients: a tenth of the cubes tells most about the colours of the others.
 """
 
 import argparse
@@ -32,6 +34,8 @@ WAYS = "right", "down-right", "down", "down-left", "left", "up-left", "up", "up-
 STEPS = {f"moving {way}": math.cos(math.pi * i / 4) * X + math.sin(math.pi * i / 4) * Y for i, way in enumerate(WAYS)}
 CLASSES = tuple(STEPS)
 SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames per video, frames per second
+LIGHT, SPREAD = 0.35, math.radians(70)  # brightness from one side to the other; std of its direction
+CORNERS = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])  # x and y, in the order of `_gradient`
 FOLDER, VIDEOS = Path("toy_videos"), {"train": 4000, "val": 800}
 
 # Toy AVA: moving, turning and growing stand for AVA's three groups of actions.
@@ -61,7 +65,7 @@ def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path
     Every video depends on (seed, split, number) alone; what an interrupted call has left is used. Under torchrun one
     process of each machine renders while the others wait. Raises UserError if the videos there have other settings.
     """
-    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, classes=CLASSES)
+    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, light=LIGHT, spread=SPREAD, classes=CLASSES)
     return _render(folder, settings, False, "classes.txt", "".join(f"{name}\n" for name in CLASSES))
 
 
@@ -120,7 +124,7 @@ def _render_one(folder: Path, seed: int, ava: bool, wanted: tuple[str, int]) -> 
 
 def render_clip(motion: str, generator: torch.Generator) -> Tensor:
     """One video, (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
-    state, canvas = trajectory(motion, generator), _canvas(SIZE, SIZE, generator)
+    state, canvas = trajectory(motion, generator), _canvas(SIZE, SIZE, background(motion, generator))
     return _paint(canvas[2], canvas, state, generator, wrap=True)[0]
 
 
@@ -134,14 +138,24 @@ def trajectory(motion: str, generator: torch.Generator) -> Tensor:
     return torch.tensor(start)[:, None] + (speed * STEPS[motion]).float()[:, None] * torch.arange(FRAMES)
 
 
+def background(motion: str, generator: torch.Generator) -> Tensor:
+    """Colours of the four corners (4, 3), lighter towards where the shape goes, give or take SPREAD."""
+    colors = torch.rand(4, 3, generator=generator)
+    colors = colors.mean(dim=0) + 0.5 * (colors - colors.mean(dim=0))
+    x, y, *_ = STEPS[motion].tolist()
+    angle = math.atan2(y, x) + SPREAD * float(torch.randn((), generator=generator))
+    towards = torch.tensor([math.cos(angle), math.sin(angle)])
+    return (colors + LIGHT * (CORNERS @ towards)[:, None]).clamp(0, 1)
+
+
 def _uniform(generator: torch.Generator, *ranges: tuple[float, float]) -> list[float]:
     return [low + (high - low) * float(torch.rand((), generator=generator)) for low, high in ranges]
 
 
-def _canvas(height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x and y of each pixel's centre (H, W, 1), and a background (H, W, 3)."""
+def _canvas(height: int, width: int, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x and y of each pixel's centre (H, W, 1), and a background (H, W, 3) of the corners' colours (4, 3)."""
     y, x, _ = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, torch.zeros(1), indexing="ij")
-    return x, y, _gradient(x / width, y / height, torch.rand(4, 3, generator=generator))
+    return x, y, _gradient(x / width, y / height, corners)
 
 
 def _paint(clip: Tensor, canvas: tuple, state: Tensor, generator: torch.Generator, wrap: bool) -> tuple[Tensor, Tensor]:
@@ -182,7 +196,7 @@ def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[li
 
     Boxes are x1, y1, x2, y2 in fractions of width and height; NaN where the centre is outside or half is covered.
     """
-    canvas = _canvas(AVA_HEIGHT, AVA_WIDTH, generator)
+    canvas = _canvas(AVA_HEIGHT, AVA_WIDTH, torch.rand(4, 3, generator=generator))
     clip, layers, shapes, covered = canvas[2], [], [], False
     for _ in range(2 + random_below(3, generator)):
         motions, state = track(generator)

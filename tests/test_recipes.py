@@ -246,11 +246,11 @@ TOY_PRETRAIN = TOY | {
     "data.val": "",
     "data.scales": [1.0],
     "data.flip": False,
-    "optim.batch_size": 32,
-    "optim.base_lr": 0.024,
+    "optim.batch_size": 8,
+    "optim.base_lr": 0.064,
     "optim.min_lr": 0.0,
-    "optim.epochs": 15,
-    "optim.warmup_epochs": 2,
+    "optim.epochs": 4,
+    "optim.warmup_epochs": 1,
 }
 TOY_FINETUNE = TOY | {
     "model.pretrained_clip": [8, 64, 64],
@@ -265,11 +265,12 @@ TOY_FINETUNE = TOY | {
     "data.erase": 0.0,
     "data.test_clips": 1,
     "data.test_crops": 1,
-    "optim.batch_size": 32,
-    "optim.base_lr": 0.0056,
+    "optim.batch_size": 8,
+    "optim.base_lr": 0.06,
     "optim.min_lr": 0.0,
-    "optim.epochs": 8,
-    "optim.warmup_epochs": 1,
+    "optim.layer_decay": 1.0,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.2,
     "optim.mixup": 0.0,
     "optim.cutmix": 0.0,
 }
@@ -382,7 +383,7 @@ RECIPES = {
     "pretrain/ucf101_base": recipe("ucf101 k400 B", 2.25e-4, "", "91.3 % top-1 (Tables 2 and 13)"),
     "pretrain/hmdb51_base": recipe("hmdb51 k400 B", 2.25e-4, "", "62.6 % top-1 (Tables 2 and 13)"),
     "pretrain/own": recipe("k400 B", 9.84375e-4, "", others=OWN_PRETRAIN),
-    "pretrain/toy": recipe("k400 B", 3e-3, "", others=TOY_PRETRAIN),
+    "pretrain/toy": recipe("k400 B", 2e-3, "", others=TOY_PRETRAIN),
     "finetune/k400_small": recipe("k400 S", 2e-3, "pretrain/k400_small", "79.0 % top-1, 93.8 % top-5 (Table 7)"),
     "finetune/k400_base": recipe(
         "k400 B", 2e-3, "pretrain/k400_base", "81.5 % top-1, 95.1 % top-5 (Table 7)", "80.0 % (Table 1)"
@@ -424,7 +425,7 @@ RECIPES = {
     ),
     "finetune/hmdb51_base_scratch": recipe("scratch hmdb51 k400 B", 4e-4, "scratch", "18.0 % top-1 (Table 2)"),
     "finetune/own": recipe("ucf101 k400 B", 6.25e-5, "pytorch_model.bin", others=OWN_FINETUNE),
-    "finetune/toy": recipe("k400 B", 7e-4, "pretrain/toy", others=TOY_FINETUNE),
+    "finetune/toy": recipe("k400 B", 1.875e-3, "pretrain/toy", others=TOY_FINETUNE),
     "probe/ssv2_base": recipe("ssv2 B", 0.4, "pretrain/ssv2_base", "38.9 % top-1 (Table 3) after 800 epochs", "34.7 %"),
     "probe/k400_base": recipe("k400 B", 0.4, "pretrain/k400_base"),
     "probe/toy": recipe("k400 B", 0.025, "pretrain/toy", others=TOY_PROBE),
@@ -528,7 +529,7 @@ def test_what_stands_under_run_changes_no_result(name):
     assert (config.run.precision, config.run.compile, config.run.profile) == ("auto", "auto", False)
     of_each = 2 if hasattr(config, "moco") else getattr(config.data, "repeats", 1)  # clips of a video
     videos, rest = divmod(config.run.batch_per_device, of_each)
-    assert rest == 0 and config.optim.batch_size % videos == 0
+    assert rest == 0 and config.optim.batch_size % min(videos, config.optim.batch_size) == 0
     if "optim.batch_size" not in RECIPES[name].others:
         assert config.optim.batch_size % entry(GPUS, RECIPES[name].columns) == 0
 

@@ -1,6 +1,7 @@
-"""The toy videos: reproducible, finished after an interruption, and of a class that only motion tells."""
+"""The toy videos: reproducible, finished after an interruption, of a class that motion tells and a frame hints at."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -94,7 +95,7 @@ def test_a_configuration_without_a_root_gets_the_toy_videos(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     classes = {"toy_videos": list(toy.CLASSES), "toy_ava": list(toy.ACTIONS)}
     settings = {
-        "toy_videos": dict(seed=0, videos=toy.VIDEOS, size=64, frames=24),
+        "toy_videos": dict(seed=0, videos=toy.VIDEOS, size=64, frames=24, light=0.35, spread=1.2217304763960306),
         "toy_ava": dict(seed=0, videos=toy.AVA_VIDEOS, size=[72, 96], frames=60),
     }
     for folder, last in (("toy_videos", "classes.txt"), ("toy_ava", "annotations/ava_action_list_v2.2.pbtxt")):
@@ -140,7 +141,7 @@ def test_clips_are_those_of_every_run_so_far():
     state = toy.trajectory("moving up-left", seeded(3))[:, [0, -1]].flatten().tolist()
     assert state == pytest.approx([0.2729, -51.8909, 6.7564, -45.4073, 0.2858, 0.2858, 11.2965, 11.2965], abs=1e-3)
     clip, (scene, shapes) = toy.render_clip("moving up-left", seeded(3)), toy.render_scene(seeded(3))
-    assert clip.mean(dim=(0, 1, 2)).tolist() == pytest.approx([0.3903, 0.5569, 0.4507], abs=2e-4)
+    assert clip.mean(dim=(0, 1, 2)).tolist() == pytest.approx([0.3914, 0.5452, 0.4509], abs=2e-4)
     assert scene.mean(dim=(0, 1, 2)).tolist() == pytest.approx([0.4531, 0.4749, 0.4655], abs=2e-4)
     ends = [["moving up-left", "turning left"], ["moving down-left"], ["moving left", "growing"], ["moving down"]]
     assert [motions[-1] for motions, _ in shapes] == ends
@@ -161,7 +162,20 @@ def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion):
         assert torch.allclose(torch.stack([x.diff(), y.diff()], 1) / speed[:, None], way.expand(23, 2), atol=1e-3)
 
 
-def test_a_single_frame_does_not_tell_the_class():
+def test_the_light_of_the_background_tells_the_class_in_a_quarter_of_the_videos():
+    """The class nearest to where it is lighter. Along the motion the mean is 0.35 exp(-(70°)²/2), but for clamping."""
+    right, along = 0, []
+    for number, motion in enumerate(toy.CLASSES):
+        x, y, *_ = toy.STEPS[motion].tolist()
+        for seed in range(500):
+            dx, dy = (toy.CORNERS.T @ toy.background(motion, seeded(1000 * number + seed)).mean(dim=1)).tolist()
+            right += round(math.degrees(math.atan2(dy, dx)) / 45) % 8 == number
+            along.append(x * dx + y * dy)
+    assert right / 4000 == pytest.approx(0.25, abs=0.02)
+    assert sum(along) / 4000 == pytest.approx(0.35 * math.exp(-(math.radians(70) ** 2) / 2), abs=0.015)
+
+
+def test_nothing_else_in_a_single_frame_tells_the_class():
     """In every frame, position, angle and size are distributed as in every other frame and class."""
     quantiles = torch.linspace(0.05, 0.95, 10)
     for motion in toy.CLASSES:
@@ -248,7 +262,7 @@ def test_toy_boxes_follow_the_motions_that_the_labels_say():
 def test_boxes_are_around_what_is_painted():
     """The frame differs from the background inside the box of every shape that is seen."""
     clip, shapes = toy.render_scene(seeded(5))
-    background = toy._canvas(toy.AVA_HEIGHT, toy.AVA_WIDTH, seeded(5))[2]
+    background = toy._canvas(toy.AVA_HEIGHT, toy.AVA_WIDTH, torch.rand(4, 3, generator=seeded(5)))[2]
     different = (clip - background).abs().amax(-1) > 0.02  # (AVA_FRAMES, H, W)
     seen = 0
     for _, boxes in shapes:
