@@ -1,4 +1,4 @@
-"""Code shared by the four stages: processes and device, batches, when to save a checkpoint, the log.
+"""Code shared by all stages: processes and device, batches, when to save a checkpoint, the log.
 
 Everything random is a function of the seed, so that a resumed run repeats what an uninterrupted one does. What a
 sample holds depends on (seed, epoch, index): not on the number of processes, loader workers or micro-batches. What is

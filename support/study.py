@@ -177,11 +177,11 @@ def halfway(results: dict, experiment: str) -> dict[str, float]:
 
 
 def compare(results: dict, claim: dict) -> tuple[str, bool]:
-    """A claim of the paper as a row of a table, and whether it holds here.
+    """A claim of the paper as a row of a table, and whether the results agree with it.
 
-    It does if `higher` is ahead of `lower` with every seed that both have; or, where the paper's difference is `small`,
-    if the mean difference is below the range of either side's seeds. Each side is an experiment or, as a list, two to
-    subtract.
+    They do if `higher` is ahead of `lower` with every seed that both have; or, where the paper's difference is `small`,
+    if it is not behind with every seed and the mean difference is below the range of either side's seeds. Each side is
+    an experiment or, as a list, two to subtract.
     """
 
     def side(key: str) -> dict[str, float]:
@@ -195,14 +195,14 @@ def compare(results: dict, claim: dict) -> tuple[str, bool]:
     pairs = [(high[seed], low[seed]) for seed in high if seed in low]
     if not pairs:
         return "", False
-    differences = [ahead - behind for ahead, behind in pairs]
-    mean, ahead = statistics.mean(differences), min(differences) > 0
+    differences = [a - b for a, b in pairs]
+    mean, ahead, behind = statistics.mean(differences), min(differences) > 0, max(differences) < 0
     below_spread = abs(mean) < max(max(of_seeds) - min(of_seeds) for of_seeds in zip(*pairs, strict=True))
-    verdict = "ahead with every seed" if ahead else "behind with every seed" if max(differences) < 0 else "no order"
+    verdict = "ahead with every seed" if ahead else "behind with every seed" if behind else "no order"
     verdict += ", below the spread" if below_spread else ""
     seeds = ", ".join(f"{difference:+.1f}" for difference in differences)
     row = f"| {claim['says']} | {claim['paper']} | **{mean:+.1f}** ({seeds}) | {verdict} |"
-    return row, ahead or bool(claim.get("small")) and below_spread
+    return row, ahead or bool(claim.get("small")) and below_spread and not behind
 
 
 def report(study: dict, results: dict, text: Path, picture: Path) -> None:
@@ -231,14 +231,14 @@ def report(study: dict, results: dict, text: Path, picture: Path) -> None:
         axes.invert_yaxis()
         if lines:
             claims = [compare(results, claim) for claim in table["claims"]]
-            agreed[table["title"]] = all(holds for _, holds in claims)
+            agreed[table["title"]] = all(agrees for _, agrees in claims)
             said = "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |", "|" + "---|" * 4
             said += tuple(line for line, _ in claims if line)
             parts.append(
                 "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
             )
     named = ", ".join(title.split(":")[0] for title in agreed if not agreed[title]) or "none"
-    count = f"**All claims of the paper hold here in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
+    count = f"**Every row agrees with the paper in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))
     parts.append(f"{len(results)} results of commit {', '.join(commits)} with torch {', '.join(versions)}.\n")
     text.write_text("\n".join([study["about"], count, f"![means as bars, seeds as dots]({link})\n", *parts]), "utf-8")
