@@ -238,7 +238,7 @@ def report(study: dict, results: dict, text: Path, picture: Path) -> None:
                 "\n".join([f"## {table['title']}\n", head, "|" + "---|" * 6, *lines, *said, "", table["why"], ""])
             )
     named = ", ".join(title.split(":")[0] for title in agreed if not agreed[title]) or "none"
-    count = f"**Every row agrees with the paper in {sum(agreed.values())} of {len(agreed)}; not in: {named}.**\n"
+    count = f"**{sum(agreed.values())} of {len(agreed)} agree with the paper in every row; these do not: {named}.**\n"
     commits, versions = (sorted({row[column] for row in results.values()}) for column in ("commit", "torch"))
     parts.append(f"{len(results)} results of commit {', '.join(commits)} with torch {', '.join(versions)}.\n")
     text.write_text("\n".join([study["about"], count, f"![means as bars, seeds as dots]({link})\n", *parts]), "utf-8")

@@ -283,8 +283,8 @@ def test_report_of_results_computed_by_hand(tmp_path):
     assert "| 4 blocks, 1 block | +1.1 / +1.0 | **-11.3** (-20.0, +2.0, -16.0) | no order, below the spread |" in text
     assert "| VideoMAE: fine-tuned, probed | +30.7 | **+76.0** (+76.0) | ahead with every seed |" in text
     held = (
-        "Every row agrees with the paper in 1 of 8; "
-        "not in: Table 2, Figure 3, Table 1b, Table 1c, Table 1f, Table 3, Figure 4."
+        "1 of 8 agree with the paper in every row; "
+        "these do not: Table 2, Figure 3, Table 1b, Table 1c, Table 1f, Table 3, Figure 4."
     )
     assert held in text
     assert text.endswith(f"\n{len(rows)} results of commit abc with torch 2.15.\n")
