@@ -388,7 +388,7 @@ def test_broken_videos_are_named_and_stop_nothing(tmp_path):
 def test_a_killed_run_resumes_where_it_was(tmp_path):
     root, out = tmp_path / "videos", tmp_path / "prepared"
     root.mkdir()
-    first = write_smooth(root / "00.mp4", 320, 240, 60)
+    first = write_smooth(root / "00.mp4", 160, 120, 60)
     for number in range(1, 16):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
     words = ["support.prepare", f"data.root={root}", "--to", out, "--processes", "2"]
