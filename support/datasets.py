@@ -349,8 +349,9 @@ def _unreadable(videos: list[Path], workers: int) -> list[str]:
 def read_settings(settings: list[str]) -> SimpleNamespace:
     """The group `data` of the configuration, of any stage but detection, that a command line asks for."""
     stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
-    stage = stages[0] if stages and stages[0] in ("pretrain", "probe") else "finetune"
+    stage = stages[0] if stages and stages[0] in ("pretrain", "probe", "baselines") else "finetune"
     config = load_config(Path(__file__).parents[1] / "configs" / stage / "toy.yaml", settings).data
+    config.val = getattr(config, "val", "")  # MoCo v3 has no validation
     if not config.root:
         raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
     return config
