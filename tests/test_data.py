@@ -42,7 +42,7 @@ def columns(height: int, width: int, frames: int = 2) -> torch.Tensor:
     return clip
 
 
-# ---- temporal sampling: by hand, and from the authors' words in facts.md ----
+# ---- temporal sampling: by hand, and after the authors' code ----
 
 
 def sampled(function, *arguments: int, count: int = 600) -> list[list[int]]:
