@@ -323,6 +323,18 @@ AUTHORS = {
     "data.person_score": True,
 }
 OWN = {"data.root": "my_videos", "data.train": "", "data.val": "", "data.workers": 2}
+TOY_PICTURE = TOY_PRETRAIN | {
+    "model.decoder_depth": 4,
+    "model.cube": [2, 8, 8],
+    "target.normalize": False,
+    "target.loss": "l1",
+    "data.frames": 4,
+    "data.stride": 3,
+    "data.repeats": 2,
+    "data.workers": 0,
+    "optim.batch_size": 16,
+    "optim.epochs": 80,
+}
 OWN_PRETRAIN = (
     TOY_PRETRAIN
     | OWN
@@ -384,6 +396,7 @@ RECIPES = {
     "pretrain/hmdb51_base": recipe("hmdb51 k400 B", 2.25e-4, "", "62.6 % top-1 (Tables 2 and 13)"),
     "pretrain/own": recipe("k400 B", 9.84375e-4, "", others=OWN_PRETRAIN),
     "pretrain/toy": recipe("k400 B", 2e-3, "", others=TOY_PRETRAIN),
+    "pretrain/toy_picture": recipe("k400 B", 4e-3, "", others=TOY_PICTURE),
     "finetune/k400_small": recipe("k400 S", 2e-3, "pretrain/k400_small", "79.0 % top-1, 93.8 % top-5 (Table 7)"),
     "finetune/k400_base": recipe(
         "k400 B", 2e-3, "pretrain/k400_base", "81.5 % top-1, 95.1 % top-5 (Table 7)", "80.0 % (Table 1)"
@@ -572,14 +585,15 @@ def clip_size(config: SimpleNamespace) -> tuple[int, int, int]:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("pretrain/")])
 def test_every_model_for_pretraining_builds(name):
     config = load(name)
+    depth, cube = config.model.decoder_depth, config.model.cube
     with torch.device("meta"):
-        depth = config.model.decoder_depth
-        model = VideoMAE(**SIZES[config.model.size], decoder_depth=depth, clip_size=clip_size(config))
+        model = VideoMAE(**SIZES[config.model.size], decoder_depth=depth, clip_size=clip_size(config), cube=cube)
     assert len(model.decoder.blocks) == depth
     visible, masked = split(tube_mask(model.grid, config.mask.ratio))
-    counts = {(64, 0.75): (16, 48), (112, 0.75): (52, 144), (224, 0.75): (392, 1176)}
-    counts |= {(224, 0.9): (160, 1408)}  # Table 8: 768 x 8 x [196 x (1 - ratio)] are visible
-    assert (len(visible), len(masked)) == counts[config.data.size, config.mask.ratio]
+    counts = {(64, 16, 0.75): (16, 48), (64, 8, 0.75): (32, 96), (112, 16, 0.75): (52, 144)}
+    counts |= {(224, 16, 0.75): (392, 1176)}
+    counts |= {(224, 16, 0.9): (160, 1408)}  # Table 8: 768 x 8 x [196 x (1 - ratio)] are visible
+    assert (len(visible), len(masked)) == counts[config.data.size, cube[1], config.mask.ratio]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("pretrain/", "baselines/"))])
