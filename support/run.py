@@ -300,12 +300,11 @@ class Run:
         done, run = self.step + 1, self.config.run
         if done % run.log_every == 0 or done == self.total:
             self._log_step(done, values)
-        stop = self._stop_requested() and done < self.total
+        stop = self._stop_requested() if done < self.total else []
         if stop or done % run.checkpoint_every == 0 or done == self.total:
             self._save(done)
         if stop:
-            reason = " and ".join(self.told) or "another process"
-            raise UserError(f"stopped by {reason} after step {done}: the same command resumes there")
+            raise UserError(f"stopped by {' and '.join(stop)} after step {done}: the same command resumes there")
 
     def _log_step(self, done: int, values: dict[str, Any]) -> None:
         if self.world_size > 1:
@@ -337,15 +336,16 @@ class Run:
             save_checkpoint(self.folder / "checkpoint.pt", content)
             draw_log(self.folder)
 
-    def _stop_requested(self) -> bool:
-        """Whether a signal asked any of the processes to stop. They agree on it a step later, so that none waits."""
+    def _stop_requested(self) -> list[str]:
+        """The signals that asked any of the processes to stop. They agree on it a step later, so that none waits."""
         if self.world_size == 1:
-            return bool(self.told)
-        told, before = torch.tensor(len(self.told)), self.asked
+            return [*dict.fromkeys(self.told)]
+        told, before = torch.tensor([int(name in self.told) for name in STOP_SIGNALS]), self.asked
         self.asked = told, dist.all_reduce(told, async_op=True)
-        if before:
-            before[1].wait()
-        return bool(before and before[0])
+        if not before:
+            return []
+        before[1].wait()
+        return [name for name, count in zip(STOP_SIGNALS, before[0].tolist(), strict=True) if count]
 
     def validation_due(self) -> bool:
         """Whether this step ends an epoch after which `run.validate_every` asks for a test; the last has its own."""

@@ -163,6 +163,19 @@ def run(
     return done
 
 
+def run_with_signal(words: list[str], at: str, cwd: Path = ROOT) -> str:
+    """Run a command until it ends of a signal, with all processes it has started. Returns what it said.
+
+    at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
+    """
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests/signals"), "SIGNAL_AT": at}
+    more = dict(cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, start_new_session=True, **more)
+    _, said = process.communicate(timeout=100)  # until nobody is left to write into the pipe
+    assert process.returncode != 0 and not in_group(process.pid)
+    return said
+
+
 def log(folder: Path) -> list[dict]:
     """The lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
