@@ -13,9 +13,10 @@ shapes are smooth colour gradients: a tenth of the cubes tells most about the co
 import argparse
 import json
 import math
-import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,8 +89,9 @@ def _render(folder: Path, settings: dict, ava: bool, last: str, text: str) -> Pa
         wanted = [(split, number) for split, count in settings["videos"].items() for number in range(count)]
         processes = min(os.cpu_count(), math.ceil(len(wanted) / 100))  # starting one takes as long as 100 videos
         # spawn, not fork: PyTorch's threads may be running already
-        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
-            done = pool.imap(partial(_render_one, folder, settings["seed"], ava), wanted, chunksize=8)
+        with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            in_turn = partial(pool.map, chunksize=8) if processes > 1 else map
+            done = in_turn(partial(_render_one, folder, settings["seed"], ava), wanted)
             for rows in tqdm(done, f"rendering toy videos into {folder}", len(wanted), unit="video"):
                 texts |= {name: texts.get(name, "") + some for name, some in rows.items()}
         for name, content in (texts | {last: text}).items():
