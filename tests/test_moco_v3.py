@@ -167,7 +167,8 @@ def test_weights_start_as_in_moco_v3s_code():
 
 def test_two_processes_learn_what_one_does(settings, finished, tmp_path):
     """Keys, negatives and batch norm are of all processes: losses, gradients (Adam's moments), weights, features."""
-    run(f"{STAGE}.py", *settings[STAGE], "data.workers=0", f"run.folder={tmp_path}", processes=2)
+    done = run(f"{STAGE}.py", *settings[STAGE], "data.workers=1", f"run.folder={tmp_path}", processes=2)
+    assert done.stderr.count("batch 8 = 2 processes x 1 accumulated x 4") == 1  # rank 0 alone speaks
     one, two = (checkpoint(folder) for folder in (finished(STAGE), tmp_path))
     for number, state in one["optimizer"]["state"].items():
         ours, theirs = two["optimizer"]["state"][number]["exp_avg"], state["exp_avg"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,11 +110,20 @@ def test_a_run_whose_list_of_videos_changed_resumes_only_if_told_to(stage, setti
 
 
 @pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
-def test_a_run_resumes_without_the_file_it_started_from(stage, settings, finished, pretrained, tmp_path):
+def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrained, tmp_path, monkeypatch):
     init, folder = tmp_path / "init.pt", tmp_path / "run"
     shutil.copy(pretrained, init)
     words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=64", f"run.folder={folder}"]
-    run_with_signal(command(f"{stage}.py", *words), "checkpoint.pt 2 SIGKILL itself")
+    replace = os.replace
+
+    def interrupt(source: Path, target: Path) -> None:  # the second checkpoint, as ctrl-C would
+        if Path(target).name == "checkpoint.pt" and Path(target).exists():
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    assert "interrupted: the same command resumes" in run(f"{stage}.py", *words, ok=False).stderr
+    monkeypatch.undo()
     init.unlink()
     assert f"initialized from {folder}" in run(f"{stage}.py", *words).stderr
     start = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]

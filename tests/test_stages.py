@@ -159,10 +159,9 @@ def test_weights_move_as_adamw_of_the_paper_moves_them(stage, settings, tmp_path
     [
         ("pretrain", 1, ["data.workers=0"]),
         ("pretrain", 2, ["data.workers=2", "run.batch_per_device=3"]),
-        ("finetune", 2, ["data.workers=0", "run.batch_per_device=4"]),
-        ("probe", 2, ["run.batch_per_device=2"]),
+        ("finetune", 2, ["data.workers=0", "run.batch_per_device=4", "run.recompute=true"]),
+        ("probe", 2, ["data.workers=0", "run.batch_per_device=2"]),
         ("detect_ava", 2, ["data.workers=2", "run.batch_per_device=1"]),
-        ("baselines/moco_v3", 2, ["data.workers=2"]),
     ],
 )
 def test_results_do_not_depend_on_processes_workers_or_micro_batches(
@@ -170,7 +169,7 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
 ):
     """Without what is drawn on each device."""
     done = run(f"{stage}.py", *settings[stage], *more, f"run.folder={tmp_path}", processes=processes)
-    parts = {"pretrain": (2, 2), "finetune": (2, 2), "probe": (2, 2), "detect_ava": (4, 1), "baselines/moco_v3": (1, 4)}
+    parts = {"pretrain": (2, 2), "finetune": (2, 2), "probe": (2, 2), "detect_ava": (4, 1)}
     accumulated, at_once = parts[stage] if processes == 2 else (1, 8)
     assert f"batch 8 = {processes} processes x {accumulated} accumulated x {at_once}" in done.stderr
     assert done.stderr.count("starting at step 0") == 1  # rank 0 alone speaks
@@ -186,7 +185,7 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
         assert [*map(float, ours)] == pytest.approx([*map(float, theirs)], abs=2e-2 if stage == "detect_ava" else 1e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])  # the others load as these do
 def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, finished, tmp_path):
     """As on macOS and Windows, where there is no fork."""
     before = multiprocessing.get_start_method()
@@ -199,11 +198,11 @@ def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, fini
     assert losses(tmp_path) == losses(finished(stage))
 
 
-@pytest.mark.parametrize("stage, processes", [("pretrain", 0), ("finetune", 2), ("detect_ava", 0)])
-def test_activation_checkpointing_changes_nothing(stage, processes, settings, tmp_path):
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
+def test_activation_checkpointing_changes_nothing(stage, settings, tmp_path):
     same = [*settings[stage], *EVERYTHING_RANDOM[stage], "optim.epochs=1", "run.batch_per_device=4", "data.workers=0"]
     for name in ("false", "true"):
-        run(f"{stage}.py", *same, f"run.recompute={name}", f"run.folder={tmp_path / name}", processes=processes)
+        run(f"{stage}.py", *same, f"run.recompute={name}", f"run.folder={tmp_path / name}")
     one, other = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("false", "true")
     )

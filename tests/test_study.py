@@ -2,13 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from conftest import run as run_command
 from PIL import Image
 
 import pretrain
@@ -176,7 +175,7 @@ def test_a_study_resumes_where_it_stopped_and_a_failure_stops_only_what_needs_it
     assert started[2:] == [("base", "0", "pretrain"), ("probe", "0", "probe")] and len(results(file)) == len(keys)
 
 
-def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path):
+def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path, monkeypatch):
     """Pre-training on eight of 24 videos, then fine-tuning on all of them, for one epoch."""
     folder, few = tmp_path / "runs", str(tmp_path / "few.txt")
     claims = [dict(says="8, 24", higher="few", lower="other", paper=1)]
@@ -189,9 +188,10 @@ def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path):
     described |= dict(settings=settings, experiments=experiments, tables=[table])
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described))
     words = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=8", "data.workers=0"]
-    command = [sys.executable, "-m", "support.study", tmp_path / "tiny.yaml", *words, "--only", "few", "--seeds", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["support.study", tmp_path / "tiny.yaml", *words, "--only", "few", "--seeds", "3"]
+    for name in ("OMP_NUM_THREADS", "TQDM_MININTERVAL"):  # restored after the study has set them
+        monkeypatch.setenv(name, "1")
+    run_command(*command)
     first, second = results(folder / "results.csv")
     assert tuple(first.values())[:4] == ("few", "3", "pretrain", "")
     assert tuple(second.values())[:3] == ("few", "3", "finetune") and second["loss"] == ""
@@ -206,11 +206,11 @@ def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path):
     assert f"| 8 videos | pretrain: `data.train={few} mask.ratio=0.5` | {float(first['loss']):.3f} | **" in text
     assert Image.open(folder / "study.png").width == 1000
     # a run that fails: the sentence, and where to look
-    done = subprocess.run([*command, "init=nowhere.pt"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(*command, "init=nowhere.pt", ok=False)
     assert done.returncode == 1 and "nearest valid key" in done.stderr  # pre-training has no such key
     (folder / "results.csv").unlink()
     (folder / "few_seed3/pretrain/checkpoint.pt").write_text("no checkpoint")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(*command, ok=False)
     assert done.returncode == 1 and f"{folder / 'few_seed3/pretrain'}: failed, see output.txt there" in done.stderr
     assert "1 runs failed: the same command tries again" in done.stderr
     assert "is not a whole checkpoint" in (folder / "few_seed3/pretrain/output.txt").read_text()
