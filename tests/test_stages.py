@@ -191,7 +191,7 @@ def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, fini
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        more = ["run.validate_every=0"] if stage == "finetune" else []
+        more = [] if stage == "pretrain" else ["run.validate_every=0"]
         run(f"{stage}.py", *settings[stage], *more, "data.workers=1", f"run.folder={tmp_path}")
     finally:
         multiprocessing.set_start_method(before, force=True)
