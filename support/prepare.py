@@ -13,7 +13,6 @@ import signal
 import statistics
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,11 +66,7 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
         in_turn = pool.map if processes > 1 else map
         reasons = in_turn(partial(_prepare_one, short=short), [sources[target] for target in todo], todo)
         bar = tqdm(reasons, "preparing videos", len(sources), initial=len(sources) - len(todo), unit="video")
-        try:
-            broken = [reason for reason in bar if reason]
-        except BrokenProcessPool:
-            what = "a process was killed, perhaps for lack of memory"
-            raise UserError(f"{what}: give the same command again, with fewer --processes") from None
+        broken = [reason for reason in bar if reason]
     done = [target for target in sources if target.exists()]
     for name, lines in (("prepared", [path.relative_to(out).as_posix() for path in done]), ("unreadable", broken)):
         text = "".join(f"{line}\n" for line in lines)

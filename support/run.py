@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,8 @@ def launch(main: Callable[[], None]) -> None:
             traceback.print_exc()
             _stop(str(error))
         _stop(f"{error}; give another path, or fix this one")  # a folder that is a file, no permission
+    except BrokenProcessPool:
+        _stop("a process was killed, perhaps for lack of memory: make room, then the same command goes on where it was")
     except RuntimeError as error:
         if not (reason := re.search(r"shared memory|ancdata|Too many open files", str(error))):
             raise
