@@ -58,7 +58,7 @@ def launch(main: Callable[[], None]) -> None:
             _stop(str(error))
         _stop(f"{error}; give another path, or fix this one")  # a folder that is a file, no permission
     except BrokenProcessPool:
-        _stop("a process was killed, perhaps for lack of memory: make room, then the same command goes on where it was")
+        _stop("a process was killed, perhaps for lack of memory: make room, then the same command resumes")
     except RuntimeError as error:
         if not (reason := re.search(r"shared memory|ancdata|Too many open files", str(error))):
             raise

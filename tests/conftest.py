@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -172,6 +173,9 @@ def run_with_signal(words: list[str], at: str, cwd: Path = ROOT) -> str:
     more = dict(cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(words, start_new_session=True, **more)
     _, said = process.communicate(timeout=100)  # until nobody is left to write into the pipe
+    until = time.monotonic() + 20
+    while in_group(process.pid) and time.monotonic() < until:  # the last ones are ending
+        time.sleep(0.05)
     assert process.returncode != 0 and not in_group(process.pid)
     return said
 

