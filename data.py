@@ -20,8 +20,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from masking import split
 from support.config import UserError
+from support.processes import ignore_signals
 from support.randaugment import rand_augment
-from support.run import ignore_signals, random_below, sample_generator
+from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]

@@ -63,7 +63,9 @@ from support.persons import (
     persons_each_second,
 )
 from support.pictures import draw_persons, side_by_side
-from support.run import Run, gather, launch, random_below, warmup_cosine
+from support.processes import gather, launch
+from support.run import Run, warmup_cosine
+from support.seeds import random_below
 from support.video import BrokenVideo
 from support.weights import (
     build_from_checkpoint,

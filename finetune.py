@@ -29,7 +29,8 @@ from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
-from support.run import Run, gather, launch, warmup_cosine
+from support.processes import gather, launch
+from support.run import Run, warmup_cosine
 from support.scores import compare, most_probable, write_predictions, write_scores
 from support.weights import (
     build_from_checkpoint,

@@ -28,7 +28,8 @@ from support import toy
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
 from support.pictures import save_videos
-from support.run import Run, launch, warmup_cosine
+from support.processes import launch
+from support.run import Run, warmup_cosine
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
 

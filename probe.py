@@ -28,7 +28,8 @@ from support import toy
 from support.config import UserError, as_dict, flatten, load_config, parse, pick, say
 from support.datasets import labelled_videos
 from support.features import KEEP, extract
-from support.run import Run, launch, warmup_cosine
+from support.processes import launch
+from support.run import Run, warmup_cosine
 from support.weights import check_init, encoder_options, load_weights, read_checkpoint, read_options, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"

@@ -33,7 +33,9 @@ from model import Encoder, encoder_size, initialize, recompute_blocks
 from support import toy
 from support.config import UserError, load_config, parse, say
 from support.datasets import list_videos
-from support.run import Run, launch, random_below, warmup_cosine
+from support.processes import launch
+from support.run import Run, warmup_cosine
+from support.seeds import random_below
 from support.video import Video
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "baselines" / "toy.yaml"

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from support.config import UserError, say
 from support.datasets import SUFFIXES
-from support.run import launch
+from support.processes import launch
 from support.video import BrokenVideo, Video
 
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated

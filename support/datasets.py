@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tqdm.contrib.concurrent import thread_map
 
 from support.config import UserError, load_config, parse
-from support.run import launch
+from support.processes import launch
 from support.video import BrokenVideo, Video
 
 SUFFIXES = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()

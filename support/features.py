@@ -21,7 +21,8 @@ import data
 from model import Encoder, cube_grid
 from support.config import UserError, say
 from support.datasets import named_videos
-from support.run import Run, gather
+from support.processes import gather
+from support.run import Run
 from support.video import BrokenVideo, Video
 
 # --keep: the mean over all tokens of a window, the means over those of each time, or every token

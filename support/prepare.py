@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support.config import UserError, parse
 from support.datasets import SUFFIXES, files_below, find_files, list_videos, read_settings
-from support.run import launch
+from support.processes import launch
 from support.video import BrokenVideo, Video, write_mp4
 
 # A key frame every 32 frames, and no frame refers to seven of eight: few are decoded for a clip of stride 4.

@@ -28,7 +28,8 @@ import yaml
 from support import toy
 from support.config import UserError, load_config, parse, pick
 from support.pictures import new_figure
-from support.run import launch, say
+from support.processes import launch
+from support.run import say
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "configs" / "study" / "toy.yaml"

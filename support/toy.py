@@ -27,7 +27,8 @@ from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 
 from support.config import UserError
-from support.run import launch, random_below, sample_generator
+from support.processes import launch
+from support.seeds import random_below, sample_generator
 from support.video import write_mp4
 
 X, Y, TURN, GROW = torch.eye(4, dtype=torch.float64)  # what a motion changes from frame to frame

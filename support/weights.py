@@ -21,7 +21,7 @@ from masking import Grid
 from model import SIZES, VideoClassifier, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
 from support.checkpoint import load_checkpoint
 from support.config import UserError, as_dict, load_config, say
-from support.run import launch
+from support.processes import launch
 
 # Where a file's tensors may be.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from videos import SIZE, audio_only, number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
 
+import support.processes
 import support.run
 import support.video
 from model import SIZES, VideoMAE
@@ -155,7 +156,7 @@ def run(
             patch.chdir(cwd)
             patch.setattr("sys.argv", [str(script), *map(str, arguments)])
             try:
-                support.run.launch(stage.main)
+                support.processes.launch(stage.main)
             except SystemExit as end:  # with its exit status, or with a sentence
                 status = end.code if isinstance(end.code, int) else 1
                 err.write("" if isinstance(end.code, int) else f"{end.code}\n")

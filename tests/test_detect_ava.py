@@ -23,7 +23,8 @@ import support.weights
 from support import ava as files
 from support import toy
 from support.config import UserError, as_dict, load_config
-from support.run import Run, random_below
+from support.run import Run
+from support.seeds import random_below
 from support.video import BrokenVideo
 
 NO_PERSONS = torch.zeros(0, 12)  # labels

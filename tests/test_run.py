@@ -13,16 +13,9 @@ from conftest import ENVIRONMENT, ROOT, command
 
 from support.checkpoint import describe, load_checkpoint, open_folder, open_log, save_checkpoint
 from support.config import UserError, as_dict, load_config
-from support.run import (
-    Run,
-    find_device,
-    has_fast_bf16,
-    launch,
-    random_below,
-    sample_generator,
-    seed_device,
-    warmup_cosine,
-)
+from support.processes import find_device, has_fast_bf16, launch
+from support.run import Run, warmup_cosine
+from support.seeds import random_below, sample_generator, seed_device
 
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
 
@@ -181,7 +174,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
 import resource, torch
 from pathlib import Path
 from support.checkpoint import save_checkpoint
-from support.run import launch
+from support.processes import launch
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file may have
 save = lambda n: save_checkpoint(Path({str(path)!r}), dict(weight=torch.ones(n)))
 launch(lambda: (save(10), save(100_000)))

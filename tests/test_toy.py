@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, command, run, run_with_signal
 
 import support.datasets
-import support.run
+import support.seeds
 import support.video
 from support import toy
 from support.config import UserError
@@ -228,7 +228,7 @@ def test_toy_boxes_follow_the_motions_that_the_labels_say():
     """In frames without a change of motion, a wrap or a cut, the centre of a box goes where its label says."""
     checked, size = set(), torch.tensor([toy.AVA_WIDTH, toy.AVA_HEIGHT] * 2)
     for seed in range(30):
-        _, shapes = toy.render_scene(support.run.sample_generator(0, 0, seed))
+        _, shapes = toy.render_scene(support.seeds.sample_generator(0, 0, seed))
         for motions, boxes in shapes:
             assert boxes.shape == (toy.AVA_FRAMES, 4)
             for frame in range(4, toy.AVA_FRAMES - 4):

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 import data
 import support.prepare
 import support.video
-from support.run import sample_generator
+from support.seeds import sample_generator
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
 
