@@ -72,6 +72,7 @@ from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
 from support.weights import (
     build_from_checkpoint,
+    check_init,
     encoder_options,
     load_weights,
     read_checkpoint,
@@ -241,6 +242,7 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
         model = ActionDetector(**checkpoint["model_options"], drop_path=config.model.drop_path)
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
+    check_init(config.init, "scratch")
     options = encoder_options(config, config.init)
     model = ActionDetector(**options, classes=config.data.actions, drop_path=config.model.drop_path)
     say(f"initialized from {config.init}")

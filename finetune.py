@@ -38,6 +38,7 @@ from support.scores import compare, most_probable, write_predictions, write_scor
 from support.seeds import seed_device
 from support.weights import (
     build_from_checkpoint,
+    check_init,
     encoder_options,
     load_weights,
     read_checkpoint,
@@ -69,6 +70,7 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
         )
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
+    check_init(config.init, "scratch")
     encoder = encoder_options(config, config.init)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
     say(f"initialized from {config.init}")
