@@ -2,35 +2,30 @@
 
     laptop:   torchrun probe.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
-    features: python probe.py --features VIDEO... --weights FILE --out FOLDER      # see docs/features.md
 
 An encoder with random weights, PyTorch's own initialization, can be probed next to it, on the same clips.
 The same command resumes from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
 import argparse
-import os
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
 from finetune import test_and_write
-from model import Encoder, VideoClassifier, cube_grid
+from model import Encoder, cube_grid
 from support import toy
-from support.config import UserError, as_dict, flatten, load_config, parse, pick, say
+from support.config import load_config, parse, pick, say
 from support.datasets import labelled_videos
-from support.features import KEEP, extract
 from support.processes import launch
 from support.run import Run, warmup_cosine
-from support.weights import check_init, encoder_options, load_weights, read_checkpoint, read_options, stored_config
+from support.weights import check_init, encoder_options, load_weights
 
 DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
 
@@ -120,50 +115,10 @@ def train(config: SimpleNamespace) -> None:
         run.log(step=run.total, encoder=name, test_top1=top1)
 
 
-# ---- features of long videos ----
-
-
-def frozen(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.Module]:
-    """The encoder of any weights, with its last norm, or without one but with the `fc_norm` of fine-tuned weights."""
-    state, options = read_checkpoint(weights)[0], read_options(weights, config.model.pretrained_clip)
-    sizes = {key: options[key] for key in ("width", "depth", "heads", "clip_size", "eps") if key in options}
-    kind = VideoClassifier if "fc_norm.weight" in state else LinearProbe
-    model = kind(**sizes, cube=config.model.cube, classes=options.get("classes", 1))
-    model.head = model.head if "head.weight" in state else nn.Identity()
-    load_weights(model, weights, fresh=("head.",))
-    return model.encoder.eval(), getattr(model, "fc_norm", nn.Identity())
-
-
-def features_of_videos(arguments: argparse.Namespace) -> None:
-    """`--features`: what the frozen encoder of any weights makes of long videos, see support/features.py."""
-    weights, overrides = arguments.weights, arguments.settings
-    trained = flatten(read_checkpoint(weights)[1].get("config", {}))  # in any stage
-    stored = {key: trained.get(key, value) for key, value in flatten(as_dict(load_config(DEFAULT, []))).items()}
-    config = load_config(DEFAULT, overrides, stored) if trained else stored_config(weights, DEFAULT, overrides)
-    if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    extract(arguments, Run(config, DEFAULT), *frozen(weights, config))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--features", nargs="+", type=Path, metavar="VIDEO", help="write features of videos, folders or lists")
-    add("--weights", type=Path, help="pre-trained or fine-tuned, of this project or others, see docs/weights.md")
-    add("--out", type=Path, help="folder for the features, one .npz file for each video")
-    add("--window-stride", type=int, help="frames from window to window; default: data.frames x data.stride")
-    add("--keep", choices=KEEP, default="mean", help="of a window's tokens: the mean, the mean over space, or all")
-    add("--last", choices=("repeat", "drop"), default="repeat", help="what to do if the last window is not full")
     arguments = parse(parser)
-    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)} - {"settings"}
-    if not given:
-        train(load_config(DEFAULT, arguments.settings))
-    elif not {"features", "weights", "out"} <= given:
-        raise UserError("--features VIDEO..., --weights FILE and --out FOLDER go together; training takes init=FILE")
-    elif arguments.window_stride is not None and arguments.window_stride < 1:
-        raise UserError(f"--window-stride {arguments.window_stride} has to be at least 1")
-    else:
-        features_of_videos(arguments)
+    train(load_config(DEFAULT, arguments.settings))
 
 
 if __name__ == "__main__":

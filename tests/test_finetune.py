@@ -15,7 +15,8 @@ import model as m
 from support import toy
 from support.config import load_config
 from support.datasets import labelled_videos
-from support.weights import build_from_checkpoint, to_hugging_face
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import to_hugging_face
 
 
 def configured(*settings: object):
