@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from masking import Grid
 from model import SIZES, VideoMAE, cube_grid, encoder_size, interpolate_positions, sincos_positions
-from support.checkpoint import load_checkpoint
 from support.config import UserError, as_dict, load_config, say
 from support.weight_files import read_checkpoint, weights_file
 
@@ -172,22 +171,12 @@ def stored_config(path: str | Path, default: Path, settings: list[str]) -> Simpl
 
 
 def encoder_options(config: SimpleNamespace, init: str) -> dict[str, Any]:
-    """Return arguments of `Encoder`: the model's size, and the clip size that the weights `init` were trained on."""
+    """Return arguments of `Encoder`: the model's size, and the clip size of the pre-training of the weights `init`."""
+    check_init(init, "scratch")
     clip_size = [config.data.frames, config.data.size, config.data.size]
     if init != "scratch":
         clip_size = read_checkpoint(init)[1]["clip_size"] or config.model.pretrained_clip
     return encoder_size(config.model.size) | dict(clip_size=clip_size, cube=config.model.cube)
-
-
-def find_init(config: SimpleNamespace, default: Path) -> str:
-    """Return the weights to start from: the checkpoint of a run to resume, else `config.init`. Raises UserError.
-
-    A run can be resumed without the file that it started from.
-    """
-    if load_checkpoint(Path(config.run.folder), config, default):
-        return config.run.folder
-    check_init(config.init, "scratch")
-    return config.init
 
 
 def check_init(init: str, *keywords: str) -> None:

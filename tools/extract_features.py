@@ -25,8 +25,7 @@ from model import Encoder, VideoClassifier, cube_grid
 from probe import DEFAULT, LinearProbe
 from support.config import UserError, as_dict, flatten, load_config, parse, say
 from support.datasets import named_videos
-from support.processes import gather, launch
-from support.run import Run
+from support.processes import gather, launch, start_processes
 from support.video import BrokenVideo
 from support.weights import load_weights, read_checkpoint, read_options, stored_config
 from tools.windows import windows
@@ -77,21 +76,26 @@ def check_settings(file: Path, settings: dict) -> None:
 
 
 @torch.inference_mode()
-def extract(arguments: argparse.Namespace, run: Run) -> None:
+def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     """Write the features of each video, unless they exist already."""
-    options, keep = run.config.data, arguments.keep
-    grid = cube_grid((options.frames, options.size, options.size), run.config.model.cube)
-    encoder, norm = build_encoder(arguments.weights, run.config)
+    if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    processes = start_processes(config.run.precision, config.data.workers)
+    device = processes.device
+    options, keep = config.data, arguments.keep
+    slots, _, _ = cube_grid((options.frames, options.size, options.size), config.model.cube)
+    encoder, norm = build_encoder(arguments.weights, config)
     parameters = parameters_to_vector([*encoder.parameters(), encoder.pos_embed, *norm.parameters()])
     windowing = dict(frames=options.frames, stride=options.stride, size=options.size, last=arguments.last)
     windowing["window_stride"] = arguments.window_stride or options.frames * options.stride
-    settings = windowing | dict(keep=keep, bf16=run.bf16, checksum_of_weights=zlib.crc32(parameters.numpy()))
-    encoder, norm = encoder.to(run.device), norm.to(run.device)
+    bf16 = processes.dtype == torch.bfloat16
+    settings = windowing | dict(keep=keep, bf16=bf16, checksum_of_weights=zlib.crc32(parameters.numpy()))
+    encoder, norm = encoder.to(device), norm.to(device)
 
     def encode(clips: list[Tensor]) -> Tensor:
-        clip = data.normalize(torch.stack(clips).to(run.device))  # (B, 3, T, H, W)
-        with run.autocast():
-            x = reduce(encoder(clip), KEEP[keep], "mean", t=grid[0])  # from (B, N, D)
+        clip = data.normalize(torch.stack(clips).to(device))  # (B, 3, T, H, W)
+        with processes.autocast():
+            x = reduce(encoder(clip), KEEP[keep], "mean", t=slots)  # from (B, N, D)
             return norm(x).float().cpu()  # (B, D), (B, T/2, D) or (B, N, D)
 
     files = result_files(named_videos(arguments.videos), arguments.out)
@@ -99,14 +103,14 @@ def extract(arguments: argparse.Namespace, run: Run) -> None:
     for file in done:
         check_settings(file, settings | dict(video=files[file]))
     say(f"{len(files):,} videos, {len(done):,} of them done; {settings}")
-    todo = [file for file in list(files)[run.rank :: run.world_size] if file not in done]
-    bar = tqdm(unit=" windows", disable=run.rank > 0)
+    todo = [file for file in list(files)[processes.rank :: processes.world_size] if file not in done]
+    bar = tqdm(unit=" windows", disable=processes.rank > 0)
     broken = []
     for file in todo:
         clips = windows(files[file], **windowing)
         features, times = [], []
         try:
-            while batch := list(islice(clips, run.config.run.batch_per_device)):
+            while batch := list(islice(clips, config.run.batch_per_device)):
                 features.append(encode([clip for clip, _ in batch]))
                 times += [(shown[0], shown[-1]) for _, shown in batch]
                 bar.update(len(batch))
@@ -138,13 +142,10 @@ def main() -> None:
     add("--window-stride", type=int, help="frames from window to window; default: data.frames x data.stride")
     add("--keep", choices=KEEP, default="mean", help="of a window's tokens: the mean, the mean over space, or all")
     add("--last", choices=("repeat", "drop"), default="repeat", help="what to do if the last window is not full")
-    arguments = parse(parser)
+    arguments = parse(parser, DEFAULT)
     if arguments.window_stride is not None and arguments.window_stride < 1:
         raise UserError(f"--window-stride {arguments.window_stride} has to be at least 1")
-    config = configure(arguments.weights, arguments.settings)
-    if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    extract(arguments, Run(config, DEFAULT))
+    extract(arguments, configure(arguments.weights, arguments.settings))
 
 
 if __name__ == "__main__":
