@@ -19,12 +19,15 @@ PARTS = "encoder.norm. fc_norm. head. encoder_to_decoder. mask_token decoder pos
 PARTS += ["projector.", "predictor."]  # of baselines/moco_v3.py
 
 
-def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()) -> None:
-    """Load any file that `read_checkpoint` reads into any of this project's models.
+def load_weights(
+    model: nn.Module, path: str | Path, fresh: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> None:
+    """Load any file that `read_checkpoint` reads into any of this project's models. Say which parts are loaded.
 
-    Each parameter has to be in the file, with its shape, unless its name starts with one of `fresh`: those keep their
-    initial values. Each tensor has to be used, unless it is of a part that the model lacks, such as the decoder. Both
-    are reported. Image models, named as in timm and facebookresearch/mae, are inflated (Table 1e). Raises UserError.
+    Each parameter has to be in the file, with its shape, but for names that start with one of `fresh`, which keep their
+    initial values, or of `optional`, which keep them if the file has none of this shape. Each tensor has to be used,
+    unless it is of a part that the model lacks, such as the decoder. Image models, named as in timm and
+    facebookresearch/mae, are inflated (Table 1e). Raises UserError.
     """
     state, content = read_checkpoint(path)
     cube, grid = model.encoder.patch_embed.cube, model.encoder.grid
@@ -36,35 +39,45 @@ def load_weights(model: nn.Module, path: str | Path, fresh: tuple[str, ...] = ()
     own = model.state_dict() | dict(model.named_buffers())  # with the position tables
     state |= fit_positions(state, own, grid, model.encoder.grid)
 
-    loaded = {key for key in own if key in state and state[key].shape == own[key].shape}
-    if errors := find_misfits(own, state, loaded, fresh):
+    fitting = {key for key in own if key in state and state[key].shape == own[key].shape}
+    loaded = {key for key in fitting if not key.startswith(fresh)}
+    if errors := find_misfits(own, state, fitting, fresh + optional):
         more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
         what = f"this {type(model).__name__} (another model size, model.pretrained_clip or stage?)"
         raise UserError(f"{path} does not fit {what}: {'; '.join(errors[:3])}{more}")
     for key in loaded:
         own[key].copy_(state[key])
-    report(path, "not in the file, start fresh", own.keys() - loaded)
-    report(path, "left over, not used", state.keys() - own.keys())
+    report(path, own, state, fitting, loaded, content["unused"])
 
 
 def fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
-    """Return the file's position tables, for its `grid` of cubes, as ones for `new_grid`; computed if it has none."""
+    """Return position tables for `new_grid`: those of the file, which are for its `grid` of cubes.
+
+    A model keeps its own table if the file has none. One that is computed for another grid than that of the
+    pre-training becomes the interpolated table of the pre-training.
+    """
     tables = {}
-    for key in own:
-        if key.endswith("pos_embed"):
-            table = state.get(key, sincos_positions(math.prod(grid), own[key].shape[1]))
-            table = table.float().reshape(-1, table.shape[-1])  # (N, D)
-            if len(table) == math.prod(grid):
-                table = interpolate_positions(table, grid, new_grid)
-            tables[key] = table
+    for key, own_table in own.items():
+        if not key.endswith("pos_embed"):
+            continue
+        table = state.get(key)
+        if table is None and grid != new_grid and torch.equal(own_table, sincos_positions(*own_table.shape)):
+            table = sincos_positions(math.prod(grid), own_table.shape[1])
+        if table is None:
+            tables[key] = own_table
+            continue
+        table = table.float().reshape(-1, table.shape[-1])  # (N, D)
+        if len(table) == math.prod(grid):
+            table = interpolate_positions(table, grid, new_grid)
+        tables[key] = table
     return tables
 
 
-def find_misfits(own: dict, state: dict, loaded: set[str], fresh: tuple[str, ...]) -> list[str]:
+def find_misfits(own: dict, state: dict, fitting: set[str], may_differ: tuple[str, ...]) -> list[str]:
     """Return a few words on each parameter that is not in the file and each tensor that the model has no use for."""
     errors = []
-    for key in sorted(own.keys() - loaded):
-        if not key.startswith(fresh):
+    for key in sorted(own.keys() - fitting):
+        if not key.startswith(may_differ):
             shape = tuple(state[key].shape) if key in state else "missing"
             errors.append(f"{key} is {shape}, the model's {tuple(own[key].shape)}")
     lacking = tuple(part for part in PARTS if not any(key.startswith(part) for key in own))
@@ -74,11 +87,27 @@ def find_misfits(own: dict, state: dict, loaded: set[str], fresh: tuple[str, ...
     return errors
 
 
-def report(path: str | Path, what: str, keys: set[str]) -> None:
-    """Print which parts of a model `keys` are, by the first two components of their names."""
-    if keys:
-        parts = {".".join(key.split(".")[:2]) for key in keys}
-        say(f"{path}: {what}: {', '.join(sorted(parts))}")
+def report(path: str | Path, own: dict, state: dict, fitting: set[str], loaded: set[str], unused: list[str]) -> None:
+    """Print which parts of a model are loaded, which are new and why, and what of the file is not used."""
+    words = []
+    for what, keys in (
+        ("loaded", loaded),
+        ("new", own.keys() - state.keys()),
+        ("new, since the file's has another shape", (own.keys() & state.keys()) - fitting),
+        ("new, the file's not used", fitting - loaded),
+        ("not needed", state.keys() - own.keys()),
+    ):
+        # A part is named by its first word, or by two, such as "encoder.norm", if the rest of it is loaded.
+        parts = set()
+        for key in keys:
+            if key.endswith("pos_embed"):
+                continue
+            first, _, rest = key.partition(".")
+            is_split = key not in loaded and any(other.startswith(f"{first}.") for other in loaded)
+            parts.add(f"{first}.{rest.partition('.')[0]}" if is_split else first)
+        if parts:
+            words.append(f"{', '.join(sorted(parts))} {what}")
+    say(f"{path}: {'; '.join([*words, *(f'{what} not used' for what in unused)])}")
 
 
 def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> dict[str, Tensor]:
@@ -149,6 +178,9 @@ def build_from_checkpoint(
     if kind is not VideoMAE and "classes" not in options:
         raise UserError(f"{path} is not a fine-tuned checkpoint, with its classes")
     model = kind(**options)
+    if hasattr(model, "fc_norm") and "fc_norm.weight" not in read_checkpoint(path)[0]:
+        what = "its head sees the first token (transformers' use_mean_pooling=False) or detects actions"
+        raise UserError(f"{path} has no fc_norm, so {what}: only init= and tools.extract_features can use it")
     load_weights(model, path)
     return model
 
