@@ -247,7 +247,7 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
     model = ActionDetector(**options, classes=config.data.actions, drop_path=config.model.drop_path)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
-        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
+        load_weights(model, config.init, fresh=("head.",), optional=("encoder.norm.",))
     with torch.no_grad():
         model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
     return model

@@ -75,7 +75,7 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
-        load_weights(model, config.init, fresh=("fc_norm.", "head."))
+        load_weights(model, config.init, optional=("fc_norm.", "head."))
     return model
 
 

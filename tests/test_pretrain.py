@@ -379,7 +379,7 @@ def test_a_perfect_prediction_gives_the_original_back(toy_videos):
 def test_an_exported_run_opens_in_transformers(finished, tmp_path):
     import transformers
 
-    done = run("support.weights", finished("pretrain") / "checkpoint.pt", tmp_path / "exported")
+    done = run("tools.export_hugging_face", finished("pretrain") / "checkpoint.pt", tmp_path / "exported")
     assert "from_pretrained" in done.stdout
     kind = transformers.VideoMAEForPreTraining
     theirs, report = kind.from_pretrained(tmp_path / "exported", output_loading_info=True)
