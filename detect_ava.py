@@ -155,7 +155,7 @@ class KeyFrameClips(data.TrainingVideos):
             clip, boxes = TF.horizontal_flip(clip), TF.horizontal_flip(boxes)
         if options.jitter_boxes:
             boxes = TF.clamp_bounding_boxes(jitter_boxes(boxes, generator))
-        if options.jitter_colours:
+        if options.jitter_colors:
             clip = jitter_colors(clip, generator)
         return clip.contiguous(), boxes.as_subclass(Tensor), labels
 

@@ -476,7 +476,7 @@ def test_the_first_logits_are_nearly_those_of_the_frequencies():
 
 
 def test_training_clips_and_their_boxes(ava):
-    config = configured(f"data.root={ava}", "data.flip=true", "data.jitter_boxes=true", "data.jitter_colours=true")
+    config = configured(f"data.root={ava}", "data.flip=true", "data.jitter_boxes=true", "data.jitter_colors=true")
     frames, movies = detect_ava.find_training(config.data, ava)
     assert {video for video, _ in frames} <= movies.keys()
     assert not frames.keys() & files.read_exclusions(ava / config.data.train_exclude)

@@ -214,7 +214,7 @@ SILENT = {
         "data.rate": 30.0,
         "data.mean": [0.485, 0.456, 0.406],  # as in pre-training
         "data.std": [0.229, 0.224, 0.225],
-        "data.jitter_colours": False,  # the authors' code does these four
+        "data.jitter_colors": False,  # the authors' code does these four
         "data.jitter_boxes": False,
         "data.widen_boxes": False,
         "data.person_score": False,
@@ -317,7 +317,7 @@ AUTHORS = {
     "data.rate": 25.0,
     "data.mean": [0.4815, 0.4547, 0.4038],
     "data.std": [0.225, 0.225, 0.225],
-    "data.jitter_colours": True,
+    "data.jitter_colors": True,
     "data.jitter_boxes": True,
     "data.widen_boxes": True,
     "data.person_score": True,
