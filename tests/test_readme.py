@@ -158,8 +158,6 @@ def test_commands_are_real(words):
     script = ROOT / (f"{name}.py" if words[start].endswith(".py") else f"{name.replace('.', '/')}.py")
     source = script.read_text("utf-8")
     assert '__name__ == "__main__"' in source
-    if "--evaluate" in words:  # whose options are those of support/ava.py
-        source += (ROOT / "support/ava.py").read_text("utf-8")
     arguments = words[start + 1 :]
     for option in (word for word in arguments if word.startswith("--")):
         assert f'"{option}"' in source, option
