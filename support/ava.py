@@ -314,8 +314,7 @@ def find_training(options: SimpleNamespace, root: Path) -> tuple[KeyFrames, Movi
     labelled = {row.frame[0] for row in rows}
     where, missing = root / options.movies, sorted(labelled - movies.keys())
     if missing:
-        count = f"{len(missing)} of {len(labelled)}"
-        say(f"{count} movies for training are not in {where} and left out: {', '.join(missing)}")
+        say(f"{len(missing)} of {len(labelled)} movies for training are not in {where}, left out: {', '.join(missing)}")
     if len(missing) == len(labelled):
         raise UserError(f"{where} has none of the movies of {root / options.train}; look at data.movies")
     return key_frames([row for row in rows if row.frame[0] in movies]), movies

@@ -13,8 +13,6 @@ from support import ava, toy
 from support.config import UserError, as_dict
 from tools import draw_detections
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +122,7 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
     detector.transform.min_size, detector.transform.max_size = (32,), 64  # as it is, it enlarges a frame to 800 pixels
     detector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
     options = configured("data.starts_at=0").data
-    found = draw_detections.persons_each_second(film(tmp_path / "film.mp4", 25), detector, options, CPU)
+    found = draw_detections.persons_each_second(film(tmp_path / "film.mp4", 25), detector, options)
     assert list(found) == [("film", second) for second in range(3)]
     assert [number_of((image * 255).round()) for image in seen] == [0, 10, 20]
     boxes = torch.tensor([row.box for row in sum(found.values(), [])])
@@ -134,4 +132,4 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
         with torch.no_grad():
             detector.roi_heads.box_predictor.cls_score.bias[2] = bias
         with pytest.raises(UserError, match=f"film.mp4 shows no person whom .* a score of {threshold} or more"):
-            draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options, CPU)
+            draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options)

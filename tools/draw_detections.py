@@ -41,9 +41,7 @@ def load_person_detector(path: Path) -> nn.Module:
 
 
 @torch.inference_mode()
-def persons_each_second(
-    path: Path, person_detector: nn.Module | None, options: SimpleNamespace, device: torch.device
-) -> ava.KeyFrames:
+def persons_each_second(path: Path, person_detector: nn.Module | None, options: SimpleNamespace) -> ava.KeyFrames:
     """Return the persons that a detector finds at each second of a video, or without one, whole frames.
 
     Raises BrokenVideo, or UserError if there are no persons.
@@ -54,11 +52,12 @@ def persons_each_second(
         for second in range(round(times[-1]) + 1):
             boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
             if person_detector:
-                image = video.frames([detect_ava.nearest(times, Fraction(second))])[0].to(device)  # (3, H, W)
+                image = video.frames([detect_ava.nearest(times, Fraction(second))])[0]  # (3, H, W)
                 height, width = image.shape[1:]
-                found = person_detector([image / 255])[0]
+                found = person_detector([image.to(next(person_detector.parameters()).device) / 255])[0]
                 kept = (found["labels"] == 1) & (found["scores"] >= options.threshold)  # COCO's class 1: person
-                boxes, scores = found["boxes"][kept].cpu() / torch.tensor([width, height] * 2), found["scores"][kept]
+                boxes = found["boxes"][kept].cpu() / torch.tensor([width, height] * 2)  # (P, 4)
+                scores = found["scores"][kept]
             for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
                 rows.append(ava.Row((path.stem, options.starts_at + second), tuple(box), 0, score))
     if not rows:
@@ -115,7 +114,7 @@ def draw_detections(arguments: argparse.Namespace) -> None:
             if boxes and not persons:
                 others = f"only of {next(iter(boxes))[0]}, ...: column 1 has to be the file's name"
                 raise UserError(f"{arguments.boxes} has no boxes of video {name}, {others}")
-            persons = persons or persons_each_second(path, person_detector, options, processes.device)
+            persons = persons or persons_each_second(path, person_detector, options)
             rows, broken = detect_ava.detect(model, persons, {name: path}, processes, config, f"detecting in {name}")
             for reason in broken:
                 say(f"no detections: {reason}")
