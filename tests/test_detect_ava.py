@@ -20,7 +20,7 @@ import detect_ava
 import model as m
 from support import ava, toy
 from support.config import UserError, load_config
-from support.run import Run
+from support.processes import start_processes
 from support.seeds import random_below
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint
@@ -380,7 +380,7 @@ def test_training_starts_from_weights(tmp_path, capfd, stage):
         source = m.VideoClassifier(**m.encoder_size("tiny"), classes=7, clip_size=(8, 64, 64))
     path = tmp_path / "weights.pt"
     torch.save(dict(model=randomized(source).state_dict(), model_options=source.options), path)
-    detector = detect_ava.build(configured(f"init={path}"), str(path), NO_PERSONS)
+    detector = detect_ava.build(configured(f"init={path}"), NO_PERSONS)
     assert torch.equal(detector.encoder.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
     if stage == "pre-training":
         assert torch.equal(detector.encoder.norm.weight, source.encoder.norm.weight)  # kept
@@ -394,7 +394,7 @@ def test_training_starts_from_weights(tmp_path, capfd, stage):
 def test_the_head_starts_at_the_frequencies_of_the_actions():
     labels = torch.zeros(199, 12)
     labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
-    detector = detect_ava.build(configured("init=scratch"), "scratch", labels).eval()
+    detector = detect_ava.build(configured("init=scratch"), labels).eval()
     frequencies = detector.head.bias.detach().sigmoid()[[3, 4, 0]]
     assert frequencies.tolist() == pytest.approx([49.5 / 200, 0.9975, 0.0025])
     rois = torch.tensor([[0.0, 3, 3, 40, 30], [0.0, 20, 10, 60, 60], [1.0, 0, 0, 64, 64]])
@@ -408,8 +408,8 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
 def detections(config: SimpleNamespace, detector: nn.Module) -> dict[tuple, dict[int, float]]:
     """Each person's probabilities by action, as `detect` finds them in the validation set."""
     validation = ava.find_validation(config.data, Path(config.data.root))
-    run = Run(config, detect_ava.DEFAULT)
-    rows, broken = detect_ava.detect(detector, validation.persons, validation.movies, run, config, "test")
+    processes = start_processes("float32")
+    rows, broken = detect_ava.detect(detector, validation.persons, validation.movies, processes, config, "test")
     assert not broken and rows == sorted(rows)
     found: dict[tuple, dict[int, float]] = {}
     for row in rows:
@@ -426,7 +426,7 @@ def alike(one: dict[tuple, dict[int, float]], other: dict[tuple, dict[int, float
 
 def test_detections_do_not_depend_on_batches(toy_ava):
     config = configured("init=scratch", f"data.root={toy_ava}", "run.batch_per_device=1")
-    detector = randomized(detect_ava.build(config, "scratch", NO_PERSONS))
+    detector = randomized(detect_ava.build(config, NO_PERSONS))
     alone = detections(config, detector)
     config.run.batch_per_device = 3
     assert alike(alone, detections(config, detector))
@@ -454,7 +454,7 @@ def test_frames_are_padded_right_and_below_to_whole_cubes(coded):
 
     recorder, config = Recorder(), configured("data.short_side=100", "data.rate=30", "data.starts_at=902")
     frames = dict([key_frame("97x100", (0.0, 0.0, 1.0, 1.0))])
-    rows, _ = detect_ava.detect(recorder, frames, coded, Run(config, detect_ava.DEFAULT), config, "test")
+    rows, _ = detect_ava.detect(recorder, frames, coded, start_processes("float32"), config, "test")
     clip, rois = recorder.seen
     assert clip.shape == (1, 3, 8, 112, 128) and rois[0].tolist() == pytest.approx([0, 0, 0, 103, 100])
     assert not clip[..., 100:, :].any() and not clip[..., 103:].any()
@@ -472,8 +472,8 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
     validation = ava.find_validation(config.data, folder)
-    detector, run = detect_ava.build(config, "scratch", NO_PERSONS), Run(config, detect_ava.DEFAULT)
-    detect_ava.test(detector, validation, run, config, "test", tmp_path / "out")
+    detector, processes = detect_ava.build(config, NO_PERSONS), start_processes("float32")
+    detect_ava.test(detector, validation, processes, config, "test", tmp_path / "out")
     said = capfd.readouterr().err
     assert said.count("no detections: ") == 2 and "movie val_00000 is missing" in said and "val_00001.mp4" in said
     found = ava.read_detections(tmp_path / "out/detections.csv", 12)
@@ -482,7 +482,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     for path in folder.glob("videos/*_0000[2-9].mp4"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the .* key frames with persons can be read"):
-        detect_ava.test(detector, validation, run, config, "test")
+        detect_ava.test(detector, validation, processes, config, "test")
     for path in folder.glob("videos/train_*.mp4"):
         path.unlink()
     with pytest.raises(UserError, match="has none of the movies"):

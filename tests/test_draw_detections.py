@@ -18,7 +18,7 @@ from tools import draw_detections
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector with random weights, for clips of 8 x 64 x 64."""
     config = configured("init=scratch")
-    detector = randomized(detect_ava.build(config, "scratch", NO_PERSONS))
+    detector = randomized(detect_ava.build(config, NO_PERSONS))
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pt"
     content = dict(model=detector.state_dict(), model_options=detector.options, actions={1: "walk"})
     torch.save(content | dict(config=as_dict(config)), path)

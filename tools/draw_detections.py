@@ -23,8 +23,7 @@ from support import ava
 from support.config import UserError, parse, say
 from support.datasets import named_videos
 from support.pictures import draw_persons
-from support.processes import launch
-from support.run import Run
+from support.processes import launch, start_processes
 from support.video import BrokenVideo, Video, write_mp4
 from support.weights import build_from_checkpoint, read_checkpoint, stored_config
 
@@ -98,7 +97,7 @@ def draw_detections(arguments: argparse.Namespace) -> None:
     movies = {video.stem: video for video in videos}
     if len(movies) < len(videos):
         raise UserError("two of the videos have the same name, as their results would: give one after the other")
-    processes = Run(config, detect_ava.DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
     model = build_from_checkpoint(weights, detect_ava.ActionDetector, config.model.pretrained_clip).to(processes.device)
     boxes, person_detector = {}, None
     if arguments.boxes:
@@ -136,7 +135,7 @@ def main() -> None:
     exclusive.add_argument("--boxes", type=Path, metavar="FILE", help="persons: csv, or json as AIA has it")
     exclusive.add_argument("--detector", type=Path, metavar="FILE", help="weights of fasterrcnn_resnet50_fpn_v2")
     add("--out", type=Path, default=Path("runs/detections"), help="folder, default runs/detections; or one .mp4")
-    draw_detections(parse(parser))
+    draw_detections(parse(parser, detect_ava.DEFAULT))
 
 
 if __name__ == "__main__":
