@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
-from support import ava, toy
+from support import ava, toy_ava
 from support.config import UserError, load_config, parse, say
 from support.datasets import named_videos
 from support.persons import (
@@ -258,7 +258,7 @@ def train(config: SimpleNamespace) -> None:
     check(config)
     init = find_init(config, DEFAULT)
     run = Run(config, DEFAULT)
-    root = toy.find_ava(config.data)
+    root = toy_ava.find(config.data)
     frames, movies = find_training(config.data, root)
     test_set = find_test(config.data, root)
     labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in frames.values()])  # (M, classes)
@@ -389,7 +389,7 @@ def use_weights(arguments: argparse.Namespace) -> None:
         return predict(model, arguments, run)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
-    test_set = find_test(config.data, toy.find_ava(config.data))
+    test_set = find_test(config.data, toy_ava.find(config.data))
     test(model, test_set, run, "testing", arguments.out or weights.parent, arguments.json)
 
 

@@ -15,7 +15,8 @@ import torch
 from conftest import number_of, numbered_frame, run
 from torchvision.transforms.v2 import functional as TF
 
-from support import ava, toy
+import support.toy_ava
+from support import ava
 from support.config import UserError
 from support.video import BrokenVideo
 
@@ -644,7 +645,7 @@ def test_a_folder_of_frames_is_read_like_a_video(tmp_path):
 def test_sizes_of_movies(toy_ava, tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("not a video")
     movies = ava.list_movies(toy_ava / "videos") | {"text": tmp_path / "text.mp4"}
-    assert ava.movie_sizes(movies) == dict.fromkeys(movies.keys() - {"text"}, (toy.AVA_WIDTH, toy.AVA_HEIGHT))
+    assert ava.movie_sizes(movies) == dict.fromkeys(movies.keys() - {"text"}, (96, 72))
     assert "its boxes are left out" in (said := capsys.readouterr().err) and "text.mp4" in said
 
 
@@ -653,13 +654,13 @@ def test_sizes_of_movies(toy_ava, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
 
 
 def test_toy_annotations_are_read_as_ava_itself(toy_ava):
-    annotations, count = toy_ava / "annotations", len(toy.ACTIONS)
+    annotations, count = toy_ava / "annotations", len(support.toy_ava.ACTIONS)
     actions = ava.read_actions(annotations / "ava_action_list_v2.2.pbtxt")
-    assert [name for name, _ in actions.values()] == list(toy.ACTIONS)
+    assert [name for name, _ in actions.values()] == list(support.toy_ava.ACTIONS)
     movies = ava.list_movies(toy_ava / "videos")
     assert len(movies) == 10
     for split in ("train", "val"):

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import detect_ava
 import model as m
+import support.toy_ava
 import support.weights
 from support import ava as files
 from support import toy
@@ -37,7 +38,7 @@ def configured(*settings: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
 
 
 # ---- clips by time ----
@@ -658,7 +659,7 @@ def test_aia_boxes_give_the_same_detections_as_csv(ava, tmp_path):
     (ava / "names.txt").write_text("".join(f"{name}.mp4\n" for name in names))
     entries = []
     for (video, second), (x1, y1, x2, y2), _, score in sum(rows.values(), []):
-        bbox = [x1 * toy.AVA_WIDTH, y1 * toy.AVA_HEIGHT, (x2 - x1) * toy.AVA_WIDTH, (y2 - y1) * toy.AVA_HEIGHT]
+        bbox = [x1 * 96, y1 * 72, (x2 - x1) * 96, (y2 - y1) * 72]
         entries.append(dict(image_id=10000 * names.index(video) + second, bbox=bbox, score=score))
     (tmp_path / "boxes.json").write_text(json.dumps(entries))
     found = detect_ava.find_persons(tmp_path / "boxes.json", config.data, ava, files.list_movies(ava / "videos"))
@@ -756,7 +757,7 @@ def test_weights_are_tested_and_predict_a_video(ava, reference_run, tmp_path):
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).int() for frame in container.decode(stream)]
-        assert len(frames) == toy.AVA_FRAMES and stream.average_rate == toy.RATE
+        assert len(frames) == support.toy_ava.FRAMES and stream.average_rate == toy.RATE
     red, green, blue = torch.stack(frames).unbind(dim=3)
     assert ((red > 200) & ((green - 165).abs() < 40) & (blue < 60)).any()  # orange boxes
     assert "key frames: " in done.stdout
