@@ -1,17 +1,16 @@
-"""One pre-training sample (decode, crop, resize) against decord with PIL per frame, as the authors' code loads it.
+"""Time loading one pre-training sample (decode, crop, resize) against the authors' way: decord, and PIL per frame.
 
     pip install decord
-    python tests/benchmarks/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
+    python -m tools.bench_loader VIDEO...
 
-From the same file; from the file that `python -m support.prepare` makes of it; the latter through a DataLoader worker.
-And the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
-
-Interleaved; the ratio is the median over pairs. This project's frames are compared with those of decoding everything,
-and a clip of the prepared file with the same clip of the original.
+The sample is loaded from the video, from the file that `python -m tools.prepare` makes of it, and from the latter by a
+loader's worker; then several clips of a video at once, against one at a time, and the 5 x 3 views of a test video,
+decoded once, against 15 separate views. Ratios are medians of pairs, timed in turns.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,69 +18,57 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy
 import torch
-from interleaved import measure, quartiles, ratios
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
-
 import data
-import support.prepare
-import support.video
+from support.config import UserError
+from support.processes import launch
 from support.seeds import sample_generator
+from tools.bench_step import measure, require, speedup
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
 
 
-def official(path: str, seed: int) -> Tensor:
-    """The authors' loading, written out: decord, PIL crop and resize of each frame, stack, to float, normalize."""
-    import decord
-
-    generator = sample_generator(0, seed, 0)  # the same frames and crop as ours
-    reader = decord.VideoReader(path, num_threads=1)
-    indices = data.dense_clip(len(reader), 16, 4, generator)
-    frames = reader.get_batch(indices).asnumpy()
-    images = [Image.fromarray(frame).convert("RGB") for frame in frames]
-    top, left, height, width = data.multi_scale_crop(images[0].height, images[0].width, 224, SCALES, generator)
-    images = [image.crop((left, top, left + width, top + height)) for image in images]  # GroupMultiScaleCrop
-    images = [image.resize((224, 224), Image.BILINEAR) for image in images]
-    stacked = numpy.concatenate(images, axis=2)  # Stack: (H, W, T * 3)
-    clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)  # ToTorchFormatTensor
-    mean, std = (torch.tensor(values * 16)[:, None, None] for values in (data.MEAN, data.STD))
-    return clip.sub_(mean).div_(std).view(16, 3, 224, 224).transpose(0, 1)  # GroupNormalize; (3, T, H, W)
+def our_clips(path: Path, repeats: int = 1) -> data.PretrainingClips:
+    options = dict(frames=16, stride=4, size=224, scales=SCALES, flip=False, seed=0, repeats=repeats)
+    return data.PretrainingClips([path], draw_mask=lambda generator: torch.zeros(0, dtype=torch.bool), **options)
 
 
-def ours(path: str, seed: int) -> Tensor:
-    return clips_of(path)[seed, 0][0]  # uint8 (T, 3, H, W): normalized on the device
-
-
-def clips_of(path: str, repeats: int = 1) -> data.PretrainingClips:
-    options = dict(frames=16, stride=4, size=224, scales=SCALES, flip=False, draw_mask=no_mask, seed=0)
-    options |= dict(repeats=repeats)
-    return data.PretrainingClips([Path(path)], **options)
-
-
-def no_mask(generator: torch.Generator) -> Tensor:
-    return torch.zeros(0, dtype=torch.bool)
-
-
-def all_views(path: str, number: int) -> Tensor:
+def our_views(path: Path) -> Tensor:
     options = dict(frames=16, stride=4, sampling="dense", size=224, clips=5, crops=3)
-    return data.TestViews([Path(path)], **options)[0][1]  # uint8 (15, T, 3, 224, 224)
+    return data.TestViews([path], **options)[0][1]  # uint8 (15, T, 3, 224, 224)
 
 
-def separate_views(path: str, number: int) -> Tensor:
-    """Each of the 15 views from the file again, as in the authors' test set: every fourth frame, resized, then cut."""
-    import decord
+class AuthorsClips(Dataset):
+    """The authors' pre-training samples, with the keys, frames and crops of data.PretrainingClips."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        generator = sample_generator(0, *key)
+        reader = require("decord").VideoReader(str(self.path), num_threads=1)
+        indices = data.dense_clip(len(reader), 16, 4, generator)
+        images = [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]
+        top, left, height, width = data.multi_scale_crop(images[0].height, images[0].width, 224, SCALES, generator)
+        images = [image.crop((left, top, left + width, top + height)) for image in images]  # GroupMultiScaleCrop
+        images = [image.resize((224, 224), Image.BILINEAR) for image in images]
+        stacked = numpy.concatenate(images, axis=2)  # Stack: (H, W, T * 3)
+        clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)  # ToTorchFormatTensor
+        mean, std = (torch.tensor(values * 16)[:, None, None] for values in (data.MEAN, data.STD))
+        return clip.sub_(mean).div_(std).view(16, 3, 224, 224).transpose(0, 1)  # GroupNormalize; (3, T, H, W)
+
+
+def authors_views(path: Path) -> Tensor:
+    """Load each of the 15 views from the file again: every fourth frame, resized, then cut."""
     views = []
     for clip in range(5):
         for crop in range(3):
-            reader = decord.VideoReader(path, num_threads=1)
+            reader = require("decord").VideoReader(str(path), num_threads=1)
             strided = list(range(0, len(reader), 4))
             strided += [strided[-1]] * (16 - len(strided))
             frames = reader.get_batch(strided).asnumpy()
@@ -98,18 +85,20 @@ def separate_views(path: str, number: int) -> Tensor:
     return torch.stack(views)
 
 
-class OfficialClips(Dataset):
-    """The authors' samples for a DataLoader, with the keys of data.PretrainingClips."""
+# ---- what is measured: functions of a round's number that return the seconds of a clip or a test video ----
 
-    def __init__(self, path: str) -> None:
-        self.path = path
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        return official(self.path, key[0])
+def samples(dataset: Dataset, number: int) -> float:
+    """Load four clips after one that does not count: in training a loader finds the caches as it left them."""
+    dataset[4 * number, 0]
+    start = time.perf_counter()
+    for epoch in range(4 * number, 4 * number + 4):
+        dataset[epoch, 0]
+    return (time.perf_counter() - start) / 4
 
 
 def through_a_worker(dataset: Dataset, number: int, repeats: int = 1) -> float:
-    """Seconds in which a worker process loads 6 batches of 4 clips, after a first one: without its start."""
+    """Load six batches of four clips by a worker process, after a first one: without its start."""
     videos = 4 // repeats  # in a batch
     keys = [[(28 * number + 4 * batch + place, 0) for place in range(videos)] for batch in range(7)]
     batches = iter(data.loader(dataset, 1, batch_sampler=keys))
@@ -117,109 +106,63 @@ def through_a_worker(dataset: Dataset, number: int, repeats: int = 1) -> float:
     start = time.perf_counter()
     for _ in batches:
         pass
+    return (time.perf_counter() - start) / 24
+
+
+def test_video(views: Callable[[Path], Tensor], path: Path, number: int) -> float:
+    start = time.perf_counter()
+    views(path)
     return time.perf_counter() - start
 
 
-def timed(load: Callable[[str, int], Tensor], path: str, samples: int, number: int) -> float:
-    """Seconds per sample, after one that does not count: in training a loader finds the caches as it left them."""
-    load(path, samples * number)
-    start = time.perf_counter()
-    for seed in range(samples * number, samples * (number + 1)):
-        load(path, seed)
-    return (time.perf_counter() - start) / samples
+def compare(title: str, way: Callable[[int], float], other: Callable[[int], float], rounds: int) -> None:
+    seconds = measure({"way": way, "other": other}, max(2, rounds))
+    first, second = (1000 * statistics.median(times) for times in seconds.values())
+    print(f"{title}: {speedup(seconds, 'way', 'other')} times as fast; {first:.1f} against {second:.1f} ms", flush=True)
 
 
-def compare(
-    title: str, own: Callable[[int], float], other: Callable[[int], float], rounds: int, clips: int = 1
-) -> None:
-    """Time two ways in turns and print how many times as fast `own` is, with the milliseconds per clip of both."""
-    seconds = measure({"own": own, "other": other}, rounds)
-    first, second = (1000 * statistics.median(times) / clips for times in seconds.values())
-    print(f"{title}: {quartiles(ratios(seconds, 'own', 'other'))} times as fast; {first:.1f} against {second:.1f} ms")
+def bench(path: Path, prepared: Path, rounds: int) -> None:
+    """Print all comparisons for one video."""
+    original, encoded, authors = our_clips(path), our_clips(prepared), AuthorsClips(path)
+    peer = "decord + PIL on the original"
+    compare(f"{path.name}, a clip against {peer}", partial(samples, original), partial(samples, authors), rounds)
+    compare(f"prepared, a clip against {peer}", partial(samples, encoded), partial(samples, authors), rounds)
+    worker = partial(through_a_worker, encoded)
+    compare(f"prepared, in a worker against {peer}", worker, partial(through_a_worker, authors), rounds // 4)
+    for file, title in ((path, path.name), (prepared, "prepared")):
+        for repeats in (2, 4):
+            several = partial(through_a_worker, our_clips(file, repeats), repeats=repeats)
+            once = partial(through_a_worker, our_clips(file))
+            compare(f"{title}, in a worker: data.repeats={repeats} against 1", several, once, rounds // 4)
+    views = partial(test_video, our_views, path), partial(test_video, authors_views, path)
+    compare(f"{path.name}, 5 x 3 test views against 15 views one by one", *views, rounds // 8)
 
 
-def identical_frames(path: str) -> str:
-    """How many frames of 20 clips are those of decoding everything."""
-    with av.open(path) as container:
-        stream = container.streams.best("video")
-        everything = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-    count, same = 0, 0
-    with support.video.Video(path) as video:
-        for seed in range(20):
-            indices = data.dense_clip(len(video), 16, 4, sample_generator(0, seed, 0))
-            for index, frame in zip(indices, video.frames(indices), strict=True):
-                same += torch.equal(frame, everything[index].permute(2, 0, 1))
-                count += 1
-    return f"{same} of {count}"
-
-
-def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
-    """In dB, of a clip 16 x 224 x 224 of the prepared file against the same of the original, resized alike."""
-    clips = []
-    for path in (prepared, original):
-        generator = sample_generator(0, seed, 0)
-        with support.video.Video(path) as video:
-            frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
-        if path == prepared:
-            size = list(frames.shape[-2:])
-        frames = data.TF.resize(frames, size, antialias=True)
-        clips.append(data.resized_multi_scale_crop(frames, generator, 224, SCALES, False))
-    return support.prepare.psnr(*clips)
-
-
-def made_on_the_spot(path: Path) -> Path:
-    """280 frames of 340 x 256, moving gradients and noise, H.264 as x264 makes it: B-frames, a key frame every 250."""
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(340.0), indexing="ij")
-    grain = 20 * torch.rand(256, 340, 1, generator=generator)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=28, options={"crf": "23"})
-        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
-        for t in range(280):
-            waves = (columns / 30 + t / 9).sin(), (rows / 40 - t / 13).cos(), ((rows + columns) / 50 + t / 7).sin()
-            image = (110 + 100 * torch.stack(waves, 2) + grain.roll((t, 2 * t), (0, 1))).clamp(0, 255).byte()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def bench(path: str, prepared: Path, options: argparse.Namespace) -> None:
-    """All comparisons for one video."""
-    if reason := support.prepare._prepare_one(Path(path), prepared, options.short):
-        sys.exit(f"{reason}: nothing to measure")
-    name, decord = Path(path).name, "decord + PIL on the original"
-    size = prepared.stat().st_size / Path(path).stat().st_size
-    quality = statistics.mean(psnr_of_clip(path, str(prepared), seed) for seed in range(20))
-    print(f"{name}: {identical_frames(path)} frames identical to those of decoding everything")
-    print(f"{name}, prepared: {size:.2f} times the size, {quality:.1f} dB PSNR of the final clip")
-
-    sample, official_sample = partial(timed, ours), partial(timed, official, path, 4)
-    compare(f"{name}, a sample against {decord}", partial(sample, path, 4), official_sample, options.repeats)
-    compare(f"prepared, a sample against {decord}", partial(sample, str(prepared), 4), official_sample, options.repeats)
-    workers = partial(through_a_worker, clips_of(str(prepared))), partial(through_a_worker, OfficialClips(path))
-    compare(f"prepared, in a loader worker against {decord}", *workers, max(2, options.repeats // 4), clips=24)
-    for file, title in ((path, name), (str(prepared), "prepared")):
-        for repeats in (2, 4):  # 24 clips in all, as in `once`
-            once = partial(through_a_worker, clips_of(file))
-            several = partial(through_a_worker, clips_of(file, repeats), repeats=repeats)
-            what = f"{title}, in a loader worker: data.repeats={repeats} against 1"
-            compare(what, several, once, max(2, options.repeats // 4), clips=24)
-    views = partial(timed, all_views, path, 1), partial(timed, separate_views, path, 1)
-    compare(f"{name}, 5 x 3 test views against 15 views one by one", *views, max(2, options.repeats // 8))
+def prepare(path: Path, folder: Path, short: int) -> Path:
+    """Encode a video as a dataset's are."""
+    source = folder / "original" / path.name
+    source.parent.mkdir(parents=True)
+    source.symlink_to(path.resolve())
+    words = [f"data.root={source.parent}", "--to", str(folder / "prepared"), "--short", str(short), "--processes", "1"]
+    done = subprocess.run([sys.executable, "-m", "tools.prepare", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{path} cannot be prepared: {done.stderr.splitlines()[-1]}")
+    print(done.stdout, end="")  # sizes and PSNR
+    return (folder / "prepared" / path.name).with_suffix(".mp4")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="*")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("videos", nargs="+", type=Path)
     parser.add_argument("--repeats", type=int, default=20, help="pairs, of four samples each")
-    parser.add_argument("--short", type=int, default=256, help="as for `python -m support.prepare`")
+    parser.add_argument("--short", type=int, default=256, help="as for `python -m tools.prepare`")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    require("decord")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for path in options.videos or [str(made_on_the_spot(Path(folder) / "made_on_the_spot.mp4"))]:
-            bench(path, Path(folder) / f"{Path(path).name}.prepared.mp4", options)
+        for number, path in enumerate(options.videos):
+            bench(path, prepare(path, Path(folder, str(number)), options.short), options.repeats)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
