@@ -1,12 +1,10 @@
 """The benchmarks start and their steps run; the arithmetic of scale agrees with counts by hand."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run
 
 import model as m
 from support.config import UserError
@@ -97,8 +95,7 @@ def test_ratios_are_those_of_pairs_in_alternating_order():
 @pytest.mark.parametrize("tool", ["bench_loader", "bench_scaling", "bench_step", "render_toy", "scale", "study"])
 def test_tools_start_and_say_what_they_are_for(tool):
     """That they import what they measure shows most of what can break them."""
-    done = subprocess.run([sys.executable, "-m", f"tools.{tool}", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"python -m tools.{tool}" in done.stdout, done.stderr
+    assert f"python -m tools.{tool}" in run(f"tools.{tool}", "--help").stdout
 
 
 def test_a_package_that_is_missing_is_named():
