@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
-from support import ava, toy
+from support import ava, toy_ava
 from support.average_precision import average_precisions, evaluate, report, summarize
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
@@ -270,7 +270,7 @@ def train(config: SimpleNamespace) -> None:
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
-    root = toy.find_ava(config.data)
+    root = toy_ava.find(config.data)
     key_frames, movies = ava.find_training(config.data, root)
     test_set = ava.find_validation(config.data, root)
     names = {number: name for number, (name, _) in test_set.actions.items()}
@@ -473,7 +473,7 @@ def run_test(arguments: argparse.Namespace) -> None:
     model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(processes.device)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
-    validation = ava.find_validation(config.data, toy.find_ava(config.data))
+    validation = ava.find_validation(config.data, toy_ava.find(config.data))
     test(model, validation, processes, config, "testing", arguments.out or weights.parent, arguments.json)
 
 

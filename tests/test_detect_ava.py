@@ -18,7 +18,7 @@ from videos import frame_folder
 
 import detect_ava
 import model as m
-from support import ava, toy
+from support import ava
 from support.config import UserError, load_config
 from support.processes import start_processes
 from support.seeds import random_below
@@ -496,7 +496,7 @@ def test_aia_boxes_give_the_same_persons_as_csv(toy_ava, tmp_path):
     names.write_text("".join(f"{video}.mp4\n" for video in videos))
     entries = []
     for (video, second), (x1, y1, x2, y2), _, score in sum(expected.values(), []):
-        bbox = [x1 * toy.AVA_WIDTH, y1 * toy.AVA_HEIGHT, (x2 - x1) * toy.AVA_WIDTH, (y2 - y1) * toy.AVA_HEIGHT]
+        bbox = [x1 * 96, y1 * 72, (x2 - x1) * 96, (y2 - y1) * 72]
         entries.append(dict(image_id=10000 * videos.index(video) + second, bbox=bbox, score=score))
     boxes.write_text(json.dumps(entries))
     options = configured(f"data.file_list={names}", f"data.boxes={boxes}").data
