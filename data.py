@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from masking import split
 from support.config import UserError
 from support.processes import ignore_signals
-from support.randaugment import rand_augment
 from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
@@ -115,7 +113,7 @@ def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
     """
     height, width = frames.shape[-2:]
     short = min(height, width)
-    # antialias=False, here and in Augmentation: as cv2 and F.interpolate resize in the authors' code
+    # antialias=False, here and in finetune.Augmentation: as cv2 and F.interpolate resize in the authors' code
     frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)
     spare = max(frames.shape[-2:]) - size
     starts = [int(j * spare / (crops - 1)) for j in range(crops)] if crops > 1 else [spare // 2]
@@ -149,41 +147,6 @@ def center_crop(frames: Tensor, size: int) -> Tensor:
     """The largest central square of frames (T, 3, H, W), resized to size x size."""
     side = min(frames.shape[-2:])
     return TF.resize(TF.center_crop(frames, [side, side]), [size, size], antialias=True)
-
-
-class Augmentation:
-    """RandAugment, random resized crop, flip, erasing (Table 10), in the order of the authors' code.
-
-    config: the group `data` of a configuration for fine-tuning. Called with frames uint8 (T, 3, H, W) it returns uint8
-    (T, 3, size, size). Every choice holds for all frames.
-    """
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        self.randaugment = config.randaugment
-        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
-        self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
-        self.erase = config.erase
-
-    def __call__(self, frames: Tensor, generator: Generator) -> Tensor:
-        with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
-            torch.manual_seed(random_below(2**62, generator))
-            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
-            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
-            if torch.rand(()) < self.erase:
-                clip = self._erased(clip)
-        return clip
-
-    def _erased(self, clip: Tensor) -> Tensor:
-        """A copy in which one box, the same in all frames, is noise.
-
-        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
-        """
-        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        noise = torch.randn(len(clip), 3, height, width) * std + mean
-        clip = clip.clone()  # a crop that changes nothing returns the decoded frames, which other repeats use too
-        clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
-        return clip
 
 
 def normalize(clip: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:

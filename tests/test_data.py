@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import audio_only, numbered_frame, write_numbered
+from conftest import audio_only, write_numbered
 from PIL import Image
+from test_randaugment import FULL, augmentation
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -190,109 +191,6 @@ def test_test_crops_after_resizing(height, width, resized):
     for crop, start in zip(data.test_crops(clip, 224, 3), (0, (long - 224) // 2, long - 224), strict=True):
         expected = whole[..., start : start + 224, :] if height > width else whole[..., start : start + 224]
         assert (crop - expected).abs().max() <= 1
-
-
-# ---- augmentation ----
-
-
-def augmentation(**options) -> data.Augmentation:
-    nothing = dict(size=32, randaugment=(0, 0, 0), crop_area=(1, 1), crop_aspect=(1, 1), flip=False, erase=0.0)
-    return data.Augmentation(SimpleNamespace(**{**nothing, **options}))
-
-
-FULL = dict(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
-
-
-@pytest.fixture(scope="module")
-def moving() -> torch.Tensor:
-    frames = [torch.from_numpy(numbered_frame(i).to_ndarray(format="rgb24").copy()) for i in range(6)]
-    frames = torch.stack(frames).permute(0, 3, 1, 2)
-    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
-    return (frames.int() + noise).clamp(0, 255).byte()
-
-
-def test_without_augmentation_a_square_clip_stays_as_it_is(moving):
-    square = moving[..., :64:2, :64:2].contiguous()
-    assert torch.equal(augmentation()(square, sample_generator(0, 0, 0)), square)
-
-
-def test_one_augmentation_for_all_frames(moving):
-    """A still video stays still; and each frame comes out as if it had been alone."""
-    augment, seen = augmentation(**FULL), set()
-    for number in range(60):
-        still = augment(moving[:1].expand(6, -1, -1, -1), sample_generator(0, 0, number))
-        assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
-        assert torch.equal(still, still[:1].expand_as(still)), number
-        clip = augment(moving, sample_generator(0, 0, number))
-        for t in (0, 3, 5):
-            assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
-        seen.add(clip.numpy().tobytes())
-    assert len(seen) == 60
-
-
-def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch, moving):
-    seen = []
-
-    def recorded(frames, *numbers):
-        seen.append((frames, numbers))
-        return frames
-
-    monkeypatch.setattr(data, "rand_augment", recorded)
-    augmentation(randaugment=(4, 7, 0.5))(moving, sample_generator(0, 0, 0))
-    assert seen == [(moving, (4, 7, 0.5))]
-
-
-def test_flip_is_of_half_of_the_clips_and_whole_clips():
-    clip, augment, flipped = columns(32, 32), augmentation(flip=True), 0
-    for number in range(80):
-        result = augment(clip, sample_generator(0, 0, number))
-        assert torch.equal(result, clip) or torch.equal(result, clip.flip(-1))
-        flipped += not torch.equal(result, clip)
-    assert 25 < flipped < 55
-
-
-def test_random_resized_crop_by_its_numbers():
-    """Left, right, top and bottom edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3, anywhere."""
-    clip, augment = columns(240, 240, 1), augmentation(crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333))
-    areas, aspects, lefts = [], [], []
-    for number in range(200):
-        result = augment(clip, sample_generator(0, 0, number))[0].float()
-        width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
-        areas.append(width * height / 240**2)
-        aspects.append(width / height)
-        lefts.append(result[0].amin().item())
-    assert 0.06 < min(areas) < 0.15 and 0.85 < max(areas) < 1.05
-    assert 0.68 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.46
-    assert min(lefts) < 6 and max(lefts) > 120
-
-
-def test_random_resized_crop_is_not_antialiased():
-    """As F.interpolate resizes in the authors' code: of stripes one pixel wide, every second column is left."""
-    stripes = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    stripes[..., 1::4], stripes[..., 2::4] = 200, 200
-    result = augmentation(size=16, crop_area=(1, 1), crop_aspect=(1, 1))(stripes, sample_generator(0, 0, 0))
-    expected = F.interpolate(stripes.float(), (16, 16), mode="bilinear")
-    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be grey
-
-
-def test_erasing_is_one_box_of_noise_in_all_frames():
-    clip, augment, erased = torch.full((5, 3, 32, 32), 7, dtype=torch.uint8), augmentation(erase=0.25), 0
-    for number in range(200):
-        result = augment(clip, sample_generator(0, 0, number))
-        changed = (result != 7).any(dim=1)  # (5, 32, 32)
-        if changed.any():
-            erased += 1
-            rows, cols = changed.any(dim=(0, 2)).nonzero().flatten(), changed.any(dim=(0, 1)).nonzero().flatten()
-            rows, cols = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-            box = changed[:, rows, cols]
-            assert (
-                box.float().mean(dim=(1, 2)).min() > 0.9
-            )  # the same in each frame; some pixels of noise happen to be 7
-            assert 0.01 < box[0].numel() / 32**2 <= 0.36
-            inside = result[:, :, rows, cols].float()
-            assert inside.std(dim=(2, 3)).min() > 20 and not torch.equal(inside[0], inside[1])
-    assert 30 < erased < 70
-    assert (clip == 7).all()  # the decoded frames, which other repeats use too
 
 
 def test_normalize():
