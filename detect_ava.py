@@ -45,7 +45,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
-from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
+from model import Encoder, checkpoint_activations, cube_grid, initialize_from_scratch, parameter_groups
 from support import ava, toy
 from support.config import UserError, load_config, parse, say
 from support.datasets import named_videos
@@ -264,7 +264,7 @@ def train(config: SimpleNamespace) -> None:
     labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in frames.values()])  # (M, classes)
     model = build(config, init, labels).to(run.device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     clips = KeyFrameClips(list(frames.items()), config.run.seed, movies=movies, options=config.data)
     clips[0, 0]  # stops here if no movie can be read
     run.plan(clips.videos, config.optim.batch_size)

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
-from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
+from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_groups
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
@@ -125,7 +125,7 @@ def train(config: SimpleNamespace) -> None:
     videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
     model = build(config, init, len(names)).to(run.device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     augment, repeats = Augmentation(config.data), config.data.repeats
     clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # stops here if no video can be read

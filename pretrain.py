@@ -23,7 +23,7 @@ from torch import Tensor
 
 import data
 import masking
-from model import SIZES, VideoMAE, cube_grid, parameter_groups, recompute_blocks, take
+from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tokens, parameter_groups
 from support import toy
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
@@ -55,7 +55,7 @@ class Objective:
 
     def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
         index, has_target = self.target_index(masked)
-        cubes = take(to_cubes(target, self.target.cube).flatten(2), index)  # I(p): (B, N_mask, pixels), uint8
+        cubes = gather_tokens(to_cubes(target, self.target.cube).flatten(2), index)  # I(p): (B, N_mask, pixels), uint8
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
         if self.normalize:
             mean, std = cube_statistics(cubes)
@@ -164,7 +164,7 @@ def train(config: SimpleNamespace) -> None:
 
     model.to(run.device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     cubes = len(model.pos_embed)  # N

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which holds all that follows
 
 import data
-from model import Encoder, encoder_size, initialize, recompute_blocks
+from model import Encoder, checkpoint_activations, encoder_size, initialize
 from support import toy
 from support.config import UserError, load_config, parse, say
 from support.datasets import list_videos
@@ -225,7 +225,7 @@ def train(config: SimpleNamespace) -> None:
 
     f_k, optim = key_network(f_q.to(run.device)), config.optim
     if config.run.recompute:
-        recompute_blocks(f_q)
+        checkpoint_activations(f_q)
     learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
     say(

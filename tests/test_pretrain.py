@@ -146,7 +146,7 @@ def test_four_clips_can_be_overfitted(toy_videos, normalize):
         x.expand(4, -1) for x in masking.split(masking.tube_mask(model.grid, 0.75, torch.Generator().manual_seed(0)))
     )
     clip = data.normalize(frames)
-    hidden = m.take(pretrain.to_cubes(frames, (2, 8, 8)).flatten(2), masked) / 255
+    hidden = m.gather_tokens(pretrain.to_cubes(frames, (2, 8, 8)).flatten(2), masked) / 255
     nothing_learned = hidden.var().item() if normalize == "false" else 127 / 128
     for step in range(500):
         optimizer.param_groups[0]["lr"] = warmup_cosine(step, 500, 20, 4e-3, 0)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 import data
 import masking
 import pretrain
-from model import SIZES, VideoClassifier, VideoMAE, parameter_groups, recompute_blocks
+from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations, parameter_groups
 
 Step = Callable[[tuple[Tensor, ...], bool], None]  # of a batch, in bf16 or not
 
@@ -58,7 +58,7 @@ def ours(options: argparse.Namespace, size: str, depth: int) -> Step:
     else:
         model, optimizer = finetuning(size, on_device)
     if options.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     predict = torch.compile(model) if options.compile else model
     loss_of = objective.loss if objective else F.cross_entropy
     loss_of = torch.compile(loss_of) if options.compile and objective else loss_of

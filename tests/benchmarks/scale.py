@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import masking
 from baselines import moco_v3
-from model import SIZES, VideoClassifier, VideoMAE, recompute_blocks
+from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations
 from support.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -109,7 +109,7 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         model.to_empty(device="cpu")
         kept = total()
-        recompute_blocks(model)
+        checkpoint_activations(model)
         return kept, total()
 
 
