@@ -127,7 +127,7 @@ def train(config: SimpleNamespace) -> None:
     if config.run.recompute:
         checkpoint_activations(model)
     augment, repeats = Augmentation(config.data), config.data.repeats
-    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
+    clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # stops here if no video can be read
     run.plan(videos, config.optim.batch_size, repeats)
     if run.per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:

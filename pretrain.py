@@ -185,7 +185,8 @@ def train(config: SimpleNamespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for frames, visible, masked in run.micro_batches(batches):
-            frames, visible, masked = frames.flatten(0, -5), visible.flatten(0, -2), masked.flatten(0, -2)  # repeats
+            # R = data.repeats clips of each video
+            frames, visible, masked = (rearrange(x, "B R ... -> (B R) ...") for x in (frames, visible, masked))
             clip, target = objective.split(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
             with run.autocast():
                 prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)

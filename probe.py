@@ -82,7 +82,7 @@ def train(config: SimpleNamespace) -> None:
     probes = nn.ModuleDict(build(config, len(names))).to(run.device)
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)
-    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=crop)
+    clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=crop)
     clips[0, 0]  # stops here if no video can be read
     run.plan(videos, config.optim.batch_size)
 

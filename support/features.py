@@ -53,7 +53,7 @@ def windows(
             while indices[-1] not in kept:
                 index, frame = next(decoded)
                 if any((index - first) % stride == 0 for first in range(start, index + 1, window_stride)):
-                    kept[index] = data.test_crops(frame[None], size, 1)[0, 0]  # (3, size, size)
+                    kept[index] = data.crop_views(frame[None], size, 1)[0, 0]  # (3, size, size)
             yield torch.stack([kept[index] for index in indices]), (times[indices[0]], times[indices[-1]])
 
 

@@ -32,7 +32,7 @@ def numbers(path: Path, **options: object) -> list[list[int]]:
 @pytest.fixture
 def whole_width(monkeypatch):
     """Crops that keep a frame as it is, so that its number can be read."""
-    monkeypatch.setattr(data, "test_crops", lambda frames, size, crops: frames.clone()[None])
+    monkeypatch.setattr(data, "crop_views", lambda frames, size, crops: frames.clone()[None])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""RandAugment's operations are timm's, to the bit, and are chosen as the authors choose them."""
+"""Fine-tuning's augmentation: RandAugment is timm's to the bit, the rest by its numbers."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import numbered_frame
 from PIL import Image, ImageChops
 from timm.data import auto_augment
-from torchvision.transforms.v2 import functional as TF
+from videos import coordinates
 
 import finetune
 from data import sample_generator
@@ -23,12 +23,12 @@ AUTHORS = [  # "rand-m7-n4-mstd0.5-inc1" in the authors' rand_augment.py
 ]
 
 
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    """An image of 113 x 70 with edges, gradients and noise."""
-    frame = torch.from_numpy(numbered_frame(1234, 113, 70).to_ndarray(format="rgb24").copy()).permute(2, 0, 1)
-    noise = torch.randint(0, 60, frame.shape, generator=torch.Generator().manual_seed(0))
-    return TF.to_pil_image((frame.int() * 0.7 + noise).byte())  # up to 220
+def noisy_frames(numbers: list[int], width: int = 96, height: int = 64) -> torch.Tensor:
+    """Frames uint8 (T, 3, H, W) with edges, gradients and noise, no pixel above 220."""
+    frames = [torch.from_numpy(numbered_frame(n, width, height).to_ndarray(format="rgb24").copy()) for n in numbers]
+    frames = torch.stack(frames).permute(0, 3, 1, 2)
+    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
+    return (frames.int() * 0.7 + noise).byte()
 
 
 def test_the_operations_are_the_authors():
@@ -36,15 +36,14 @@ def test_the_operations_are_the_authors():
 
 
 @pytest.mark.parametrize("name", AUTHORS)
-def test_each_operation_is_timms_to_the_bit(monkeypatch, image, name):
+def test_each_operation_is_timms_to_the_bit(monkeypatch, name):
+    image = Image.fromarray(noisy_frames([1234], 113, 70)[0].permute(1, 2, 0).contiguous().numpy())
+    options = dict(img_mean=(128, 128, 128), interpolation=Image.BICUBIC)  # as in all of 40,231 draws of the authors
     changed = False
     for level in (0.0, 1.3, 5.0, 6.7, 7.0, 7.4, 9.0, 9.9):
         for sign in (1, -1):
             monkeypatch.setattr(random, "random", lambda sign=sign: 0.1 if sign > 0 else 0.9)  # timm's _randomly_negate
-            # The authors' configuration names the filter: bicubic in all of 40,231 draws.
-            expected = auto_augment.AugmentOp(
-                name, 1.0, level, dict(img_mean=(128, 128, 128), interpolation=Image.BICUBIC)
-            )(image)
+            expected = auto_augment.AugmentOp(name, 1.0, level, options)(image)
             result = randaugment.operations(*image.size, level / 10, sign)[name](image)
             # TF's inverse of a shear differs in the last bit, which can round otherwise.
             extrema = ImageChops.difference(result, expected).getextrema()
@@ -53,61 +52,41 @@ def test_each_operation_is_timms_to_the_bit(monkeypatch, image, name):
     assert changed
 
 
-def test_the_highest_level_keeps_one_bit(image):
+def test_the_highest_level_keeps_one_bit():
     """Pillow refuses none; the first versions that the authors used made the frame black."""
-    posterize = randaugment.operations(*image.size, 1.0, 1)["PosterizeIncreasing"]
-    assert set(posterize(image).tobytes()) == {0, 128}
+    image = Image.linear_gradient("L").convert("RGB")
+    assert set(randaugment.operations(*image.size, 1.0, 1)["PosterizeIncreasing"](image).tobytes()) == {0, 128}
 
 
 def test_choices_by_their_numbers(monkeypatch):
     """Four operations, each half the time, of magnitude 7 of 10 with std 0.5; all fifteen, both signs."""
-    chosen, per_clip, original = [], Counter(), randaugment.operations
+    chosen = []
 
-    def recorded(width, height, level, sign):
-        def with_name(name, operation):
-            def recorded_operation(image):
-                chosen.append((level, sign, name))
-                return operation(image)
+    class Recorded(dict):
+        """The operations of one level and sign, which do nothing but record that they are called."""
 
-            return recorded_operation
+        def __init__(self, width, height, level, sign):
+            for name in AUTHORS:
+                self[name] = lambda image, choice=(level, sign, name): chosen.append(choice) or image
 
-        table = original(width, height, level, sign)
-        return {name: with_name(name, operation) for name, operation in table.items()}
-
-    monkeypatch.setattr(randaugment, "operations", recorded)
+    monkeypatch.setattr(randaugment, "operations", Recorded)
     frames = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
+    counts = Counter()
     for number in range(300):
         before = len(chosen)
         torch.manual_seed(number)
-        result = randaugment.rand_augment(frames, 4, 7.0, 0.5)
-        assert result.shape == frames.shape and result.dtype == torch.uint8
-        per_clip[len(chosen) - before] += 1
-    assert set(per_clip) == {0, 1, 2, 3, 4} and len(chosen) == pytest.approx(600, abs=60)
-    levels, *others = zip(*chosen, strict=True)
+        assert torch.equal(randaugment.rand_augment(frames, 4, 7.0, 0.5), frames)
+        counts[len(chosen) - before] += 1
+    assert set(counts) == {0, 1, 2, 3, 4} and len(chosen) == pytest.approx(600, abs=60)
+    levels, signs, names = zip(*chosen, strict=True)
     levels = torch.tensor(levels, dtype=torch.float64)
     assert float(levels.mean()) == pytest.approx(0.7, abs=0.01) and float(levels.std()) == pytest.approx(0.05, abs=0.01)
-    for values, number in zip(others, (2, 15), strict=True):
+    for values, options in ((signs, (1, -1)), (names, AUTHORS)):
         counts = Counter(values)
-        assert len(counts) == number and min(counts.values()) > 0.5 * len(chosen) / number
+        assert set(counts) == set(options) and min(counts.values()) > 0.5 * len(chosen) / len(options)
 
 
-def test_all_frames_are_augmented_alike():
-    frame = torch.randint(0, 256, (1, 3, 30, 40), dtype=torch.uint8)
-    for number in range(40):
-        torch.manual_seed(sample_generator(0, 0, number).initial_seed())
-        clip = randaugment.rand_augment(frame.expand(3, -1, -1, -1), 4, 7.0, 0.5)
-        assert torch.equal(clip, clip[:1].expand_as(clip))
-    assert torch.equal(randaugment.rand_augment(frame, 0, 7.0, 0.5), frame)
-
-
-# ---- all augmentations of fine-tuning ----
-
-
-def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
-    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
-    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
-    return clip
+# ---- all of it ----
 
 
 def augmentation(**options) -> finetune.Augmentation:
@@ -115,25 +94,16 @@ def augmentation(**options) -> finetune.Augmentation:
     return finetune.Augmentation(SimpleNamespace(**{**nothing, **options}))
 
 
-FULL = dict(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
-
-
-@pytest.fixture(scope="module")
-def moving() -> torch.Tensor:
-    frames = [torch.from_numpy(numbered_frame(i).to_ndarray(format="rgb24").copy()) for i in range(6)]
-    frames = torch.stack(frames).permute(0, 3, 1, 2)
-    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
-    return (frames.int() + noise).clamp(0, 255).byte()
-
-
-def test_without_augmentation_a_square_clip_stays_as_it_is(moving):
-    square = moving[..., :64:2, :64:2].contiguous()
+def test_without_augmentation_a_square_clip_stays_as_it_is():
+    square = noisy_frames([1, 2], 32, 32)
     assert torch.equal(augmentation()(square, sample_generator(0, 0, 0)), square)
 
 
-def test_one_augmentation_for_all_frames(moving):
+def test_one_augmentation_for_all_frames():
     """A still video stays still; and each frame comes out as if it had been alone."""
-    augment, seen = augmentation(**FULL), set()
+    augment = augmentation(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
+    moving, results = noisy_frames(list(range(6))), set()
+    state = torch.get_rng_state()
     for number in range(60):
         still = augment(moving[:1].expand(6, -1, -1, -1), sample_generator(0, 0, number))
         assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
@@ -141,20 +111,17 @@ def test_one_augmentation_for_all_frames(moving):
         clip = augment(moving, sample_generator(0, 0, number))
         for t in (0, 3, 5):
             assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
-        seen.add(clip.numpy().tobytes())
-    assert len(seen) == 60
+        results.add(clip.numpy().tobytes())
+    assert len(results) == 60
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
 
 
-def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch, moving):
-    seen = []
-
-    def recorded(frames, *numbers):
-        seen.append((frames, numbers))
-        return frames
-
-    monkeypatch.setattr(finetune, "rand_augment", recorded)
-    augmentation(randaugment=(4, 7, 0.5))(moving, sample_generator(0, 0, 0))
-    assert seen == [(moving, (4, 7, 0.5))]
+def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch):
+    calls = []
+    monkeypatch.setattr(finetune, "rand_augment", lambda *arguments: calls.append(arguments) or arguments[0])
+    frames = noisy_frames([1])
+    augmentation(randaugment=(4, 7, 0.5))(frames, sample_generator(0, 0, 0))
+    assert calls == [(frames, 4, 7, 0.5)]
 
 
 def test_flip_is_of_half_of_the_clips_and_whole_clips():
@@ -200,9 +167,8 @@ def test_erasing_is_one_box_of_noise_in_all_frames():
             rows, cols = changed.any(dim=(0, 2)).nonzero().flatten(), changed.any(dim=(0, 1)).nonzero().flatten()
             rows, cols = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
             box = changed[:, rows, cols]
-            assert (
-                box.float().mean(dim=(1, 2)).min() > 0.9
-            )  # the same in each frame; some pixels of noise happen to be 7
+            # the same in each frame; some pixels of noise happen to be 7
+            assert box.float().mean(dim=(1, 2)).min() > 0.9
             assert 0.01 < box[0].numel() / 32**2 <= 0.36
             inside = result[:, :, rows, cols].float()
             assert inside.std(dim=(2, 3)).min() > 20 and not torch.equal(inside[0], inside[1])

@@ -751,7 +751,7 @@ def test_transformers_pipeline_classifies_a_video(fine_tuned, tmp_path):
     classify = transformers.pipeline("video-classification", model=model, image_processor=image_processor)
     found = {answer["label"]: answer["score"] for answer in classify(str(tmp_path / "a.mp4"), top_k=5)}
     frames = support.video.read_frames(tmp_path / "a.mp4", [0, 1, 2, 3])
-    clip = pretrain.data.normalize(pretrain.data.test_crops(frames, 32, 1))  # (1, 3, T, 32, 32)
+    clip = pretrain.data.normalize(pretrain.data.crop_views(frames, 32, 1))  # (1, 3, T, 32, 32)
     logits = support.weights.build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()(clip)
     expected = dict(zip(CLASSES, logits[0].softmax(dim=0).tolist(), strict=True))
     assert found == pytest.approx(expected, abs=1e-5) and max(found.values()) - min(found.values()) > 0.05

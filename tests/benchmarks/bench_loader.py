@@ -56,7 +56,7 @@ def official(path: str, seed: int) -> Tensor:
 
 
 def ours(path: str, seed: int) -> Tensor:
-    return clips_of(path)[seed, 0][0]  # uint8 (T, 3, H, W): normalized on the device
+    return clips_of(path)[seed, 0][0]  # uint8 (1, T, 3, H, W): normalized on the device
 
 
 def clips_of(path: str, repeats: int = 1) -> data.PretrainingClips:
