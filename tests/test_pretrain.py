@@ -94,7 +94,7 @@ def test_target_of_twice_the_frames():
     target_row = objective.target
     assert (target_row.load_frames, target_row.load_stride, target_row.cube) == (8, 2, (4, 16, 16))
     frames = torch.randint(0, 256, (1, 8, 3, 16, 16), dtype=torch.uint8)
-    clip, target = objective.split(frames)
+    clip, target = objective.input_and_target(frames)
     assert torch.equal(clip, frames[:, [0, 2, 4, 6]]) and torch.equal(target, frames)
     wanted = frames[0, 4:8].permute(0, 2, 3, 1).flatten()[None, None] / 255  # what the second of two tokens predicts
     assert wanted.shape == (1, 1, 3072)
@@ -110,7 +110,7 @@ def test_target_of_the_centre_frame(mask):
         )
     )
     frames = torch.randint(0, 256, (1, 16, 3, 64, 64), dtype=torch.uint8)
-    _, target = objective.split(frames)
+    _, target = objective.input_and_target(frames)
     assert torch.equal(target[0, 0], frames[0, 8])
     _, masked = masking.split(masking.MASKS[mask]((8, 4, 4), 0.75, torch.Generator().manual_seed(0)))
     prediction = torch.randn(1, len(masked), 768)
