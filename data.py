@@ -5,6 +5,8 @@ loader workers, and a resumed run sees what it would have seen. For mixup, drop 
 """
 
 import functools
+import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ from einops import rearrange
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from masking import split
 from support.config import UserError
-from support.processes import ignore_signals
+from support.processes import Processes, ignore_signals
 from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
@@ -315,35 +318,69 @@ def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int
 
 
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """A DataLoader with `workers` processes of its own, 0 for none; for a GPU, batches come in pinned memory."""
-    ahead = dict(num_workers=workers, prefetch_factor=4) if workers else {}
+    """Return a DataLoader with `workers` processes, 0 for none; it pins memory if there is a GPU."""
+    if workers:
+        options |= dict(num_workers=workers, prefetch_factor=4, worker_init_fn=ignore_signals)
     pinned = torch.cuda.is_available() or torch.xpu.is_available()
-    return DataLoader(dataset, pin_memory=pinned, worker_init_fn=ignore_signals, **ahead, **options)
+    return DataLoader(dataset, pin_memory=pinned, **options)
 
 
+@dataclass(eq=False)
 class GlobalBatches(Sampler):
     """This process's micro-batches of the remaining steps of a run: lists of (epoch, index).
 
     Every epoch is a new shuffle of the `length` videos, the last incomplete batch dropped. Which videos form a step's
-    batch does not depend on the number of processes. run: a support.run.Run.
+    batch does not depend on the number of processes, nor on the step at which a run resumes.
     """
 
-    def __init__(self, length: int, run: Any) -> None:
-        self.length, self.run = length, run
+    length: int
+    batch: int  # videos of a step, of all processes
+    micro_batch: int
+    steps: range
+    processes: Processes
+    seed: int
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        run, batch_size = self.run, self.run.batch_size
-        for step in range(run.start, run.total):
-            epoch, batch = divmod(step, self.length // batch_size)
-            if batch == 0 or step == run.start:
-                generator = sample_generator(run.config.run.seed, epoch, -1)
-                shuffled = torch.randperm(self.length, generator=generator)
-            mine = shuffled[batch * batch_size : (batch + 1) * batch_size][run.rank :: run.world_size]
-            for indices in mine.split(run.per_device):
+        for step in self.steps:
+            epoch, place = divmod(step, self.length // self.batch)
+            if place == 0 or step == self.steps.start:
+                shuffled = torch.randperm(self.length, generator=sample_generator(self.seed, epoch, -1))
+            whole = shuffled[place * self.batch : (place + 1) * self.batch]
+            shard = whole[self.processes.rank :: self.processes.world_size]
+            for indices in shard.split(self.micro_batch):
                 yield [(epoch, index) for index in indices.tolist()]
 
 
-def training_batches(videos: TrainingVideos, run: Any, collate_fn: Callable = collate) -> Iterator[tuple]:
-    """The micro-batches of GlobalBatches, collated."""
-    batches = GlobalBatches(len(videos), run)
-    return iter(loader(videos, run.config.data.workers, batch_sampler=batches, collate_fn=collate_fn))
+class Batches:
+    """An iterator over micro-batches, which counts how long loading makes the loop wait.
+
+    Broken videos, which are replaced by others, are printed and listed in `folder`/broken_videos.txt.
+    """
+
+    def __init__(
+        self, clips: TrainingVideos, batches: GlobalBatches, workers: int, folder: Path, collate_fn: Callable = collate
+    ) -> None:
+        self.batches = iter(loader(clips, workers, batch_sampler=batches, collate_fn=collate_fn))
+        self.file = folder / "broken_videos.txt"
+        self.waited = 0.0  # seconds
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        began = time.perf_counter()
+        *tensors, broken = next(self.batches)
+        self.waited += time.perf_counter() - began
+        if broken:
+            note_broken(self.file, broken)
+        return tensors
+
+
+def note_broken(file: Path, sentences: list[str]) -> None:
+    """Print the sentences on broken videos that `file` does not have yet, and append them."""
+    known = set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.exists() else set()
+    for sentence in dict.fromkeys(sentences):
+        if sentence not in known:
+            tqdm.write(f"replaced by another video: {sentence}", file=sys.stderr)
+            with open(file, "a", encoding="utf-8", errors="surrogateescape") as opened:
+                opened.write(f"{sentence}\n")

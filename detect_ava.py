@@ -26,6 +26,7 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.ops import roi_align
@@ -47,6 +49,7 @@ from tqdm import tqdm
 import data
 from model import Encoder, checkpoint_activations, cube_grid, initialize_from_scratch, parameter_groups
 from support import ava, toy
+from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.datasets import named_videos
 from support.persons import (
@@ -63,14 +66,13 @@ from support.persons import (
     persons_each_second,
 )
 from support.pictures import draw_persons, side_by_side
-from support.processes import gather, launch
-from support.run import Run, warmup_cosine
-from support.seeds import random_below
+from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
+from support.run import Log, split_batch, warmup_cosine
+from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
 from support.weights import (
     build_from_checkpoint,
     encoder_options,
-    find_init,
     load_weights,
     read_checkpoint,
     stored_config,
@@ -227,19 +229,23 @@ def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
-def build(config: SimpleNamespace, init: str, labels: Tensor) -> ActionDetector:
-    """The detector, with random weights (`init` "scratch") or those of any file that `load_weights` reads.
+def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = None) -> ActionDetector:
+    """Return the detector: with random weights, those of `config.init`, or the shape of a checkpoint's.
 
     labels (M, classes): of all persons to train on. The head starts at each action's frequency, which neither the paper
-    nor its code does: from one half, its bias would take thousands of steps, and features would make up for it.
+    nor its code does: started at probability 0.5, its bias would take thousands of steps, and features would make up
+    for it. checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
     """
     torch.manual_seed(config.run.seed)
-    model = ActionDetector(
-        **encoder_options(config, init), classes=config.data.actions, drop_path=config.model.drop_path
-    )
-    say(f"initialized from {init}")
-    if init != "scratch":
-        load_weights(model, init, fresh=("encoder.norm.", "head."))
+    if checkpoint:
+        model = ActionDetector(**checkpoint["model_options"], drop_path=config.model.drop_path)
+        model.encoder.pos_embed.copy_(checkpoint["positions"])
+        return model
+    options = encoder_options(config, config.init)
+    model = ActionDetector(**options, classes=config.data.actions, drop_path=config.model.drop_path)
+    say(f"initialized from {config.init}")
+    if config.init != "scratch":
+        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
     with torch.no_grad():
         model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
     return model
@@ -256,85 +262,138 @@ def check(config: SimpleNamespace) -> None:
 def train(config: SimpleNamespace) -> None:
     """Train as `config` says (Table 12), or resume; test at the end."""
     check(config)
-    init = find_init(config, DEFAULT)
-    run = Run(config, DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    compiled = compiler(config.run.compile, device)
+    folder = Path(config.run.folder)
     root = toy.find_ava(config.data)
-    frames, movies = find_training(config.data, root)
+    key_frames, movies = find_training(config.data, root)
     test_set = find_test(config.data, root)
-    labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in frames.values()])  # (M, classes)
-    model = build(config, init, labels).to(run.device)
+    names = {number: name for number, (name, _) in test_set.actions.items()}
+    identity = dict(videos=describe(list(key_frames.items())), actions=names)
+    checkpoint = load_checkpoint(config, DEFAULT, **identity)
+    labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in key_frames.values()])  # (M, classes)
+    model = build(config, labels, checkpoint).to(device)
     if config.run.recompute:
         checkpoint_activations(model)
-    clips = KeyFrameClips(list(frames.items()), config.run.seed, movies=movies, options=config.data)
-    clips[0, 0]  # stops here if no movie can be read
-    run.plan(clips.videos, config.optim.batch_size)
+    clips = KeyFrameClips(list(key_frames.items()), config.run.seed, movies=movies, options=config.data)
+    clips[0, 0]  # raises UserError if no movie can be read
+
+    # batch = processes x accumulation x micro-batch, counted in clips
+    batch = config.optim.batch_size
+    micro_batch, accumulation = split_batch(len(clips), batch, world_size, config.run.batch_per_device)
+    steps_per_epoch = len(clips) // batch
+    total = round(config.optim.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    peak_lr = config.optim.base_lr * batch / 256  # Sec. B: the linear scaling rule
+    end_lr = config.optim.min_lr * batch / 256
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
+    start = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"{len(frames):,} key frames with {len(labels):,} persons for training, {len(test_set.persons):,} for testing, "
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"{len(clips):,} key frames with {len(labels):,} boxes for training, {len(test_set.persons):,} for validation, "
         f"{len(test_set.actions)} of {config.data.actions} actions evaluated; clips of {config.data.frames} frames\n"
-        f"learning rate x {groups[0]['lr_scale']:.3g} in the cube embedding"
+        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
+        f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    names = {number: name for number, (name, _) in test_set.actions.items()}
-    facts = dict(model_options=model.options, positions=model.encoder.pos_embed, actions=names)
-    run.open(dict(model=model, optimizer=optimizer), **facts)
-    network = run.parallel(run.compile(model))
-    batches = data.training_batches(clips, run, collate_fn=collate)
-    peak_lr, end_lr = (lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr))
+    log = Log(config, processes, start, total, clips_per_step=batch)
+    network = compiled(model)
+    if world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+    shards = data.GlobalBatches(len(clips), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, shards, config.data.workers, folder, collate_fn=collate)
 
     model.train()
-    for step in run.steps():
-        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, end_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        for clip, rois, labels in run.micro_batches(batches):  # (B, T, 3, H, W), (M, 5), (M, classes)
-            clip = data.normalize(clip, config.data.mean, config.data.std)  # (B, 3, T, H, W)
-            with run.autocast():
-                logits = network(clip, rois)  # (M, classes)
-            loss = detection_loss(logits, labels, len(clip))
-            (loss / run.accumulation).backward()
-            run.add_loss(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(lr=lr)
-        if run.validation_due():
-            epoch = (run.step + 1) // run.steps_per_epoch
-            mean_ap = test(model, test_set, run, f"epoch {epoch}")
-            run.log(step=run.step + 1, epoch=epoch, mAP=mean_ap)
-            say(f"epoch {epoch}: mAP {mean_ap:.2f}")
-            model.train()
+    loss_sum = torch.zeros((), device=device)
+    with StopSignals() as stop:
+        for step in log.progress(range(start, total)):
+            lr = warmup_cosine(step, total, warmup, peak_lr, end_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
 
-    run.log(step=run.total, test_mAP=test(model, test_set, run, "testing", run.folder))
+            for number in range(accumulation):
+                # (B, T, 3, H, W), (M, 5), (M, classes)
+                clip, rois, labels = (x.to(device, non_blocking=True) for x in next(batches))
+                seed_device(config.run.seed, step * accumulation + number, rank)
+                clip = data.normalize(clip, config.data.mean, config.data.std)  # (B, 3, T, H, W)
+                # gradients are averaged over the processes in the last backward pass of the step
+                last = number == accumulation - 1
+                with nullcontext() if last or world_size == 1 else network.no_sync():
+                    with processes.autocast():
+                        logits = network(clip, rois)  # (M, classes)
+                    loss = detection_loss(logits, labels, len(clip))
+                    (loss / accumulation).backward()
+                loss_sum += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            if done % config.run.log_every == 0 or done == total:
+                mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
+                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                loss_sum.zero_()
+            stopped = stop.requested()
+            every = config.run.validate_every * steps_per_epoch
+            validating = every > 0 and done % every == 0 and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+                save_checkpoint(log, config, **state, **identity)
+            if stopped and done < total:
+                raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
+            if validating:
+                epoch = done // steps_per_epoch
+                with log.clock_stopped(), stop.at_once():
+                    mean_ap = test(model, test_set, processes, config, f"epoch {epoch}")
+                log.write(step=done, epoch=epoch, mAP=mean_ap)
+                say(f"epoch {epoch}: mAP {mean_ap:.2f}")
+                model.train()
+
+        with stop.at_once():
+            mean_ap = test(model, test_set, processes, config, "testing", folder)
+    log.write(step=total, test_mAP=mean_ap)
+    log.draw()
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, persons: KeyFrames, movies: Movies, run: Run, title: str) -> tuple[Rows, list[str]]:
+def detect(
+    model: nn.Module, persons: KeyFrames, movies: Movies, processes: Processes, config: SimpleNamespace, title: str
+) -> tuple[Rows, list[str]]:
     """The probability of each action of each person, as rows, on rank 0 alone; why some key frames could not be read.
 
     Each process tests a part of the key frames.
     """
-    options, at_most, cube = run.config.data, run.config.run.batch_per_device, model.options["cube"]
+    options, at_most, cube = config.data, config.run.batch_per_device, model.options["cube"]
     movies_frames = [list(group) for _, group in groupby(persons.items(), key=lambda item: item[0][0])]
     batches = [frames[i : i + at_most] for frames in movies_frames for i in range(0, len(frames), at_most)]
-    mine, read = range(run.rank, len(batches), run.world_size), partial(test_batch, movies=movies, options=options)
+    mine, read = (
+        range(processes.rank, len(batches), processes.world_size),
+        partial(test_batch, movies=movies, options=options),
+    )
     batches = data.loader(batches, options.workers, batch_size=None, sampler=mine, collate_fn=read)
     model.eval()
     found, broken, rows = [], [], []
-    for scores, clip, rois, unreadable in tqdm(batches, title, unit="batch", disable=run.rank > 0):
+    for scores, clip, rois, unreadable in tqdm(batches, title, unit="batch", disable=processes.rank > 0):
         broken += unreadable
         if clip is not None:
-            clip = data.normalize(clip.to(run.device, non_blocking=True), options.mean, options.std)  # (B, 3, T, H, W)
+            clip = data.normalize(
+                clip.to(processes.device, non_blocking=True), options.mean, options.std
+            )  # (B, 3, T, H, W)
             # To whole cubes, right and below, with zeros: the mean color.
             clip = F.pad(clip, (0, -clip.shape[-1] % cube[2], 0, -clip.shape[-2] % cube[1]))
-            with run.autocast():
-                logits = model(clip, rois.to(run.device, non_blocking=True))  # (M, classes)
+            with processes.autocast():
+                logits = model(clip, rois.to(processes.device, non_blocking=True))  # (M, classes)
             found.append((scores, logits.float().sigmoid()))
     found, broken = gather([(scores, table.cpu()) for scores, table in found]), sorted(set(gather(broken)))
     if not found:
         raise UserError(f"none of the {len(persons)} key frames with persons can be read; the first: {broken[0]}")
-    for scores, table in found if run.rank == 0 else ():
+    for scores, table in found if processes.rank == 0 else ():
         for ((frame, box), score), probabilities in zip(scores.items(), table.tolist(), strict=True):
             weight = score if options.person_score else 1.0
             rows += [ava.Row(frame, box, action, p * weight) for action, p in enumerate(probabilities, 1) if p > 0]
@@ -342,23 +401,29 @@ def detect(model: nn.Module, persons: KeyFrames, movies: Movies, run: Run, title
 
 
 def test(
-    model: nn.Module, test_set: TestSet, run: Run, title: str, folder: Path | None = None, as_json: bool = False
+    model: nn.Module,
+    test_set: TestSet,
+    processes: Processes,
+    config: SimpleNamespace,
+    title: str,
+    folder: Path | None = None,
+    as_json: bool = False,
 ) -> float:
     """The mAP, for every process; with a folder, print it and write detections.csv, mAP.json and pictures.
 
     A key frame that cannot be read has no detections; its ground truth still counts.
     """
-    rows, broken = detect(model, test_set.persons, test_set.movies, run, title)
+    rows, broken = detect(model, test_set.persons, test_set.movies, processes, config, title)
     rows, summary = [row for row in rows if row.action in test_set.actions], {}
-    if run.rank == 0:
+    if processes.rank == 0:
         precisions = ava.average_precisions(test_set.ground_truth, rows, test_set.actions)
         summary = ava.summarize(precisions, test_set.actions)
-    if folder and run.rank == 0:
+    if folder and processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         ava.write_rows(folder / "detections.csv", rows)
         for reason in broken:
             say(f"no detections: {reason}")
-        draw_key_frames(rows, test_set, run.config, folder / "pictures")
+        draw_key_frames(rows, test_set, config, folder / "pictures")
         ava.report(summary, folder / "mAP.json", as_json)
         persons, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
         what = f"{len(persons):,} persons in {len(frames):,} frames: {folder / 'detections.csv'}"
@@ -383,44 +448,44 @@ def use_weights(arguments: argparse.Namespace) -> None:
     """`--test` and `--predict`: what any checkpoint of action detection finds in the validation set or in videos."""
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
-    run = Run(config, DEFAULT)
-    model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(run.device)
+    processes = start_processes(config.run.precision, config.data.workers)
+    model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(processes.device)
     if arguments.predict:
-        return predict(model, arguments, run)
+        return predict(model, arguments, processes, config)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     test_set = find_test(config.data, toy.find_ava(config.data))
-    test(model, test_set, run, "testing", arguments.out or weights.parent, arguments.json)
+    test(model, test_set, processes, config, "testing", arguments.out or weights.parent, arguments.json)
 
 
 # ---- prediction: where persons are, what they do, a video that shows it ----
 
 
-def predict(model: nn.Module, arguments: argparse.Namespace, run: Run) -> None:
+def predict(model: nn.Module, arguments: argparse.Namespace, processes: Processes, config: SimpleNamespace) -> None:
     """Write copies of videos in which boxes and actions are drawn, and the detections as csv files next to them.
 
     Persons are those in --boxes. Without it, at each second, they are those that --detector finds, or else one box: the
     whole frame. Videos without persons and those that cannot be read are named.
     """
-    options, videos, out = run.config.data, named_videos(arguments.predict), arguments.out or Path("runs/detections")
+    options, videos, out = config.data, named_videos(arguments.predict), arguments.out or Path("runs/detections")
     movies, done = {video.stem: video for video in videos}, 0
     if len(movies) < len(videos):
         raise UserError("two of the videos have the same name, as their results would: predict one after the other")
     boxes = find_persons(arguments.boxes, options, Path(options.root), movies) if arguments.boxes else {}
-    person_detector = load_person_detector(arguments.detector).to(run.device) if arguments.detector else None
+    person_detector = load_person_detector(arguments.detector).to(processes.device) if arguments.detector else None
     names = read_checkpoint(arguments.weights)[1].get("actions", {})
     for name, path in movies.items():
         try:
             persons = {frame: rows for frame, rows in boxes.items() if frame[0] == name}
             if not boxes:
-                persons = persons_each_second(path, person_detector, run)
+                persons = persons_each_second(path, person_detector, processes.device, config.data)
             elif not persons:
                 others = f"only of {next(iter(boxes))[0]}, ...: column 1 has to be the file's name"
                 raise UserError(f"{arguments.boxes} has no boxes of video {name}, {others}")
-            rows, broken = detect(model, persons, {name: path}, run, f"predicting {name}")
+            rows, broken = detect(model, persons, {name: path}, processes, config, f"predicting {name}")
             for reason in broken:
                 say(f"no detections: {reason}")
-            if run.rank == 0:
+            if processes.rank == 0:
                 file = out if out.suffix == ".mp4" and len(videos) == 1 else out / f"{name}.mp4"
                 draw_video(path, file, rows, names, model.options["classes"], options.starts_at)
             done += 1
@@ -444,7 +509,7 @@ def main() -> None:
     add("--evaluate", action="store_true", help="python -m support.ava, whose --help lists the options")
     add("--json", action="store_true", help="--test and --evaluate print their results as one JSON object")
     add("--out", type=Path, help="--test, --predict: folder, default that of the weights, runs/detections; or one .mp4")
-    arguments = parse(parser)
+    arguments = parse(parser, DEFAULT)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
         example = "a checkpoint of action detection such as runs/detect/toy/checkpoint.pt"
         raise UserError(f"--test and --predict need --weights FILE, {example}; training starts from init=FILE")

@@ -12,6 +12,7 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,17 +22,19 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import masking
 from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tokens, parameter_groups
 from support import toy
+from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
 from support.pictures import estimate_statistics, save_videos, with_captions
-from support.processes import launch
-from support.run import Run, warmup_cosine
-from support.seeds import sample_generator
+from support.processes import StopSignals, average, compiler, launch, start_processes
+from support.run import Log, split_batch, warmup_cosine
+from support.seeds import sample_generator, seed_device
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
 
@@ -162,9 +165,13 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
 def train(config: SimpleNamespace) -> None:
     """Pre-train as `config` says (Table 9), or resume; draw pictures at the end."""
     model, objective, sample_mask = build(config)
-    run = Run(config, DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    compiled = compiler(config.run.compile, device)
+    folder = Path(config.run.folder)
+
     root, train_videos, val_videos, _ = toy.find(config.data)
-    videos, repeats = list_videos(root, train_videos), config.data.repeats
+    videos = list_videos(root, train_videos)
     clips = data.PretrainingClips(
         videos,
         frames=objective.target.load_frames,
@@ -173,56 +180,94 @@ def train(config: SimpleNamespace) -> None:
         scales=config.data.scales,
         flip=config.data.flip,
         draw_mask=sample_mask,
-        repeats=repeats,
+        repeats=config.data.repeats,
         choose_reconstructed=partial(masking.running_cells, grid=model.grid, ratio=config.mask.decoder_ratio),
         seed=config.run.seed,
     )
-    _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
+    _, visible, masked, _ = clips[0, 0]  # raises UserError if no video can be read
+
+    # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips
+    repeats = config.data.repeats
     if config.optim.batch_size % repeats:
         raise UserError(f"optim.batch_size={config.optim.batch_size} is not a multiple of data.repeats={repeats}")
-    run.plan(videos, config.optim.batch_size // repeats, repeats)
+    batch = config.optim.batch_size // repeats
+    micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // repeats)
+    steps_per_epoch = len(videos) // batch
+    total = round(config.optim.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
+    end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
-    model.to(run.device)
+    model.to(device)
     if config.run.recompute:
         checkpoint_activations(model)
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+
+    start = 0
+    identity = dict(videos=describe(videos), model_options=model.options)
+    if checkpoint := load_checkpoint(config, DEFAULT, **identity):
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
     cubes = len(model.pos_embed)  # N
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, "
         f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {cubes - visible.shape[-1]:,} of "
-        f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed"
+        f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed\n"
+        f"peak learning rate {config.optim.base_lr:g} x {config.optim.batch_size} / 256 = {peak_lr:.4g}"
     )
-    run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
-    network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)
-    batches = data.training_batches(clips, run)
-    # Sec. B: the linear scaling rule
-    peak_lr, end_lr = (lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr))
+    log = Log(config, processes, start, total, clips_per_step=config.optim.batch_size)
+    network = compiled(model)
+    loss_of = compiled(objective.loss)
+    if world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, shards, config.data.workers, folder)
 
-    for step in run.steps():
-        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, end_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for frames, visible, masked in run.micro_batches(batches):
-            # R = data.repeats clips of each video
-            frames, visible, masked = (rearrange(x, "B R ... -> (B R) ...") for x in (frames, visible, masked))
-            clip, target_frames = objective.input_and_target(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
-            with run.autocast():
-                prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
-            loss = loss_of(prediction, target_frames, masked)
-            (loss / run.accumulation).backward()
-            run.add_loss(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(lr=lr)
+    loss_sum = torch.zeros((), device=device)
+    with StopSignals() as stop:
+        for step in log.progress(range(start, total)):
+            lr = warmup_cosine(step, total, warmup, peak_lr, end_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-    if run.rank == 0:
+            for number in range(accumulation):
+                tensors = (x.to(device, non_blocking=True) for x in next(batches))
+                # R = data.repeats clips of each video
+                frames, visible, masked = (rearrange(x, "B R ... -> (B R) ...") for x in tensors)
+                clip, target_frames = objective.input_and_target(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
+                seed_device(config.run.seed, step * accumulation + number, rank)
+                # gradients are averaged over the processes in the last backward pass of the step
+                last = number == accumulation - 1
+                with nullcontext() if last or world_size == 1 else network.no_sync():
+                    with processes.autocast():
+                        prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
+                    loss = loss_of(prediction, target_frames, masked)
+                    (loss / accumulation).backward()
+                loss_sum += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            if done % config.run.log_every == 0 or done == total:
+                mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
+                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                loss_sum.zero_()
+            stopped = stop.requested()
+            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+                save_checkpoint(log, config, **state, **identity)
+            if stopped and done < total:
+                raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
+
+    if rank == 0:
         videos = list_videos(root, val_videos) if val_videos else videos
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
-            path = run.folder / "pictures" / f"{number:05d}"
+            path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        say(f"{run.folder}: {run.total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
 
 
 @torch.no_grad()
@@ -304,7 +349,7 @@ def main() -> None:
     add("--weights", type=Path, help="pre-training checkpoint: this project's, official or Hugging Face's")
     add("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95")
     add("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the pictures")
-    arguments = parse(parser)
+    arguments = parse(parser, DEFAULT)
     if arguments.weights and not arguments.reconstruct:
         raise UserError("--weights goes with --reconstruct; a run resumes from its own checkpoint by the same command")
     if arguments.reconstruct:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from support import ava
 from support.config import UserError, say
 from support.pictures import draw_persons
-from support.run import Run
 from support.video import Video, write_mp4
 
 Rows = list[ava.Row]
@@ -85,18 +84,20 @@ def load_person_detector(path: Path) -> nn.Module:
 
 
 @torch.inference_mode()
-def persons_each_second(path: Path, person_detector: nn.Module | None, run: Run) -> KeyFrames:
+def persons_each_second(
+    path: Path, person_detector: nn.Module | None, device: torch.device, options: SimpleNamespace
+) -> KeyFrames:
     """The persons that a detector finds at each second of a video, or without one, whole frames.
 
     Raises BrokenVideo, or UserError if there are no persons.
     """
-    rows, options = [], run.config.data
+    rows = []
     with Video(path) as video:
         times = video.times
         for second in range(round(times[-1]) + 1):
             boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
             if person_detector:
-                image = video.frames([nearest(times, Fraction(second))])[0].to(run.device)  # (3, H, W)
+                image = video.frames([nearest(times, Fraction(second))])[0].to(device)  # (3, H, W)
                 found = person_detector([image / 255])[0]
                 kept = (found["labels"] == 1) & (found["scores"] >= options.threshold)  # COCO's class 1: person
                 boxes = found["boxes"][kept].cpu() / torch.tensor([*image.shape[:0:-1]] * 2)  # (P, 4)
