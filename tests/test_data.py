@@ -19,6 +19,7 @@ import data
 import masking
 import support.video
 from data import sample_generator
+from support.processes import Processes
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
 
@@ -340,43 +341,46 @@ def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
 # ---- batches ----
 
 
-def run_of(batch_size: int, **options) -> SimpleNamespace:
-    """What batches take of a support.run.Run."""
-    groups = dict(optim=dict(batch_size=batch_size), data=dict(workers=1), run=dict(seed=5))
-    config = SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
-    return SimpleNamespace(config=config, batch_size=batch_size, **options)
+def global_batches(length: int, batch: int, micro_batch: int, steps: range, rank: int = 0, world_size: int = 1):
+    processes = Processes(rank, world_size, torch.device("cpu"), torch.float32)
+    return data.GlobalBatches(length, batch, micro_batch, steps, processes, seed=5)
 
 
-def batches(world_size: int, per_device: int, start: int = 0) -> list[list[tuple[int, int]]]:
-    """The global batches of 12 that `world_size` processes form together, up to step 9."""
-    process = partial(run_of, 12, per_device=per_device, world_size=world_size, start=start, total=9)
-    parts = [list(data.GlobalBatches(50, process(rank=rank))) for rank in range(world_size)]
-    accumulation = 12 // world_size // per_device
-    assert all(len(part) == (9 - start) * accumulation for part in parts)
-    steps = [[part[step * accumulation :][:accumulation] for part in parts] for step in range(9 - start)]
-    return [sorted(sum((sum(micro_batches, []) for micro_batches in step), [])) for step in steps]
+def steps_of(world_size: int, micro_batch: int, start: int = 0) -> list[list[tuple[int, int]]]:
+    """The global batches of 12 of 50 videos that `world_size` processes form together, up to step 9."""
+    steps = range(start, 9)
+    parts = [list(global_batches(50, 12, micro_batch, steps, rank, world_size)) for rank in range(world_size)]
+    accumulation = 12 // world_size // micro_batch
+    assert all(len(part) == len(steps) * accumulation for part in parts)
+    together = []
+    for step in range(len(steps)):
+        micro_batches = [indices for part in parts for indices in part[step * accumulation :][:accumulation]]
+        together.append(sorted(sum(micro_batches, [])))
+    return together
 
 
 def test_batches_do_not_depend_on_processes_or_micro_batches_or_where_a_run_resumes():
-    alone = batches(1, 12)
-    assert batches(2, 6) == alone and batches(3, 2) == alone and batches(1, 4) == alone
-    assert batches(2, 3, start=5) == alone[5:]
+    alone = steps_of(1, 12)
+    assert steps_of(2, 6) == alone and steps_of(3, 2) == alone and steps_of(1, 4) == alone
+    assert steps_of(2, 3, start=5) == alone[5:]
 
 
 def test_every_epoch_is_a_shuffle_without_repetition():
-    alone = batches(1, 12)
+    alone = steps_of(1, 12)
     for epoch in range(2):
         seen = sum(alone[epoch * 4 : epoch * 4 + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48
     assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:8], [])]
 
 
-def test_training_batches_are_the_samples_in_order_of_global_batches(videos):
-    clips, run = pretraining_clips(videos), run_of(2, per_device=2, rank=0, world_size=1, start=1, total=3)
-    clip_batches = list(data.training_batches(clips, run))  # through a loader's worker
-    assert len(clip_batches) == 2
-    for keys, (clip, visible, masked, broken) in zip(data.GlobalBatches(3, run), clip_batches, strict=True):
-        samples = [clips[key] for key in keys]
-        for stacked, column in zip((clip, visible, masked), zip(*samples, strict=True), strict=False):
-            assert torch.equal(stacked, torch.stack(column))
-        assert broken == []
+def test_batches_are_the_samples_in_order_and_broken_videos_are_noted_once(videos, tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clips = pretraining_clips([*videos, tmp_path / "broken.mp4"])
+    keys = list(global_batches(4, 2, 2, range(1, 5)))
+    loaded = list(data.Batches(clips, keys, workers=1, folder=tmp_path))
+    assert len(loaded) == 4
+    for batch, tensors in zip(keys, loaded, strict=True):
+        *columns, _ = zip(*(clips[key] for key in batch), strict=True)
+        assert all(torch.equal(tensor, torch.stack(column)) for tensor, column in zip(tensors, columns, strict=True))
+    (line,) = (tmp_path / "broken_videos.txt").read_text().splitlines()
+    assert "broken.mp4" in line and capsys.readouterr().err.count("replaced by another video: ") == 1
