@@ -113,8 +113,3 @@ def test_every_cube_is_masked_and_reconstructed_equally_often(mask_function, mas
         rate += reconstructed(grid, mask_function(grid, mask_ratio, generator), ratio, generator) / samples
     expected = rate.mean()
     assert (rate - expected).abs().max() < 5 * (expected * (1 - expected) / samples) ** 0.5
-
-
-def test_a_decoder_without_cubes_is_refused():
-    with pytest.raises(UserError, match="mask.decoder_ratio=0.99 leaves none of 12 masked cubes"):
-        running_cells(torch.arange(12), (4, 4, 4), 0.99)

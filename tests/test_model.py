@@ -25,6 +25,17 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
+def tokens(grid: tuple[int, int, int], batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random masks (B, N) with the positions of visible and masked cubes."""
+    mask = torch.stack([masking.random_mask(grid, 0.75, torch.Generator().manual_seed(i)) for i in range(batch)])
+    visible, masked = map(torch.stack, zip(*map(masking.split, mask), strict=True))
+    return mask, visible, masked
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -43,7 +54,7 @@ def test_parameters_and_multiply_accumulates_of_pretraining(size, decoder_depth,
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = m.VideoMAE(**m.SIZES[size], decoder_depth=decoder_depth)
         visible, masked = torch.empty(1, 160, dtype=torch.long), torch.empty(1, 1408, dtype=torch.long)
-        model(torch.empty(1, 3, 16, 224, 224), visible, masked)
+        assert model(torch.empty(1, 3, 16, 224, 224), visible, masked).shape == (1, 8 * 176, 1536)  # Table 8
     assert count_parameters(model) == parameters
     saved = 1408 * 1536 * m.SIZES[size]["width"]
     assert (counter.get_total_flops() / 2 + saved) / 1e9 == pytest.approx(giga, abs=0.06)
@@ -74,64 +85,27 @@ def test_parameters_and_gflops_of_tables_6_and_7(size, clip_size, parameters, gi
     assert round((counter.get_total_flops() / 2 + 5 * sum(normalized)) / 1e9) == giga
 
 
-def test_table_8_output_sizes():
-    with torch.device("meta"):
-        model = m.VideoMAE(**m.SIZES["B"], decoder_depth=4)
-        clip = torch.empty(1, 3, 16, 224, 224)
-        visible, masked = torch.empty(1, 160, dtype=torch.long), torch.empty(1, 1408, dtype=torch.long)
-        assert model.encoder.patch_embed(clip).shape == (1, 8 * 196, 768)
-        assert model.encoder(clip, visible).shape == (1, 8 * 20, 768)
-        sizes = []
-        model.decoder.blocks[0].register_forward_pre_hook(lambda block, inputs: sizes.append(inputs[0].shape))
-        assert model(clip, visible, masked).shape == (1, 1408, 1536)
-    assert sizes == [(1, 8 * 196, 384)]
-    assert model.grid == (8, 14, 14)
-    assert m.cube_grid((32, 320, 320), (2, 16, 16)) == (16, 20, 20)  # 6400 tokens
+BAD_SIZES = [
+    (dict(clip_size=(16, 100, 112)), "100 pixels of height is not a whole number of cubes of 16; choose a multiple"),
+    (dict(clip_size=(15, 112, 112)), "15 frames"),
+    (dict(cube=(16, 16)), "three sides"),
+]
 
 
-@pytest.mark.parametrize(
-    "clip_size, cube, sentence",
-    [
-        ((16, 100, 112), (2, 16, 16), "100 pixels of height is not a whole number of cubes of 16"),
-        ((15, 112, 112), (2, 16, 16), "15 frames"),
-        ((16, 112, 112), (16, 16), "three sides"),
-    ],
-)
-def test_indivisible_sizes_are_refused(clip_size, cube, sentence):
+@pytest.mark.parametrize("options, sentence", BAD_SIZES)
+def test_indivisible_sizes_are_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
-        m.VideoMAE(**SMALL, clip_size=clip_size, cube=cube)
-
-
-def test_only_visible_cubes_matter():
-    model = randomize(m.VideoMAE(**SMALL, clip_size=(4, 64, 64)))
-    mask = masking.random_mask(model.grid, 0.75, torch.Generator().manual_seed(0))
-    visible, masked = (positions[None] for positions in masking.split(mask))
-    clip = torch.randn(1, 3, 4, 64, 64)
-    masked_changed = clip.clone()
-    area = mask.view(model.grid).repeat_interleave(2, 0).repeat_interleave(16, 1).repeat_interleave(16, 2)
-    masked_changed[:, :, area] = 9.0
-    assert torch.equal(model(clip, visible, masked), model(masked_changed, visible, masked))
-
-
-# ---- positions ----
-
-
-def test_position_table_by_hand():
-    table = m.sincos_positions(5, 4)
-    angle = torch.tensor([3.0, 3.0 / 100], dtype=torch.float64)  # 10000 ** (2 / 4) = 100
-    assert torch.allclose(table[3].double(), torch.stack([angle.sin(), angle.cos()], 1).flatten(), atol=1e-7)
-    assert not any("pos_embed" in key for key in m.VideoMAE(**SMALL, clip_size=(4, 32, 32)).state_dict())
+        m.VideoMAE(**SMALL, **options)
 
 
 def test_interpolated_positions():
     grid = (4, 6, 6)
     table = torch.randn(4 * 6 * 6, 10)
     assert m.interpolate_positions(table, grid, grid) is table
-    constant = torch.randn(10)
-    for new in ((4, 9, 9), (8, 6, 6), (8, 9, 10), (2, 3, 3), (1, 6, 6)):
-        resized = m.interpolate_positions(constant.expand(4 * 6 * 6, -1), grid, new)
-        assert torch.allclose(resized, constant.expand(new[0] * new[1] * new[2], -1), atol=1e-5)
-    # what changes in time alone is interpolated linearly in time, and its place in space does not matter
+    for new in ((8, 9, 10), (1, 3, 3)):  # what is constant stays so
+        resized = m.interpolate_positions(torch.full((4 * 6 * 6, 10), 0.3), grid, new)
+        assert torch.allclose(resized, torch.full((new[0] * new[1] * new[2], 10), 0.3), atol=1e-5)
+    # what changes in time alone is interpolated linearly in time, everywhere alike
     times = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 6, 6, 1).reshape(-1, 1)
     stretched = m.interpolate_positions(times, grid, (8, 9, 9)).view(8, 81)
     expected = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
@@ -174,7 +148,7 @@ def test_initial_values_of_the_classifier():
 
 
 def test_drop_path_rises_with_depth_and_skips_whole_clips():
-    model = m.VideoClassifier(width=48, depth=5, heads=4, classes=3, clip_size=(4, 32, 32), drop_path=0.2)
+    model = m.VideoClassifier(**TINY | dict(depth=5), clip_size=(4, 32, 32), drop_path=0.2)
     assert [block.drop_path.p for block in model.encoder.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     block = randomize(m.Block(width=48, heads=4, eps=1e-6, drop_path=0.5)).train()
     x = torch.randn(400, 3, 48)
@@ -220,6 +194,7 @@ def test_options_build_the_same_model_again():
     model = m.VideoMAE(**SMALL, clip_size=(4, 32, 48), cube=(2, 16, 8), frames_per_token=4)
     assert model.options == dict(**SMALL, clip_size=[4, 32, 48], cube=[2, 16, 8], frames_per_token=4)
     m.VideoMAE(**model.options).load_state_dict(model.state_dict())
+    assert not any("pos_embed" in key for key in model.state_dict())
     classifier = m.VideoClassifier(**TINY, drop_path=0.1, dropout=0.1)  # these two belong to the training
     assert classifier.options == dict(**TINY, clip_size=[16, 224, 224], cube=[2, 16, 16], eps=1e-6)
     assert m.encoder_size("L") == dict(width=1024, depth=24, heads=16)

@@ -31,10 +31,6 @@ def noisy_frames(numbers: list[int], width: int = 96, height: int = 64) -> torch
     return (frames.int() * 0.7 + noise).byte()
 
 
-def test_the_operations_are_the_authors():
-    assert list(randaugment.operations(8, 8, 0.5, 1)) == AUTHORS
-
-
 @pytest.mark.parametrize("name", AUTHORS)
 def test_each_operation_is_timms_to_the_bit(monkeypatch, name):
     image = Image.fromarray(noisy_frames([1234], 113, 70)[0].permute(1, 2, 0).contiguous().numpy())
@@ -69,6 +65,7 @@ def test_choices_by_their_numbers(monkeypatch):
             for name in AUTHORS:
                 self[name] = lambda image, choice=(level, sign, name): chosen.append(choice) or image
 
+    assert list(randaugment.operations(8, 8, 0.5, 1)) == AUTHORS
     monkeypatch.setattr(randaugment, "operations", Recorded)
     frames = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
     counts = Counter()
@@ -100,16 +97,14 @@ def test_without_augmentation_a_square_clip_stays_as_it_is():
 
 
 def test_one_augmentation_for_all_frames():
-    """A still video stays still; and each frame comes out as if it had been alone."""
+    """Each frame comes out as if it had been alone."""
     augment = augmentation(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
     moving, results = noisy_frames(list(range(6))), set()
     state = torch.get_rng_state()
     for number in range(60):
-        still = augment(moving[:1].expand(6, -1, -1, -1), sample_generator(0, 0, number))
-        assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
-        assert torch.equal(still, still[:1].expand_as(still)), number
         clip = augment(moving, sample_generator(0, 0, number))
-        for t in (0, 3, 5):
+        assert clip.shape == (6, 3, 32, 32) and clip.dtype == torch.uint8
+        for t in range(6):
             assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
         results.add(clip.numpy().tobytes())
     assert len(results) == 60
@@ -134,18 +129,16 @@ def test_flip_is_of_half_of_the_clips_and_whole_clips():
 
 
 def test_random_resized_crop_by_its_numbers():
-    """Left, right, top and bottom edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3, anywhere."""
+    """Edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3."""
     clip, augment = coordinates(240, 240, 1), augmentation(crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333))
-    areas, aspects, lefts = [], [], []
+    areas, aspects = [], []
     for number in range(200):
         result = augment(clip, sample_generator(0, 0, number))[0].float()
         width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
         areas.append(width * height / 240**2)
         aspects.append(width / height)
-        lefts.append(result[0].amin().item())
     assert 0.06 < min(areas) < 0.15 and 0.85 < max(areas) < 1.05
     assert 0.68 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.46
-    assert min(lefts) < 6 and max(lefts) > 120
 
 
 def test_random_resized_crop_is_not_antialiased():
@@ -162,15 +155,13 @@ def test_erasing_is_one_box_of_noise_in_all_frames():
     for number in range(200):
         result = augment(clip, sample_generator(0, 0, number))
         changed = (result != 7).any(dim=1)  # (5, 32, 32)
-        if changed.any():
-            erased += 1
-            rows, cols = changed.any(dim=(0, 2)).nonzero().flatten(), changed.any(dim=(0, 1)).nonzero().flatten()
-            rows, cols = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-            box = changed[:, rows, cols]
-            # the same in each frame; some pixels of noise happen to be 7
-            assert box.float().mean(dim=(1, 2)).min() > 0.9
-            assert 0.01 < box[0].numel() / 32**2 <= 0.36
-            inside = result[:, :, rows, cols].float()
-            assert inside.std(dim=(2, 3)).min() > 20 and not torch.equal(inside[0], inside[1])
+        if not changed.any():
+            continue
+        erased += 1
+        rows, columns = changed.any(dim=(0, 2)), changed.any(dim=(0, 1))
+        box = result[:, :, rows][..., columns].float()  # (5, 3, H, W)
+        assert 0.01 < box[0, 0].numel() / 32**2 <= 0.36
+        assert changed[:, rows][..., columns].float().mean(dim=(1, 2)).min() > 0.9  # some pixels of noise are 7
+        assert box.std(dim=(2, 3)).min() > 20 and not torch.equal(box[0], box[1])
     assert 30 < erased < 70
     assert (clip == 7).all()  # the decoded frames, which other repeats use too
