@@ -45,7 +45,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
-from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
+from model import Encoder, checkpoint_activations, cube_grid, initialize_from_scratch, parameter_groups
 from support import ava, toy_ava
 from support.average_precision import average_precisions, evaluate, report, summarize
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
@@ -279,7 +279,7 @@ def train(config: SimpleNamespace) -> None:
     labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in key_frames.values()])  # (M, classes)
     model = build(config, labels, checkpoint).to(device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     clips = KeyFrameClips(list(key_frames.items()), config.run.seed, movies=movies, options=config.data)
     clips[0, 0]  # raises UserError if no movie can be read
 
