@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from masking import split
 from support.config import UserError
-from support.processes import Processes, ignore_signals
+from support.processes import Processes, ignore_signals, loader_workers
 from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
@@ -318,11 +318,10 @@ def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int
 
 
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """Return a DataLoader with `workers` processes, 0 for none; it pins memory if there is a GPU."""
-    if workers:
-        options |= dict(num_workers=workers, prefetch_factor=4, worker_init_fn=ignore_signals)
+    """Return a DataLoader with as many processes as data.workers says; it pins memory if there is a GPU."""
     pinned = torch.cuda.is_available() or torch.xpu.is_available()
-    return DataLoader(dataset, pin_memory=pinned, **options)
+    workers = loader_workers(workers)
+    return DataLoader(dataset, num_workers=workers, pin_memory=pinned, worker_init_fn=ignore_signals, **options)
 
 
 @dataclass(eq=False)

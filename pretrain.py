@@ -218,7 +218,7 @@ def train(config: SimpleNamespace) -> None:
         f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed\n"
         f"peak learning rate {config.optim.base_lr:g} x {config.optim.batch_size} / 256 = {peak_lr:.4g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=config.optim.batch_size)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=config.optim.batch_size)
     network = compiled(model)
     loss_of = compiled(objective.loss)
     if world_size > 1:
@@ -253,10 +253,11 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:
@@ -267,7 +268,10 @@ def train(config: SimpleNamespace) -> None:
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
             path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+        say(
+            f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl"
+            + " and pictures/" * bool(config.run.pictures)
+        )
 
 
 @torch.no_grad()
