@@ -1,26 +1,15 @@
-"""Which videos a dataset has, and their labels, as each dataset's own files say it.
+"""Which videos a dataset has, and their labels, as each dataset's own files say it."""
 
-python -m support.datasets configs/finetune/ucf101_base.yaml data.root=/data/ucf101    # before days of training
-python -m support.datasets VIDEO... FOLDER... LIST...    # can they be read?
-"""
-
-import argparse
 import csv
 import glob
 import json
 import os
 import re
-import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from tqdm.contrib.concurrent import thread_map
-
-from support.config import UserError, load_config, parse
-from support.processes import launch
-from support.video import BrokenVideo, Video
+from support.config import UserError, load_config
 
 SUFFIXES = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 VIDEO = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, SUFFIXES))}))((?:[\s,].*)?)", re.IGNORECASE)  # in a list
@@ -295,57 +284,6 @@ def labelled_videos(
     return videos, val_videos, table.names
 
 
-# ---- a dataset looked over before days of training ----
-
-
-def check(config: SimpleNamespace) -> bool:
-    """Print the number of videos of each class, for training and for testing, and what is wrong; return if all is well.
-
-    config: the group `data` of a configuration. Wrong are labels, files that cannot be read, and test videos that are
-    among those for training.
-    """
-    labels = hasattr(config, "classes")  # pre-training has none
-    table, well, seen = None, True, set()
-    for what, selection in (("training", config.train), ("testing", config.val))[: 2 if config.val else 1]:
-        entries = list_entries(config.root, selection, labels)
-        table = table or Classes(config.root, config.classes if labels else "", entries if labels else [])
-        count, wrong, paths = Counter(), [], [entry.path for entry in entries]
-        for entry in entries if labels else ():
-            try:
-                count[table.index(entry)] += 1
-            except UserError as error:
-                wrong.append(str(error))
-        broken = _unreadable(paths, config.workers)
-        print(
-            f"{len(paths):,} videos for {what} in {selection or config.root}, {len(table.names)} classes, "
-            f"{len(wrong)} wrong labels, {len(broken)} unreadable"
-        )
-        for index, name in enumerate(table.names):
-            print(f"{count[index]:8,}  {name}")
-        if both := seen.intersection(paths):
-            broken.append(f"{len(both):,} videos are for training as well, {min(both)} for one")
-        for report in (*wrong, *broken):
-            print(f"  {report}")
-        seen.update(paths)
-        well = well and not (wrong or broken)
-    return well
-
-
-def _unreadable(videos: list[Path], workers: int) -> list[str]:
-    """Why some videos cannot be read. The first, the middle and the last frame of each are decoded."""
-
-    def reason(path: Path) -> str:
-        try:
-            with Video(path) as video:
-                video.frames([0, len(video) // 2, len(video) - 1])
-        except BrokenVideo as error:
-            return str(error)
-        return ""
-
-    reasons = thread_map(reason, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
-    return [reason for reason in reasons if reason]
-
-
 def read_settings(settings: list[str]) -> SimpleNamespace:
     """The group `data` of the configuration, of any stage but detection, that a command line asks for."""
     stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
@@ -355,22 +293,3 @@ def read_settings(settings: list[str]) -> SimpleNamespace:
     if not config.root:
         raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
     return config
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = parse(parser).settings
-    settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
-    if settings or not words:
-        well = check(read_settings(words))
-    else:
-        videos = named_videos(list(map(Path, words)))
-        broken = _unreadable(videos, os.cpu_count() or 1)
-        print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
-        well = not broken
-    if not well:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    launch(main)

@@ -444,7 +444,7 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_numbered(tmp_path / name, 5)
     dataset = [f"data.root={tmp_path}", "data.train=train", "data.val=val", "data.workers=1"]
-    done = run("support.datasets", *dataset)
+    done = run("tools.check_dataset", *dataset)
     assert "3 videos for training in train, 2 classes, 0 wrong labels, 0 unreadable" in done.stdout
     assert re.search(r"\b2  a\n +1  b\n", done.stdout)
 
@@ -452,12 +452,12 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
     (tmp_path / "val" / "c").mkdir()
     write_numbered(tmp_path / "val/c/6.mp4", 5)
     (tmp_path / "list.txt").write_text("train/a/1.mp4 0\nval/c/6.mp4 7\n")
-    done = run("support.datasets", *dataset, ok=False)
+    done = run("tools.check_dataset", *dataset, ok=False)
     assert done.returncode == 1
     assert "3 videos for testing in val, 2 classes, 1 wrong labels, 1 unreadable" in done.stdout
     assert "unknown class 'c' for 6.mp4" in done.stdout and str(tmp_path / "val/a/5.mp4") in done.stdout
 
-    done = run("support.datasets", *dataset[:2], "data.val=list.txt", "data.workers=2", ok=False)
+    done = run("tools.check_dataset", *dataset[:2], "data.val=list.txt", "data.workers=2", ok=False)
     assert "label 7 is out of range for 6.mp4" in done.stdout and "1 videos are for training as well" in done.stdout
 
 
@@ -467,7 +467,7 @@ def test_check_of_a_pretraining_list_ignores_labels(recipe, tmp_path):
     tree(tmp_path, train_txt="a.mp4 0 -1\n")
     words = [f"data.root={tmp_path}", "data.train=train.txt", "data.workers=1"]
     words += ["data.val="] if "pretrain" in recipe else []
-    done = run("support.datasets", recipe, *words)
+    done = run("tools.check_dataset", recipe, *words)
     assert "1 videos for training in train.txt, 0 classes, 0 wrong labels, 0 unreadable" in done.stdout
 
 
@@ -477,13 +477,13 @@ def test_check_survives_names_that_are_not_utf8(tmp_path):
     path.write_text("no video")
     words = [f"data.root={tmp_path}", "data.train=", "data.val=", "data.workers=1"]
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as on a desktop
-    done = subprocess.run(command("support.datasets", *words), capture_output=True, cwd=ROOT, env=strict)
+    done = subprocess.run(command("tools.check_dataset", *words), capture_output=True, cwd=ROOT, env=strict)
     assert done.returncode == 1 and b"1 unreadable" in done.stdout
     assert b"       1  jump\\udce9\n" in done.stdout and b"jump\\udce9/\\udcff.mp4" in done.stdout
 
 
 def test_check_without_a_dataset_ends_in_a_sentence():
-    done = run("support.datasets", ok=False)
+    done = run("tools.check_dataset", ok=False)
     assert done.returncode == 1 and "which dataset? Name a configuration file or give data.root" in done.stderr
 
 
@@ -493,17 +493,17 @@ def test_check_of_videos_folders_and_lists_needs_no_configuration(tmp_path, monk
         Path(name).parent.mkdir(exist_ok=True)
         write_numbered(Path(name), 5)
     Path("list.txt").write_text("a.mp4 0\nrun=3/b.mp4 jump\n")
-    assert run("support.datasets", "a.mp4", "run=3", "list.txt", cwd=tmp_path).stdout == "5 videos, 0 unreadable\n"
-    assert run("support.datasets", "run=3/x=1.mp4", cwd=tmp_path).stdout == "1 videos, 0 unreadable\n"
+    assert run("tools.check_dataset", "a.mp4", "run=3", "list.txt", cwd=tmp_path).stdout == "5 videos, 0 unreadable\n"
+    assert run("tools.check_dataset", "run=3/x=1.mp4", cwd=tmp_path).stdout == "1 videos, 0 unreadable\n"
     Path("run=3", "cut.mp4").write_bytes(Path("a.mp4").read_bytes()[:400])
-    done = run("support.datasets", "run=3", "gone.mp4", cwd=tmp_path, ok=False)
+    done = run("tools.check_dataset", "run=3", "gone.mp4", cwd=tmp_path, ok=False)
     assert done.returncode == 1 and re.match(r"4 videos, 2 unreadable\n  run=3/cut.mp4: .*\n  gone.mp4: ", done.stdout)
     for words, sentence in (
         (["empty"], "no videos found in empty"),
         (["a.mp4", "data.workers=2"], "'a.mp4' is neither"),
     ):
         Path("empty").mkdir(exist_ok=True)
-        assert sentence in run("support.datasets", *words, cwd=tmp_path, ok=False).stderr
+        assert sentence in run("tools.check_dataset", *words, cwd=tmp_path, ok=False).stderr
 
 
 def test_entries_say_where_they_are_named(tmp_path):

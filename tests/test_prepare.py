@@ -23,8 +23,8 @@ from conftest import (
 )
 from torchvision.transforms.v2 import functional as TF
 
-import support.prepare
 import support.video
+import tools.prepare
 from support.config import UserError
 from support.datasets import SUFFIXES, labelled_videos, list_entries, list_videos
 
@@ -61,7 +61,7 @@ def prepare(root: Path, *words: str, out: str = "prepared", processes: int = 1) 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr("sys.argv", words)
         try:
-            support.prepare.main()
+            tools.prepare.main()
         except UserError as error:
             return root.parent / out, str(error)
     return root.parent / out, said.getvalue()
@@ -128,9 +128,9 @@ def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path
             assert tuple(frames.shape[2:]) == sizes[original.stem]
         expected = TF.resize(expected, list(frames.shape[2:]), antialias=True)
         for index in range(COUNT):
-            assert support.prepare.psnr(frames[index], expected[index]) > 30, (original.name, index)
+            assert tools.prepare.psnr(frames[index], expected[index]) > 30, (original.name, index)
         for frame, same, previous in zip(frames[1:], expected[1:], expected[:-1], strict=True):
-            assert support.prepare.psnr(frame, same) > support.prepare.psnr(frame, previous) + 1
+            assert tools.prepare.psnr(frame, same) > tools.prepare.psnr(frame, previous) + 1
         if original in numbered:
             assert [number_of(frame) for frame in frames] == list(range(COUNT))
         if original.suffix not in (".avi", ".MPG"):  # these state no times
@@ -329,12 +329,12 @@ def test_every_frame_stays_when_a_transport_streams_clock_wraps(tmp_path):
 
 def test_a_different_number_of_frames_is_an_error(tmp_path, monkeypatch):
     video(tmp_path / "videos" / "a.mp4")
-    write_mp4 = support.prepare.write_mp4
+    write_mp4 = tools.prepare.write_mp4
 
     def write_early(*arguments, times, **options):  # mp4 does not show what comes before 0
         write_mp4(*arguments, times=[time - Fraction(1, 10) for time in times], **options)
 
-    monkeypatch.setattr(support.prepare, "write_mp4", write_early)
+    monkeypatch.setattr(tools.prepare, "write_mp4", write_early)
     out, said = prepare(tmp_path / "videos")
     assert "none of the 1 videos" in said and not list(out.glob("*.mp4")) and not list(out.glob("*.part"))
     assert f"{tmp_path / 'videos' / 'a.mp4'}: 5 frames became 2" in (out / "unreadable.txt").read_text()
@@ -349,7 +349,7 @@ def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / "videos" / f"{name}.avi").write_text("no video")
     (tmp_path / "videos" / "a.mp4").symlink_to(f"{name}.mp4")
     os.rename(tmp_path / "videos" / f"{name}.avi", tmp_path / "videos" / f"{name} 2.avi")
-    words = ["support.prepare", f"data.root={tmp_path}/videos", "--to", f"{tmp_path}/prepared", "--processes", "1"]
+    words = ["tools.prepare", f"data.root={tmp_path}/videos", "--to", f"{tmp_path}/prepared", "--processes", "1"]
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command(*words), capture_output=True, text=True, env=strict, cwd=ROOT)
     assert "2 of 3 videos are in" in done.stdout and "cannot be read: " in done.stdout, done.stderr
@@ -390,7 +390,7 @@ def test_a_killed_run_resumes_where_it_was(tmp_path):
     first = write_smooth(root / "00.mp4", 160, 120, 60)
     for number in range(1, 8):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
-    words = command("support.prepare", f"data.root={root}", "--to", out, "--processes", "2")
+    words = command("tools.prepare", f"data.root={root}", "--to", out, "--processes", "2")
     run_with_signal(words, ".mp4 3 SIGKILL group")
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert 2 <= len(there) < 6 and list(out.glob("*.part"))
@@ -441,7 +441,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, words, sentence):
         words = [word.replace(name, str(path)) for word in words]
     monkeypatch.setattr("sys.argv", ["prepare.py", *words])
     with pytest.raises(UserError) as error:
-        support.prepare.main()
+        tools.prepare.main()
     assert sentence.replace("OTHER", str(other)) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists() and sorted(path.name for path in other.iterdir()) == ["file.txt"]
 

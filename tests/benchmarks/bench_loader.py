@@ -3,7 +3,7 @@
     pip install decord
     python tests/benchmarks/bench_loader.py VIDEO...          # without a video: one with B-frames is made on the spot
 
-From the same file; from the file that `python -m support.prepare` makes of it; the latter through a DataLoader worker.
+From the same file; from the file that `python -m tools.prepare` makes of it; the latter through a DataLoader worker.
 And the 5 x 3 views of one test video, decoded once, against 15 separate views, as the authors' code loads them.
 
 Interleaved; the ratio is the median over pairs. This project's frames are compared with those of decoding everything,
@@ -30,8 +30,8 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import data
-import support.prepare
 import support.video
+import tools.prepare
 from support.seeds import sample_generator
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
@@ -164,7 +164,7 @@ def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
             size = list(frames.shape[-2:])
         frames = data.TF.resize(frames, size, antialias=True)
         clips.append(data.resized_multi_scale_crop(frames, generator, 224, SCALES, False))
-    return support.prepare.psnr(*clips)
+    return tools.prepare.psnr(*clips)
 
 
 def made_on_the_spot(path: Path) -> Path:
@@ -185,7 +185,7 @@ def made_on_the_spot(path: Path) -> Path:
 
 def bench(path: str, prepared: Path, options: argparse.Namespace) -> None:
     """All comparisons for one video."""
-    if reason := support.prepare._prepare_one(Path(path), prepared, options.short):
+    if reason := tools.prepare._prepare_one(Path(path), prepared, options.short):
         sys.exit(f"{reason}: nothing to measure")
     name, decord = Path(path).name, "decord + PIL on the original"
     size = prepared.stat().st_size / Path(path).stat().st_size
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("videos", nargs="*")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20, help="pairs, of four samples each")
-    parser.add_argument("--short", type=int, default=256, help="as for `python -m support.prepare`")
+    parser.add_argument("--short", type=int, default=256, help="as for `python -m tools.prepare`")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:

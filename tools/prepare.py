@@ -1,6 +1,6 @@
 """Encode a dataset once, so that random clips are cheap to decode.
 
-python -m support.prepare data.root=/data/ucf101 --to /data/ucf101_256
+python -m tools.prepare data.root=/data/ucf101 --to /data/ucf101_256
 """
 
 import argparse
