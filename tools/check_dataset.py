@@ -1,4 +1,4 @@
-"""Check a dataset before training: labels, files that cannot be read, videos for training and for testing.
+"""Check a dataset before training: its classes, wrong labels, unreadable videos, and videos in both of its lists.
 
 python -m tools.check_dataset configs/finetune/ucf101_base.yaml data.root=/data/ucf101
 python -m tools.check_dataset VIDEO... FOLDER... LIST...    # can they be read?
@@ -13,49 +13,53 @@ from types import SimpleNamespace
 
 from tqdm.contrib.concurrent import thread_map
 
-from support.config import UserError, parse
-from support.datasets import Classes, list_entries, named_videos, read_settings
+from support.config import UserError, load_config, parse
+from support.datasets import Classes, list_entries, named_videos
+from support.lists import Entry
 from support.processes import launch
 from support.video import BrokenVideo, Video
 
 
 def check(config: SimpleNamespace) -> bool:
-    """Print the number of videos of each class, for training and for testing, and what is wrong; return if all is well.
+    """Print the lists of the group `data` of a configuration and their problems. Return whether there are none."""
+    has_labels = hasattr(config, "classes")  # pre-training has none
+    entries = list_entries(config.root, config.train, has_labels)
+    classes = Classes(config.root, config.classes, entries) if has_labels else None
+    problems = check_list(f"training in {config.train or config.root}", entries, classes, config.workers)
+    if config.val:
+        val_entries = list_entries(config.root, config.val, has_labels)
+        problems += check_list(f"validation in {config.val}", val_entries, classes, config.workers)
+        both = {entry.path for entry in entries} & {entry.path for entry in val_entries}
+        if both:
+            problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
+    for problem in problems:
+        print(f"  {problem}")
+    return not problems
 
-    config: the group `data` of a configuration. Wrong are labels, files that cannot be read, and test videos that are
-    among those for training.
-    """
-    labels = hasattr(config, "classes")  # pre-training has none
-    table, well, seen = None, True, set()
-    for what, selection in (("training", config.train), ("testing", config.val))[: 2 if config.val else 1]:
-        entries = list_entries(config.root, selection, labels)
-        table = table or Classes(config.root, config.classes if labels else "", entries if labels else [])
-        count, wrong, paths = Counter(), [], [entry.path for entry in entries]
-        for entry in entries if labels else ():
+
+def check_list(title: str, entries: list[Entry], classes: Classes | None, workers: int) -> list[str]:
+    """Print a list's number of videos of each class. Return its problems."""
+    wrong = []
+    count = Counter()
+    if classes:
+        for entry in entries:
             try:
-                count[table.index(entry)] += 1
+                count[classes.index(entry)] += 1
             except UserError as error:
                 wrong.append(str(error))
-        broken = _unreadable(paths, config.workers)
-        print(
-            f"{len(paths):,} videos for {what} in {selection or config.root}, {len(table.names)} classes, "
-            f"{len(wrong)} wrong labels, {len(broken)} unreadable"
-        )
-        for index, name in enumerate(table.names):
-            print(f"{count[index]:8,}  {name}")
-        if both := seen.intersection(paths):
-            broken.append(f"{len(both):,} videos are for training as well, {min(both)} for one")
-        for report in (*wrong, *broken):
-            print(f"  {report}")
-        seen.update(paths)
-        well = well and not (wrong or broken)
-    return well
+    names = classes.names if classes else []
+    broken = find_unreadable([Path(entry.path) for entry in entries], workers)
+    print(f"{len(entries):,} videos for {title}, {len(names)} classes, ", end="")
+    print(f"{len(wrong)} wrong labels, {len(broken)} unreadable")
+    for index, name in enumerate(names):
+        print(f"{count[index]:8,}  {name}")
+    return wrong + broken
 
 
-def _unreadable(videos: list[Path], workers: int) -> list[str]:
-    """Why some videos cannot be read. The first, the middle and the last frame of each are decoded."""
+def find_unreadable(videos: list[Path], workers: int) -> list[str]:
+    """Decode the first, middle and last frame of each video. Return why some of them cannot be read."""
 
-    def reason(path: Path) -> str:
+    def read(path: Path) -> str:
         try:
             with Video(path) as video:
                 video.frames([0, len(video) // 2, len(video) - 1])
@@ -63,8 +67,19 @@ def _unreadable(videos: list[Path], workers: int) -> list[str]:
             return str(error)
         return ""
 
-    reasons = thread_map(reason, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
-    return [reason for reason in reasons if reason]
+    errors = thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
+    return [error for error in errors if error]
+
+
+def load_data_config(settings: list[str]) -> SimpleNamespace:
+    """Return the group `data` of a configuration of any stage but detection."""
+    stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
+    stage = stages[0] if stages and stages[0] in ("pretrain", "probe", "baselines") else "finetune"
+    config = load_config(Path(__file__).parents[1] / "configs" / stage / "toy.yaml", settings).data
+    config.val = getattr(config, "val", "")  # MoCo v3 has no validation
+    if not config.root:
+        raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
+    return config
 
 
 def main() -> None:
@@ -72,13 +87,13 @@ def main() -> None:
     words = parse(parser).settings
     settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
     if settings or not words:
-        well = check(read_settings(words))
+        all_well = check(load_data_config(words))
     else:
-        videos = named_videos(list(map(Path, words)))
-        broken = _unreadable(videos, os.cpu_count() or 1)
+        videos = named_videos([Path(word) for word in words])
+        broken = find_unreadable(videos, os.cpu_count() or 1)
         print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
-        well = not broken
-    if not well:
+        all_well = not broken
+    if not all_well:
         sys.exit(1)
 
 

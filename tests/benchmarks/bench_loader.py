@@ -11,6 +11,7 @@ and a clip of the prepared file with the same clip of the original.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -164,7 +165,12 @@ def psnr_of_clip(original: str, prepared: str, seed: int) -> float:
             size = list(frames.shape[-2:])
         frames = data.TF.resize(frames, size, antialias=True)
         clips.append(data.resized_multi_scale_crop(frames, generator, 224, SCALES, False))
-    return tools.prepare.psnr(*clips)
+    return psnr(*clips)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the peak signal-to-noise ratio of uint8 images in dB."""
+    return -10 * math.log10(max(1e-10, ((a.float() - b.float()) / 255).square().mean().item()))
 
 
 def made_on_the_spot(path: Path) -> Path:
@@ -185,7 +191,7 @@ def made_on_the_spot(path: Path) -> Path:
 
 def bench(path: str, prepared: Path, options: argparse.Namespace) -> None:
     """All comparisons for one video."""
-    if reason := tools.prepare._prepare_one(Path(path), prepared, options.short):
+    if reason := tools.prepare.encode(Path(path), prepared, options.short):
         sys.exit(f"{reason}: nothing to measure")
     name, decord = Path(path).name, "decord + PIL on the original"
     size = prepared.stat().st_size / Path(path).stat().st_size
