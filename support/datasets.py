@@ -1,4 +1,4 @@
-"""A dataset's videos for training and for validation, and their classes."""
+"""List a dataset's videos for training and for validation, with their classes. support/lists.py reads the files."""
 
 import json
 import os

@@ -180,8 +180,9 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Ite
     for item in sorted(os.scandir(folder), key=lambda item: item.name):
         if item.name.startswith(".") or item.name in SYSTEM_NAMES:
             continue
-        if not item.is_dir():
-            if item.name.lower().endswith(suffixes):
-                yield item.path
-        elif not item.is_symlink() or not any(map(Path(item).samefile, Path(item).absolute().parents)):
+        is_link = item.is_symlink()
+        is_folder = os.path.isdir(item) if is_link else item.is_dir()  # a link may be broken
+        if is_folder and not (is_link and any(map(Path(item).samefile, Path(item).absolute().parents))):
             yield from files_below(item.path, suffixes)
+        elif not is_folder and item.name.lower().endswith(suffixes):
+            yield item.path
