@@ -129,7 +129,7 @@ def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
     for count in (8, 16, 24):
         study.write_subset(str(toy_videos), tmp_path / "new" / f"{count}.txt", count)
         entries = support.datasets.list_entries(str(toy_videos), str(tmp_path / "new" / f"{count}.txt"))
-        paths[count] = {entry.path for entry in entries}
+        paths[count] = {Path(entry.path) for entry in entries}
         classes = [path.parent.name for path in paths[count]]
         assert len(classes) == count and len(set(classes)) == 8
         assert all(classes.count(name) == count // 8 for name in classes)
