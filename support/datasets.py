@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.config import UserError
+from support.config import UserError, say
 from support.lists import SUFFIXES, Entry, find_files, read_list, text_lines
 
 HEADERS = "name", "names", "label", "labels", "class", "classes", "class_name", "category"
@@ -120,13 +120,14 @@ class Classes:
             what = f"unknown class '{label}'"
         else:
             what = "no label"
-        examples = ", ".join(self.names[:3])
-        what = f"{entry.where}: {what} for {Path(entry.path).name}"
-        raise UserError(f"{what}; there are {len(self.names)} classes in {self.where}: {examples}, ...")
+        hint = f"there are {len(self.names)} classes in {self.where}: {', '.join(self.names[:3])}, ..."
+        if not self.names:
+            hint = "no training video has one: make a folder for each class, or a list of lines 'path label'"
+        raise UserError(f"{entry.where}: {what} for {Path(entry.path).name}; {hint}")
 
-    def label(self, entries: Iterable[Entry]) -> LabelledVideos:
+    def label(self, entries: Iterable[Entry]) -> list[tuple[str, int]]:
         """Return each video's path and class."""
-        return [(Path(entry.path), self.index(entry)) for entry in entries]
+        return [(entry.path, self.index(entry)) for entry in entries]
 
 
 def _plain(name: str) -> str:
@@ -200,15 +201,30 @@ def labelled_videos(
         entries = list_entries(root, train)
         table = Classes(root, classes, entries, known)
     videos = sorted(table.label(entries), key=itemgetter(1))
+    check_classes(table)
     if val:
         val_videos = table.label(list_entries(root, val))
     else:
         videos, val_videos = hold_out(videos)
+        report_untested(val_videos, table.names)
     check_existence(val_videos, root)
-    return first_of_each_class(videos, per_class) if per_class else videos, val_videos, table.names
+    if per_class:
+        videos = first_of_each_class(videos, per_class)
+    return _as_videos(videos), _as_videos(val_videos), table.names
 
 
-def hold_out(videos: LabelledVideos) -> tuple[LabelledVideos, LabelledVideos]:
+def _as_videos(pairs: list[tuple[str, int]]) -> Videos:
+    return Videos((path for path, _ in pairs), (label for _, label in pairs))
+
+
+def check_classes(table: Classes) -> None:
+    """Raise UserError if there is only one class."""
+    if len(table.names) == 1:
+        what = f"there is only one class in {table.where}, '{table.names[0]}': a classifier needs two"
+        raise UserError(f"{what}, in folders of their own or in a list with labels; look at data.root and data.train")
+
+
+def hold_out(videos: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Split off every fifth video of each class."""
     kept, held_out = [], []
     for _, group in groupby(videos, itemgetter(1)):  # the videos are sorted by class
@@ -217,15 +233,50 @@ def hold_out(videos: LabelledVideos) -> tuple[LabelledVideos, LabelledVideos]:
     return kept, held_out
 
 
-def first_of_each_class(videos: LabelledVideos, count: int) -> LabelledVideos:
+def report_untested(val_videos: list[tuple[str, int]], names: list[str]) -> None:
+    """Print which classes have no validation videos."""
+    tested = {label for _, label in val_videos}
+    untested = [name for label, name in enumerate(names) if label not in tested]
+    if untested and tested:
+        examples = ", ".join(untested[:5]) + (", ..." if len(untested) > 5 else "")
+        what = f"{len(untested)} of {len(names)} classes have fewer than five videos and are never tested: {examples}"
+        say(f"{what}; data.val names validation videos")
+
+
+def first_of_each_class(videos: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
     return [video for _, group in groupby(videos, itemgetter(1)) for video in islice(group, count)]
 
 
-def check_existence(val_videos: LabelledVideos, root: str) -> None:
+def check_existence(val_videos: list[tuple[str, int]], root: str) -> None:
     """Raise UserError if there are no validation videos: now, not after days of training."""
     if not val_videos:
         what = f"no class in {root} has five videos, so none can be kept for testing"
         raise UserError(f"{what}: name test videos by data.val")
-    if not any(path.exists() for path, _ in val_videos):
+    if not any(os.path.exists(path) for path, _ in val_videos):
         what = f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}"
         raise UserError(f"{what}: look at data.root and data.val")
+
+
+def find_splits(root: str, train: str, val: str) -> tuple[str, str]:
+    """Return data.train and data.val. If data.train is empty, the folders train/ and val/ below `root` are meant.
+
+    Test videos are left out. Without such folders, an empty data.train means every video below `root`.
+    """
+    train_folder = _subfolder(root, "train", "training")
+    val_folder = _subfolder(root, "val", "valid", "validation")
+    test_folder = _subfolder(root, "test", "testing")
+    if train or not train_folder or not (val_folder or test_folder):
+        return train, val
+    val = val or val_folder
+    what = f"{root}: training on {train_folder}/"
+    if val:
+        what += f", validation on {val}"
+    if test_folder and test_folder != val:
+        what += f"; {test_folder}/ is left out"
+    say(f"{what} (data.train and data.val name others)")
+    return train_folder, val
+
+
+def _subfolder(root: str, *names: str) -> str:
+    """Return the first of the names that is a folder below `root`, or ""."""
+    return next((name for name in names if Path(root, name).is_dir()), "")

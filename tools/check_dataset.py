@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from tqdm.contrib.concurrent import thread_map
 
 from support.config import UserError, load_config, parse
-from support.datasets import Classes, list_entries, named_videos
+from support.datasets import Classes, find_splits, list_entries, named_videos
 from support.lists import Entry
 from support.processes import launch
 from support.video import BrokenVideo, Video
@@ -23,12 +23,15 @@ from support.video import BrokenVideo, Video
 def check(config: SimpleNamespace) -> bool:
     """Print the lists of the group `data` of a configuration and their problems. Return whether there are none."""
     has_labels = hasattr(config, "classes")  # pre-training has none
-    entries = list_entries(config.root, config.train, has_labels)
+    train, val = find_splits(config.root, config.train, config.val)
+    entries = list_entries(config.root, train, has_labels)
     classes = Classes(config.root, config.classes, entries) if has_labels else None
-    problems = check_list(f"training in {config.train or config.root}", entries, classes, config.workers)
-    if config.val:
-        val_entries = list_entries(config.root, config.val, has_labels)
-        problems += check_list(f"validation in {config.val}", val_entries, classes, config.workers)
+    problems = check_list(f"training in {train or config.root}", entries, classes, config.workers)
+    if classes and len(classes.names) == 1:
+        problems.append("there is only one class: a classifier needs two")
+    if val:
+        val_entries = list_entries(config.root, val, has_labels)
+        problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
         both = {entry.path for entry in entries} & {entry.path for entry in val_entries}
         if both:
             problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
