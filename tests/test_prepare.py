@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import filelock
 import pytest
 import torch
 from conftest import ROOT, command, number_of, run, run_with_signal, turn_by_90, two_streams, write_numbered
@@ -191,13 +192,13 @@ def test_broken_videos_are_named_and_stop_nothing(tmp_path):
     broken = broken_files(root)
     video(root / "whole.mp4")
     (root / "list.txt").write_text("".join(f"{name} 0\n" for name in ("whole.mp4", *broken)))
-    out, said = prepare(root, "data.train=list.txt")
+    out, said = prepare(root, "data.train=list.txt", ok=False)
     assert f"1 of {len(broken) + 1} videos are in" in said
     for path in broken.values():
         assert f"cannot be read: {path}: " in said and str(path) in (out / "unreadable.txt").read_text()
     assert (out / "prepared.txt").read_text() == "whole.mp4\n"
     names = {path.name for path in out.iterdir()}
-    assert names == {"list.txt", "prepared.json", "prepared.txt", "unreadable.txt", "whole.mp4"}
+    assert names == {".lock", "list.txt", "prepared.json", "prepared.txt", "unreadable.txt", "whole.mp4"}
     (root / "whole.mp4").unlink()
     assert "none of the " in prepare(root, out="other", ok=False)[1]
 
@@ -220,6 +221,18 @@ def test_a_killed_run_resumes_where_it_was(tmp_path):
     assert "8 of 8 videos" in prepare(root)[1]
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert "was not prepared in the same way" in prepare(root, "--short", "320", ok=False)[1]
+
+
+def test_long_names_and_a_second_command(tmp_path):
+    root = tmp_path / "videos"
+    first = video(root / f"{'x' * 251}.mp4")
+    for name in (f"{'影' * 83}.webm", f"{'y' * 251}.avi", f"{'z' * 252}.ts"):
+        shutil.copy(first, root / name)
+    out, said = prepare(root, ok=False)
+    assert "3 of 4 videos are in" in said and ".ts: its name is too long with the suffix .mp4" in said
+    assert {path.suffix for path in out.iterdir()} == {"", ".json", ".mp4", ".txt"}
+    with filelock.FileLock(out / ".lock"):
+        assert f"another command prepares {out}: wait for it" in prepare(root, ok=False)[1]
 
 
 NESTED = "are the same folder or one is inside the other"

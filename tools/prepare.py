@@ -4,17 +4,20 @@ python -m tools.prepare data.root=/data/ucf101 --to /data/ucf101_256
 """
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import filelock
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -37,8 +40,11 @@ X264 = {
 LISTS = (".csv", ".json", ".pbtxt", ".tsv", ".txt")  # lists and labels next to the videos
 
 
-def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> None:
-    """Encode the videos of the group `data` of a configuration into the same tree below `out`, and copy its lists."""
+def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> bool:
+    """Encode the videos of the group `data` of a configuration into the same tree below `out`, and copy its lists.
+
+    Return whether all videos are there.
+    """
     source, out = Path(os.path.abspath(config.root)), Path(os.path.abspath(out))
     if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
         what = f"--to {out} and data.root={source} are the same folder or one is inside the other"
@@ -46,13 +52,13 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     selections = [config.train, config.val] if config.val else [config.train]
     videos = find_videos(source, selections, out)
     lists = find_lists(source, [*selections, getattr(config, "classes", "")], out)
-    open_folder(out, json.dumps({"root": str(source), "short": short, "x264": X264}))
+    lock = open_folder(out, json.dumps({"root": str(source), "short": short, "x264": X264}))
     for target in (*videos.values(), *lists.values()):
         target.parent.mkdir(parents=True, exist_ok=True)
     for file, target in lists.items():
         shutil.copyfile(file, target)
     broken = encode_all(videos, short, processes)
-    done = {video: target for video, target in videos.items() if target.exists()}
+    done = {video: target for video, target in videos.items() if os.path.exists(target)}
     names = [target.relative_to(out).as_posix() for target in done.values()]
     for file, lines in (("prepared.txt", names), ("unreadable.txt", broken)):
         (out / file).write_text("".join(f"{line}\n" for line in lines), "utf-8", errors="surrogateescape")
@@ -63,6 +69,8 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     before, after = (sum(map(os.path.getsize, files)) / 1e6 for files in (done.keys(), done.values()))
     print(f"{len(done):,} of {len(videos):,} videos are in {out}: {before:,.1f} MB became {after:,.1f} MB")
     print(f"train with data.root={out}")
+    lock.release()
+    return len(done) == len(videos)
 
 
 def find_videos(source: Path, selections: list[str], out: Path) -> dict[Path, Path]:
@@ -95,21 +103,27 @@ def refuse_collisions(targets: dict[Path, Path]) -> None:
             raise UserError(f"{sources[target]} and {source} would both become {target}: rename one of the two")
 
 
-def open_folder(out: Path, settings: str) -> None:
-    """Write the settings into a new folder, or check that a folder has the same ones."""
+def open_folder(out: Path, settings: str) -> filelock.BaseFileLock:
+    """Lock a folder for this process, and write the settings into it, or check that it has the same ones."""
     mark = out / PREPARED
     if out.exists() and any(out.iterdir()) and not (mark.exists() and mark.read_text("utf-8") == settings):
         what = f"{out} is not empty, and what it holds was not prepared in the same way from the same folder"
         raise UserError(f"{what}: name another --to or delete it")
     out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another command prepares {out}: wait for it, stop it, or name another --to") from None
     mark.write_text(settings, "utf-8")
-    for part in out.rglob("*.part"):  # of a run that was killed
+    for part in out.rglob("*.part"):  # of a command that was killed
         part.unlink()
+    return lock
 
 
 def encode_all(videos: dict[Path, Path], short: int, processes: int) -> list[str]:
     """Encode the videos whose targets are missing. Return why some cannot be encoded."""
-    todo = {video: target for video, target in videos.items() if not target.exists()}
+    todo = {video: target for video, target in videos.items() if not os.path.exists(target)}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin_process) as pool:
         in_turn = pool.map if processes > 1 else map
         reasons = in_turn(partial(encode, short=short), todo.keys(), todo.values())
@@ -127,7 +141,7 @@ def encode(source: Path, target: Path, short: int) -> str:
 
     All frames and times stay. Frames become upright, with even sides, the shorter one at most `short` pixels.
     """
-    part = target.with_name(f"{os.getpid()}.part")
+    part = target.with_name(f"{os.getpid()}.part")  # however long the target's name is
     try:
         with Video(source) as video:
             frames = (TF.resize(frame, prepared_size(frame, short), antialias=True) for frame in video.every_frame())
@@ -138,11 +152,17 @@ def encode(source: Path, target: Path, short: int) -> str:
                 raise BrokenVideo(f"{source}: {len(times)} frames became {len(written)}")
         os.replace(part, target)
     except OSError as error:  # reading is not what failed: that is a BrokenVideo
-        raise UserError(f"{target} cannot be written ({error}): fix this and give the same command again") from None
-    except (BrokenVideo, av.FFmpegError, ValueError) as error:
-        part.unlink(missing_ok=True)
-        return str(error) if isinstance(error, BrokenVideo) else f"{source}: {error}"
-    return ""
+        if error.errno != errno.ENAMETOOLONG:  # .ts becomes .mp4
+            raise UserError(f"{target} cannot be written ({error}): fix this, then the same command resumes") from None
+        reason = f"{source}: its name is too long with the suffix .mp4"
+    except BrokenVideo as error:
+        reason = str(error)
+    except (av.FFmpegError, ValueError) as error:
+        reason = f"{source}: {error}"
+    else:
+        return ""
+    part.unlink(missing_ok=True)
+    return reason
 
 
 def prepared_size(frame: Tensor, short: int) -> list[int]:
@@ -162,7 +182,8 @@ def main() -> None:
         raise UserError("where to? Give a new folder by --to FOLDER")
     if arguments.short < 16 or arguments.processes < 1:
         raise UserError("--short has to be at least 16 and --processes at least 1")
-    prepare(config, arguments.to, arguments.short, arguments.processes)
+    if not prepare(config, arguments.to, arguments.short, arguments.processes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
