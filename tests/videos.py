@@ -34,13 +34,7 @@ def number_of(frame: torch.Tensor) -> int:
 
 
 def write_numbered(
-    path: Path,
-    count: int,
-    codec: str = "libx264",
-    options: dict | None = None,
-    times: list[int] | None = None,
-    pixel_format: str = "yuv420p",
-    size: tuple[int, int] = SIZE,
+    path: Path, count: int, codec: str = "libx264", options=None, times=None, pixel_format="yuv420p", size=SIZE
 ) -> Path:
     """A video whose every frame shows its own number; `times` are presentation times in 1/1000 s."""
     with av.open(str(path), "w") as container:
