@@ -53,10 +53,10 @@ from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.pictures import draw_persons, side_by_side
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
-from support.run import Log, split_batch, warmup_cosine
+from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
-from support.weights import build_from_checkpoint, encoder_options, load_weights, stored_config
+from support.weights import build_from_checkpoint, encoder_options, load_weights, stored_config, weights_file
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
 
@@ -470,12 +470,14 @@ def run_test(arguments: argparse.Namespace) -> None:
     """Test any checkpoint of action detection on the validation set: `--test`."""
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
+    folder = arguments.out or weights_file(weights).parent
+    check_writable(folder)
     processes = start_processes(config.run.precision, config.data.workers)
     model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(processes.device)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     validation = ava.find_validation(config.data, toy.find_ava(config.data))
-    test(model, validation, processes, config, "testing", arguments.out or weights.parent, arguments.json)
+    test(model, validation, processes, config, "testing", folder, arguments.json)
 
 
 def main() -> None:

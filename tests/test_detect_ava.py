@@ -560,6 +560,7 @@ def test_four_clips_are_memorized(toy_ava, tmp_path):
 MISTAKES = [
     (["--test"], "--test needs --weights FILE"),
     (["--weights", "y.pt"], "--test needs --weights FILE"),
+    (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
     (["init=scratch", "data.val_exclude={tmp}/all.csv"], "leaves out all 9 key frames with persons"),
     (["init=scratch", "data.val={tmp}/other.csv"], "holds no row of an action in .* outside excluded frames"),
     (["init=scratch", "data.labels={tmp}/more.pbtxt"], "more.pbtxt lists action 13, more than data.actions=12"),
@@ -567,14 +568,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_mistakes_end_in_a_sentence(toy_ava, tmp_path, words, sentence):
+def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path, words, sentence):
     keys = [row.split(",")[:2] for row in (toy_ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()]
     (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
     excluded = (toy_ava / "annotations/ava_val_excluded_timestamps_v2.2.csv").read_text().split()
     (tmp_path / "other.csv").write_text(f"{excluded[0]},0.1,0.1,0.5,0.5,1,0\n")
     (tmp_path / "more.pbtxt").write_text('item { name: "sitting" id: 13 }')
-    words = [word.format(tmp=tmp_path) for word in words]
+    words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
     done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
     with pytest.raises(UserError, match=sentence):
         raise UserError(done.stderr)
-    assert done.returncode and "Traceback" not in done.stderr
+    assert done.returncode and "Traceback" not in done.stderr and "testing" not in done.stderr
