@@ -46,8 +46,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
-from model import Encoder, cube_grid, initialize_from_scratch, parameter_groups, recompute_blocks
-from support import ava, toy
+from model import Encoder, checkpoint_activations, cube_grid, initialize_from_scratch, parameter_groups
+from support import ava, toy_ava
 from support.average_precision import average_precisions, evaluate, report, summarize
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
@@ -56,7 +56,8 @@ from support.processes import Processes, StopSignals, average, compiler, gather,
 from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
-from support.weights import build_from_checkpoint, encoder_options, load_weights, stored_config, weights_file
+from support.weight_files import weights_file
+from support.weights import build_from_checkpoint, check_init, encoder_options, load_weights, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
 
@@ -245,11 +246,12 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
         model = ActionDetector(**checkpoint["model_options"], drop_path=config.model.drop_path)
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
+    check_init(config.init, "scratch")
     options = encoder_options(config, config.init)
     model = ActionDetector(**options, classes=config.data.actions, drop_path=config.model.drop_path)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
-        load_weights(model, config.init, fresh=("encoder.norm.", "head."))
+        load_weights(model, config.init, fresh=("head.",), optional=("encoder.norm.",))
     with torch.no_grad():
         model.head.bias.copy_(((labels.sum(dim=0) + 0.5) / (len(labels) + 1)).logit())  # never quite 0 or 1
     return model
@@ -270,7 +272,7 @@ def train(config: SimpleNamespace) -> None:
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
-    root = toy.find_ava(config.data)
+    root = toy_ava.find(config.data)
     key_frames, movies = ava.find_training(config.data, root)
     test_set = ava.find_validation(config.data, root)
     names = {number: name for number, (name, _) in test_set.actions.items()}
@@ -279,7 +281,7 @@ def train(config: SimpleNamespace) -> None:
     labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in key_frames.values()])  # (M, classes)
     model = build(config, labels, checkpoint).to(device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     clips = KeyFrameClips(list(key_frames.items()), config.run.seed, movies=movies, options=config.data)
     clips[0, 0]  # raises UserError if no movie can be read
 
@@ -396,7 +398,7 @@ def detect(
     results = gather([(scores, probabilities.cpu()) for scores, probabilities in results])
     broken = sorted(set(gather(broken)))
     if not results:
-        raise UserError(f"none of the {len(persons)} key frames with persons can be read; the first: {broken[0]}")
+        raise UserError(f"none of the {len(persons)} key frames with boxes can be read; the first: {broken[0]}")
     rows = []
     if processes.rank == 0:
         for scores, probabilities in results:
@@ -453,8 +455,8 @@ def write_detections(
     """Write detections.csv, and pictures of `run.pictures` key frames, evenly spaced, next to their ground truth."""
     ava.write_rows(folder / "detections.csv", rows)
     detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
-    persons = {(row.frame, row.box) for row in rows}
-    note(f"{len(persons):,} persons in {len(detected):,} frames: {folder / 'detections.csv'}")
+    boxes = {(row.frame, row.box) for row in rows}
+    note(f"{len(boxes):,} boxes in {len(detected):,} key frames: {folder / 'detections.csv'}")
     actions = config.data.actions
     names = {number: name for number, (name, _) in validation.actions.items()}
     chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
@@ -476,7 +478,7 @@ def run_test(arguments: argparse.Namespace) -> None:
     model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(processes.device)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
-    validation = ava.find_validation(config.data, toy.find_ava(config.data))
+    validation = ava.find_validation(config.data, toy_ava.find(config.data))
     test(model, validation, processes, config, "testing", folder, arguments.json)
 
 

@@ -347,7 +347,7 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     found = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
-        raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with persons")
+        raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with boxes")
     if not any(row.action in actions for row in rows):
         raise UserError(f"{root / options.val} holds no row of an action in {options.labels} outside excluded frames")
     return ValidationSet(movies, persons, rows, actions)

@@ -37,6 +37,13 @@ def number_of(frame: torch.Tensor) -> int:
     return sum(int(bit) << place for place, bit in enumerate(bits))
 
 
+def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
+    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
+    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
+    return clip
+
+
 def write_numbered(
     path: Path,
     count: int,
