@@ -143,7 +143,7 @@ def write(file: Path, features: Tensor, times: list[tuple[float, float]], settin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("videos", nargs="+", type=Path, metavar="VIDEO", help="videos, folders or lists")
     add("--weights", type=Path, required=True, help="pre-trained or fine-tuned, of any source, see docs/weights.md")
