@@ -27,17 +27,19 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
-from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
+from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_groups
 from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
+from support.randaugment import rand_augment
 from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.scores import compare, most_probable, write_predictions, write_scores
-from support.seeds import seed_device
+from support.seeds import random_below, seed_device
 from support.weights import (
     build_from_checkpoint,
+    check_init,
     encoder_options,
     load_weights,
     read_checkpoint,
@@ -69,12 +71,48 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
         )
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
+    check_init(config.init, "scratch")
     encoder = encoder_options(config, config.init)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
         load_weights(model, config.init, optional=("fc_norm.", "head."))
     return model
+
+
+class Augmentation:
+    """RandAugment, random resized crop, flip, erasing (Table 10), in the order of the authors' code.
+
+    config: the group `data` of a configuration for fine-tuning. Called with frames uint8 (T, 3, H, W) it returns uint8
+    (T, 3, size, size). Every choice holds for all frames.
+    """
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        self.randaugment = config.randaugment
+        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
+        self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
+        self.erase = config.erase
+
+    def __call__(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
+            torch.manual_seed(random_below(2**62, generator))
+            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
+            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
+            if torch.rand(()) < self.erase:
+                clip = self._erased(clip)
+        return clip
+
+    def _erased(self, clip: Tensor) -> Tensor:
+        """A copy in which one box, the same in all frames, is noise.
+
+        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
+        """
+        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+        noise = torch.randn(len(clip), 3, height, width) * std + mean
+        clip = clip.clone()  # a crop that changes nothing returns the decoded frames, which other repeats use too
+        clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
+        return clip
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -108,10 +146,10 @@ def train(config: SimpleNamespace) -> None:
     checkpoint = load_checkpoint(config, DEFAULT, **identity)
     model = build(config, len(names), checkpoint).to(device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     repeats = config.data.repeats
-    augment = data.Augmentation(config.data)
-    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
+    augment = Augmentation(config.data)
+    clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # raises UserError if no video can be read
 
     # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips (Table 10)

@@ -92,7 +92,7 @@ def train(config: SimpleNamespace) -> None:
     probes = nn.ModuleDict(build(config, len(names))).to(device)
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)
-    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=crop)
+    clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=crop)
     clips[0, 0]  # raises UserError if no video can be read
 
     # batch = processes x accumulation x micro-batch, counted in videos

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which holds all that follows
 
 import data
-from model import Encoder, encoder_size, initialize, recompute_blocks
+from model import Encoder, checkpoint_activations, encoder_size, initialize
 from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
@@ -236,7 +236,7 @@ def train(config: SimpleNamespace) -> None:
 
     f_k = key_network(f_q.to(device))
     if config.run.recompute:
-        recompute_blocks(f_q)
+        checkpoint_activations(f_q)
     learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
     weight_decay = config.optim.weight_decay
     optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=weight_decay, fused=True)

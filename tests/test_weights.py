@@ -566,7 +566,7 @@ def test_transformers_pipeline_classifies_a_video(fine_tuned, tmp_path):
     classify = transformers.pipeline("video-classification", model=model, image_processor=processor)
     scores = {answer["label"]: answer["score"] for answer in classify(str(tmp_path / "a.mp4"), top_k=5)}
     frames = support.video.read_frames(tmp_path / "a.mp4", [0, 1, 2, 3])
-    clip = pretrain.data.normalize(pretrain.data.test_crops(frames, 32, 1))  # (1, 3, T, 32, 32)
+    clip = pretrain.data.normalize(pretrain.data.crop_views(frames, 32, 1))  # (1, 3, T, 32, 32)
     assert torch.equal(processor(list(frames), return_tensors="pt").pixel_values.transpose(1, 2), clip)
     expected = build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()(clip)[0].softmax(dim=0)
     assert [scores[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)

@@ -31,5 +31,5 @@ def windows(path: Path, frames: int, stride: int, size: int, window_stride: int,
             while indices[-1] not in kept:
                 index, frame = next(decoded)
                 if any((index - first) % stride == 0 for first in range(start, index + 1, window_stride)):
-                    kept[index] = data.test_crops(frame[None], size, 1)[0, 0]  # (3, size, size)
+                    kept[index] = data.crop_views(frame[None], size, 1)[0, 0]  # (3, size, size)
             yield torch.stack([kept[index] for index in indices]), [float(video.times[i]) for i in indices]
