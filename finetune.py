@@ -39,6 +39,7 @@ from support.scores import compare, most_probable, write_predictions, write_scor
 from support.seeds import random_below, seed_device
 from support.weights import (
     build_from_checkpoint,
+    check_init,
     encoder_options,
     load_weights,
     read_checkpoint,
@@ -70,11 +71,12 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
         )
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
+    check_init(config.init, "scratch")
     encoder = encoder_options(config, config.init)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
-        load_weights(model, config.init, fresh=("fc_norm.", "head."))
+        load_weights(model, config.init, optional=("fc_norm.", "head."))
     return model
 
 

@@ -58,14 +58,13 @@ def parse(parser: argparse.ArgumentParser, default: Path | None = None) -> argpa
     settings = [word for word in words if is_setting(word)]
     words = [word for word in words if word not in settings]
     arguments, unknown = parser.parse_known_intermixed_args(words)
-    for word in unknown:
-        name, _, value = word.lstrip("-").partition("=")
-        nearest = _nearest_keys(name.replace("-", "_"), keys)
-        if word.startswith("-") and nearest:
-            value = value or next((other for other in unknown[1:] if not other.startswith("-")), "VALUE")
-            raise UserError(f"there is no option {word}; keys are given without dashes: {nearest[0]}={value}")
     if unknown:
-        parser.error(f"unknown option {unknown[0]}")
+        option, _, value = unknown[0].partition("=")
+        following = [*words, "VALUE"][words.index(unknown[0]) + 1]
+        near = _nearest_keys(option.lstrip("-").replace("-", "_"), keys)
+        if near:
+            raise UserError(f"there is no option {option}; keys are given as {near[0]}={value or following}")
+        parser.error(f"unknown option {option}")
     arguments.settings += settings
     return arguments
 

@@ -177,20 +177,23 @@ def launch(main: Callable[[], None]) -> None:
     """Run a command. A mistake that the user can fix ends it with one sentence and a non-zero exit status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
+    sentence = ""
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command resumes from the last checkpoint, if there is one")
+        sentence = "interrupted: the same command resumes from the last checkpoint, if there is one"
     except (UserError, OSError, BrokenProcessPool, RuntimeError) as error:
-        if sentence := explain(error):
-            _end_with(sentence)
-        raise
+        sentence = explain(error)
+        if not sentence:
+            raise
     finally:
         workers = multiprocessing.active_children()
         if workers and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report that they end
         for worker in workers:
             worker.kill()  # they ignore SIGTERM
+    if sentence:
+        _end_with(sentence)
     if dist.is_initialized():
         dist.destroy_process_group()
 

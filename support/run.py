@@ -108,13 +108,12 @@ class Log:
         if self.trace:  # by the fourth step all is compiled and has its memory
             traced = schedule(wait=2, warmup=1, active=3, repeat=1)
             tracer = profile(schedule=traced, on_trace_ready=lambda done: done.export_chrome_trace(str(self.trace)))
-        with tracer or nullcontext():
+        with self.bar, tracer or nullcontext():
             for step in steps:
                 yield step
                 self.bar.update()
                 if tracer:
                     tracer.step()
-        self.bar.close()
         if (broken := self.folder / "broken_videos.txt").exists():
             say(f"{len(broken.read_bytes().splitlines())} broken videos were replaced by others: {broken}")
 

@@ -1,52 +1,67 @@
-"""scores.csv and classes.csv of a tested model, and two tested models compared class by class."""
+"""The scores of a tested model, of a prediction, and two tested models compared class by class."""
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
-from support.config import UserError
+from support.config import UserError, say
 from support.datasets import LabelledVideos
-from support.pictures import draw_comparison
+from support.pictures import new_figure
+
+
+def write_csv(file: Path, rows: Iterable[list]) -> None:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        csv.writer(opened).writerows(rows)
 
 
 def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
-    """scores.csv: class, prediction and probabilities of each video. classes.csv: videos and top-1 of each class."""
-    rows, right = [["video", "class", "prediction", *names]], {name: [] for name in names}
+    """Write scores.csv: class, prediction and probabilities of each video; classes.csv: videos and top-1 of each class.
+
+    The scores of a video that cannot be read are NaN.
+    """
+    rows = [["video", "class", "prediction", *names]]
+    correct: dict[str, list[bool]] = {name: [] for name in names}
     for (path, label), row in zip(videos, scores, strict=True):
-        readable = not row.isnan().any()
-        prediction = names[int(row.argmax())] if readable else "unreadable"
-        rows.append([path, names[label], prediction, *(f"{p:.5f}" if readable else "" for p in row.tolist())])
-        right[names[label]].append(prediction == names[label])
-    classes = [[name, len(r), f"{100 * sum(r) / len(r):.2f}" if r else ""] for name, r in right.items()]
-    for name, table in (("scores.csv", rows), ("classes.csv", [["class", "videos", "top1"], *classes])):
-        with open(folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(table)
+        prediction, probabilities = "unreadable", [""] * len(names)
+        if not row.isnan().any():
+            prediction, probabilities = names[int(row.argmax())], [f"{p:.5f}" for p in row.tolist()]
+        rows.append([path, names[label], prediction, *probabilities])
+        correct[names[label]].append(prediction == names[label])
+    write_csv(folder / "scores.csv", rows)
+    classes = [["class", "videos", "top1"]]
+    for name, videos_of_class in correct.items():
+        top1 = f"{100 * sum(videos_of_class) / len(videos_of_class):.2f}" if videos_of_class else ""
+        classes.append([name, len(videos_of_class), top1])
+    write_csv(folder / "classes.csv", classes)
 
 
 def most_probable(videos: list[Path], scores: Tensor, names: list[str]) -> dict[str, dict[str, float]]:
-    """The up to five most probable classes of each readable video, with their probabilities."""
-    found = {}
+    """Return the up to five most probable classes of each readable video, with their probabilities."""
+    predictions = {}
     for video, row in zip(videos, scores, strict=True):
         if not row.isnan().any():
-            best = row.topk(min(5, len(names)))
-            found[str(video)] = {names[i]: p for p, i in zip(*map(Tensor.tolist, best), strict=True)}
-    return found
+            values, indices = row.topk(min(5, len(names)))
+            predictions[str(video)] = {names[i]: p for i, p in zip(indices.tolist(), values.tolist(), strict=True)}
+    return predictions
 
 
-def write_predictions(file: Path, found: dict[str, dict[str, float]]) -> None:
+def write_predictions(file: Path, predictions: dict[str, dict[str, float]]) -> None:
     """Write what `most_probable` returns as .json, or as .csv with a row for each video and class."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
-        if file.suffix == ".json":
-            return json.dump(found, opened, indent=1)
-        rows = [(video, name, f"{p:.5f}") for video, classes in found.items() for name, p in classes.items()]
-        csv.writer(opened).writerows([("video", "class", "probability"), *rows])
+    if file.suffix == ".json":
+        file.write_text(json.dumps(predictions, indent=1), "utf-8")
+        return
+    rows = [["video", "class", "probability"]]
+    for video, classes in predictions.items():
+        rows += [[video, name, f"{p:.5f}"] for name, p in classes.items()]
+    write_csv(file, rows)
 
 
 def compare(files: list[Path], out: Path, most: int = 20) -> None:
-    """Sec. D, Figures 7 and 8: print and draw the classes in which one of two tested models is most ahead of the other.
+    """Print and draw the classes in which one of two tested models is most ahead (Sec. D, Figures 7 and 8).
 
     files: the scores.csv of both.
     """
@@ -63,13 +78,34 @@ def compare(files: list[Path], out: Path, most: int = 20) -> None:
     draw_comparison(rows, files, out / "comparison.png")
 
 
+def draw_comparison(rows: list[tuple[float, str]], files: list[Path], path: Path) -> None:
+    """Chart by how many percentage points the second of two models is ahead of the first in each class.
+
+    rows: (points, class), in the order from top to bottom. Raises UserError if matplotlib is not installed.
+    """
+    figure = new_figure(8, 1.5 + 0.22 * len(rows))
+    axes = figure.subplots()
+    for sign, color, file in ((1, "steelblue", files[1]), (-1, "orange", files[0])):
+        ahead = [points if points * sign > 0 else 0 for points, _ in rows]
+        bars = axes.barh(range(len(rows)), ahead, color=color, label=f"{file} is ahead")
+        axes.bar_label(bars, [f"{points:+.1f}" if points else "" for points in ahead], padding=3)
+    axes.set_yticks(range(len(rows)), [name if len(name) <= 40 else f"{name[:39]}…" for _, name in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.15)  # room for the numbers
+    axes.set_xlabel("difference in top-1, percentage points")
+    figure.legend(loc="outside upper left", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    say(f"{path}")
+
+
 def class_accuracy(file: Path) -> dict[str, float]:
-    """Top-1 in percent by class, from a scores.csv."""
-    right: dict[str, list[bool]] = {}
+    """Return top-1 in percent by class, from a scores.csv."""
+    correct: dict[str, list[bool]] = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
             for row in csv.DictReader(opened):
-                right.setdefault(row["class"], []).append(row["class"] == row["prediction"])
+                correct.setdefault(row["class"], []).append(row["class"] == row["prediction"])
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         raise UserError(f"{file} is not a scores.csv as --test writes it") from None
-    return {name: 100 * sum(hits) / len(hits) for name, hits in right.items()}
+    return {name: 100 * sum(videos) / len(videos) for name, videos in correct.items()}

@@ -18,6 +18,7 @@ from videos import SIZE, audio_only, number_of, numbered_frame, turn_by_90, two_
 
 import support.processes
 import support.run
+import support.toy_ava
 import support.video
 from model import SIZES, VideoMAE
 from support import toy
@@ -44,7 +45,7 @@ def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Toy videos for detection: 6 for training, 3 for validation. Not to be changed."""
-    return toy.render_ava(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +83,7 @@ EVERYTHING_RANDOM = {  # what is drawn on the device is drawn by each process
         *("data.crop_area=[0.3, 1.0]", "data.crop_aspect=[0.75, 1.3333]", "data.erase=0.25"),
     ],
     "probe": ["data.scales=[1, 0.875, 0.75, 0.66]"],
-    "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colours=true"],
+    "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colors=true"],
     "baselines/moco_v3": ["data.flip=true"],
 }
 

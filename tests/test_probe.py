@@ -13,7 +13,8 @@ import probe
 from support.config import load_config
 from support.datasets import labelled_videos
 from support.run import warmup_cosine
-from support.weights import build_from_checkpoint, to_hugging_face
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import to_hugging_face
 
 
 def configured(*settings: object):

@@ -69,6 +69,15 @@ def write_numbered(
     return path
 
 
+def frame_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
+    """A folder of extracted frames, as SlowFast has: NAME/NAME_000001.jpg, each showing its number from 0."""
+    folder.mkdir()
+    for number in range(count):
+        picture = numbered_frame(number, *size).to_image()
+        picture.save(folder / f"{folder.name}_{number + 1:06d}.jpg", quality=95)
+    return folder
+
+
 def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
     """Set the display matrix in an mp4 file's track header: the pixel (x, y) is shown at (a x + c y, b x + d y)."""
     content = bytearray(path.read_bytes())

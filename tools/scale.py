@@ -1,0 +1,185 @@
+"""Print what each recipe costs and what limits it, by arithmetic: nothing is timed, nothing is run.
+
+    python -m tools.scale                                      # pre-training, Table 3, memory of the others
+    python -m tools.scale --decoder-ratio 0.5                  # pre-training with half the decoder
+    python -m tools.scale --gpu A100 --gpus 8 --link 12.5      # one port of 100 Gbit/s per machine
+
+FLOPs count a multiply-accumulate twice, backward twice as much as forward, and nothing that is computed again.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+import masking
+from baselines import moco_v3
+from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations, encoder_size
+from support.config import load_config
+from support.processes import launch
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s in NVIDIA's data sheets (SXM)
+# Training videos as in Sec. 4.1; those of Kinetics-700 by its authors (Carreira et al., 2019)
+VIDEOS = {"k400": 240_000, "ssv2": 169_000, "ucf101": 9_500, "hmdb51": 3_500, "k700": 545_000}
+TABLE_3 = {"VideoMAE": ("pretrain", 800, 19.5), "MoCo v3": ("baselines", 300, 61.7)}  # epochs, hours on 64 V100s
+HEAD = """\
+pre-training   params  GFLOP  clips/s    GPU- for each GPU:   a step all-reduce:         clips  GB with   with activ.
+                    M  a clip   a GPU   hours  cores   MB/s      ms     GB     ms  share  a GPU    these checkpointing
+"""
+
+
+def recipes(stage: str) -> list[Path]:
+    """Return the files of a stage's recipes that name a dataset."""
+    return [path for path in sorted((CONFIGS / stage).glob("*_*.yaml")) if path.stem.split("_")[0] in VIDEOS]
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> SimpleNamespace:
+    return load_config(path.with_name("toy.yaml"), [str(path), *settings])
+
+
+def empty_batch(clips: int, clip_size: Sequence[int], positions: Sequence[int] = ()) -> list[Tensor]:
+    """Return a model's inputs: clips and, in pre-training, so many positions of visible and of masked tokens."""
+    return [torch.empty(clips, 3, *clip_size), *(torch.empty(clips, count, dtype=torch.long) for count in positions)]
+
+
+def build_empty(config: SimpleNamespace) -> tuple[nn.Module, Callable[[int], list[Tensor]]]:
+    """Return the model that a recipe trains, without memory for its weights, and a function from clips to inputs."""
+    clip_size = (config.data.frames, config.data.size, config.data.size)
+    encoder = encoder_size(config.model.size) | dict(clip_size=clip_size)
+    with torch.device("meta"):
+        if hasattr(config, "moco"):
+            model = moco_v3.QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder)
+        elif not hasattr(config, "mask"):
+            model = VideoClassifier(**encoder, classes=400)
+        else:
+            depth = config.model.decoder_depth
+            model = VideoMAE(**SIZES[config.model.size], decoder_depth=depth, clip_size=clip_size)
+    positions = ()
+    if hasattr(config, "mask"):
+        visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
+        masked = masking.running_cells(masked, model.grid, config.mask.decoder_ratio)
+        positions = (len(visible), len(masked))
+    return model, partial(empty_batch, clip_size=clip_size, positions=positions)
+
+
+def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """Return the FLOPs of a forward pass; a training step takes three times as many."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def step_flops(config: SimpleNamespace) -> int:
+    """Return a recipe's FLOPs of a step per clip; with MoCo v3 per video: two clips, also forward as keys."""
+    model, batch = build_empty(config)
+    with torch.device("meta"):
+        if hasattr(config, "moco"):
+            return 3 * forward_flops(model, *batch(2)) + forward_flops(moco_v3.key_network(model), *batch(2))
+        return 3 * forward_flops(model, *batch(1))
+
+
+def kept_for_backward(model: nn.Module, *inputs: Tensor) -> int:
+    """Return the bytes of activations that autograd keeps from forward to backward, each storage once."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    for parameter in model.parameters():
+        kept.pop(StorageWeakRef(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
+    """Return the memory of training `run.batch_per_device` clips in bf16, without and with activation checkpointing.
+
+    Counted are weights, gradients and AdamW's two moments in float32, MoCo v3's second weights, bf16 copies of the
+    weights, and what each clip keeps for the backward pass; not what lives for a moment only.
+    """
+    model, batch = build_empty(config)
+    state = (20 if hasattr(config, "moco") else 16) * sum(parameter.numel() for parameter in model.parameters())
+
+    def total() -> float:
+        one = kept_for_backward(model, *batch(1))
+        two = kept_for_backward(model, *batch(2))
+        return (state + one + (config.run.batch_per_device - 1) * (two - one)) / 1e9
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        model.to_empty(device="cpu")
+        plain = total()
+        checkpoint_activations(model)
+        return plain, total()
+
+
+def print_pretraining(path: Path, options: argparse.Namespace) -> None:
+    """Print one line of the table of recipes for pre-training."""
+    config = load_recipe(path, [f"mask.decoder_ratio={options.decoder_ratio}"])
+    parameters = sum(parameter.numel() for parameter in build_empty(config)[0].parameters())
+    flops = step_flops(config)
+    clips_per_second = options.share * GPUS[options.gpu] / flops
+    hours = config.optim.epochs * VIDEOS[path.stem.split("_")[0]] / clips_per_second / 3600
+    step = config.optim.batch_size / options.gpus / clips_per_second
+    exchanged = 2 * (options.gpus - 1) / options.gpus * 4 * parameters  # float32 gradients, twice around a ring
+    exchange = exchanged / (1e9 * options.link)
+    plain, checkpointed = gigabytes(config)
+    print(
+        f"{path.stem:14} {parameters / 1e6:6.1f} {flops / 1e9:7.0f} {clips_per_second:7.0f} {hours:7.0f} "
+        f"{clips_per_second * options.core_ms / 1e3:6.1f} {clips_per_second * options.clip_mb:6.0f} "
+        f"{1e3 * step:7.1f} {exchanged / 1e9:6.2f} {1e3 * exchange:6.1f} "
+        f"{exchange / step:6.0%} {config.run.batch_per_device:6} {plain:7.1f} {checkpointed:13.1f}"
+    )
+
+
+def print_table_3() -> None:
+    """Print what both methods compute on Something-Something V2, next to the hours of Table 3."""
+    print("\nTable 3: SSV2, ViT-B   GFLOP of a  epochs   EFLOP   hours on 64 V100s  TFLOP/s of a")
+    print("                       video's step          in all   in the paper       V100, then")
+    for method, (stage, epochs, hours) in TABLE_3.items():
+        flops = step_flops(load_recipe(CONFIGS / stage / "ssv2_base.yaml"))
+        total = flops * epochs * VIDEOS["ssv2"]
+        rate = total / (64 * 3600 * hours)
+        print(f"{method:24} {flops / 1e9:9.0f} {epochs:7} {total / 1e18:8.1f} {hours:14.1f} {rate / 1e12:17.1f}")
+
+
+def print_memory(title: str, stage: str) -> None:
+    print(f"\n{title:24}  clips  GB with    with activ.\n                          a GPU    these  checkpointing")
+    for path in recipes(stage):
+        config = load_recipe(path)
+        plain, checkpointed = gigabytes(config)
+        print(f"{path.stem:24} {config.run.batch_per_device:6} {plain:8.1f} {checkpointed:14.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gpu", default="H100", choices=list(GPUS))
+    add("--gpus", type=int, default=64)
+    add("--share", type=float, default=0.4, help="fraction of the GPU's FLOP/s, assumed for training; not measured")
+    add("--core-ms", type=float, default=45, help="in which a CPU core decodes, crops and resizes a clip")
+    add("--clip-mb", type=float, default=0.64, help="of a video file: 10 s of 340 x 256 in bench_loader")
+    add("--link", type=float, default=400, help="GB/s between machines: eight ports of 400 Gbit/s are 400")
+    add("--decoder-ratio", type=float, default=0, help="mask.decoder_ratio of pre-training")
+    options = parser.parse_args()
+    rate = f"{options.share:.0%} of {GPUS[options.gpu] / 1e12:.0f} TFLOP/s"
+    print(f"{options.gpus} x {options.gpu} at {rate}; {options.link:g} GB/s between machines")
+    print(HEAD, end="")
+    for path in recipes("pretrain"):
+        print_pretraining(path, options)
+    print_table_3()
+    print_memory("MoCo v3", "baselines")
+    print_memory("fine-tuning", "finetune")
+
+
+if __name__ == "__main__":
+    launch(main)
