@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.v2 import functional as TF
@@ -292,7 +291,7 @@ class TestViews(Dataset):
         except BrokenVideo as error:
             return index, None, str(error)
         crops = crop_views(frames, self.size, self.crops)  # (crops, F, 3, H, W)
-        views = rearrange(crops[:, places], "crops clips T c H W -> (clips crops) T c H W")
+        views = torch.cat([crops[:, place] for place in places])  # (clips * crops, T, 3, H, W)
         return index, views, ""
 
 
