@@ -5,6 +5,8 @@ loader workers, and a resumed run sees what it would have seen. For mixup, drop 
 """
 
 import functools
+import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,71 +15,66 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from masking import split
 from support.config import UserError
-from support.processes import ignore_signals
-from support.randaugment import rand_augment
+from support.processes import Processes, ignore_signals
 from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
-TRIES = 100  # videos in a row that may be unreadable before a run gives up
+TRIES = 100  # give up after this many unreadable videos in a row
 
 # ---- temporal sampling: which frames of a video are in a clip ----
 
 
 def dense_clip(length: int, frames: int, stride: int, generator: Generator | None = None) -> list[int]:
-    """Indices of `frames` frames, `stride` apart, from a random start (Sec. 3.3, "Temporal downsampling").
+    """Return the indices of `frames` frames, `stride` apart, from a random start (Sec. 3.3, "Temporal downsampling").
 
-    Without a generator the clip is in the middle. A clip that runs past the end of the video starts at 0 and
-    repeats the last index that it reaches.
+    Without a generator the clip is in the middle. A clip that runs past the end of the video starts at 0.
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
-    return _clip_from(start, length, frames, stride)
-
-
-def _clip_from(start: int, length: int, frames: int, stride: int) -> list[int]:
-    last = start + (length - 1 - start) // stride * stride  # the authors' code never reaches length - 1
-    return [min(start + i * stride, last) for i in range(frames)]
+    return _strided(start, length, frames, stride)
 
 
 def repeated_clips(length: int, frames: int, stride: int, repeats: int, generator: Generator) -> list[list[int]]:
-    """`repeats` clips of one video. The start of each is uniform, as in `dense_clip`, which gives the first.
+    """Sample `repeats` clips of one video, the first by `dense_clip`.
 
-    Starts are whole strides apart, so that clips that overlap share their frames: the same frames of the video are
-    decoded for both. In exchange, the clips of one visit to a video are not independent.
+    The others start whole strides away from it, so that clips that overlap share their frames: these are decoded once.
+    Each start is uniform, but the clips are not independent.
     """
-    clips = [dense_clip(length, frames, stride, generator)]
-    phase = clips[0][0] % stride
-    starts = range(phase, max(length - frames * stride, phase) + 1, stride)
-    others = [starts[random_below(len(starts), generator)] for _ in range(repeats - 1)]
-    return clips + [_clip_from(start, length, frames, stride) for start in others]
+    first = dense_clip(length, frames, stride, generator)
+    starts = range(first[0] % stride, max(length - frames * stride, 0) + 1, stride)
+    clips = [first]
+    for _ in range(repeats - 1):
+        start = starts[random_below(len(starts), generator)]
+        clips.append(_strided(start, length, frames, stride))
+    return clips
 
 
 def dense_training_clip(length: int, frames: int, stride: int, generator: Generator) -> list[int]:
-    """Dense sampling for fine-tuning on Kinetics, UCF101 and HMDB51, as the authors' code does it (after SlowFast).
+    """Sample densely for fine-tuning on Kinetics, UCF101 and HMDB51, as the authors' code does (after SlowFast).
 
-    Indices spread evenly over a random span of frames * stride, both ends included: 16 frames with stride 4 are 64/15
-    apart, not 4. The last one, just past the span, is clipped. A shorter video is taken whole, its last frame repeated.
+    The indices are spread evenly over a random span of frames * stride: with 16 frames and stride 4 they are 64/15
+    apart, not 4. A video shorter than the span is taken whole, and its last frame repeated.
     """
     span = frames * stride
     if length > span:
-        end = span + random_below(length - span, generator)
-        return [min(int(end - span + i * span / max(frames - 1, 1)), end - 1) for i in range(frames)]
+        start = random_below(length - span, generator)
+        return [start + offset for offset in _spread(span, frames)]
     count = length // stride
-    indices = [int(i * length / (count - 1)) if count > 1 else 0 for i in range(count)]
-    return [min(index, length - 1) for index in indices + [length] * (frames - count)]
+    return _spread(length, count) + [length - 1] * (frames - count)
 
 
 def uniform_training_clip(length: int, frames: int, stride: int, generator: Generator) -> list[int]:
-    """TSN's uniform sampling (Something-Something): a random frame from each of `frames` equal parts; no stride."""
+    """Sample a random frame from each of `frames` equal parts: TSN's uniform sampling (Something-Something)."""
     part = length // frames
     if part == 0:  # here the authors' code repeats frame 0
         return [i * length // frames for i in range(frames)]
@@ -85,45 +82,62 @@ def uniform_training_clip(length: int, frames: int, stride: int, generator: Gene
 
 
 def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
-    """`clips` clips of frames exactly `stride` apart, from the first that fits to the last; a single one is central."""
-    strided = list(range(0, length, stride))
-    strided += [strided[-1]] * (frames - len(strided))
-    spare = len(strided) - frames
-    starts = [k * spare // (clips - 1) for k in range(clips)] if clips > 1 else [spare // 2]
-    return [strided[start : start + frames] for start in starts]
+    """Return `clips` clips of frames exactly `stride` apart, from the first that fits to the last."""
+    last = max((length - 1) // stride - (frames - 1), 0)  # in strides
+    return [_strided(start * stride, length, frames, stride) for start in _starts(last, clips)]
 
 
 def uniform_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
-    """`clips` interleaved clips over the whole video; no stride. A single one takes the middle of each part."""
+    """Return `clips` interleaved clips over the whole video. A single one takes the middle of each part."""
     part = length / frames
-    offsets = [k * part / clips for k in range(clips)] if clips > 1 else [part / 2]  # the authors' code: [0]
+    offsets = [k * part / clips for k in range(clips)]
+    if clips == 1:
+        offsets = [part / 2]  # the authors' code: [0]
     indices = sorted(int(offset + part * i) for offset in offsets for i in range(frames))
     return [indices[k::clips] for k in range(clips)]
 
 
-# data.sampling: how clips are sampled for training and for testing
+def _strided(start: int, length: int, frames: int, stride: int) -> list[int]:
+    """Return indices from `start` on, `stride` apart. Past the end of the video, repeat the last one."""
+    indices = list(range(start, length, stride))[:frames]  # the authors' code never reaches length - 1
+    return indices + [indices[-1]] * (frames - len(indices))
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Spread `count` indices evenly from 0 to `length`, which is clipped to length - 1."""
+    return [min(i * length // max(count - 1, 1), length - 1) for i in range(count)]
+
+
+def _starts(last: int, count: int) -> list[int]:
+    """Spread `count` starts evenly from 0 to `last`. A single one is central."""
+    if count == 1:
+        return [last // 2]
+    return [i * last // (count - 1) for i in range(count)]
+
+
+# data.sampling: how clips are sampled for training and for tests
 SAMPLING = {"dense": (dense_training_clip, dense_test_clips), "uniform": (uniform_training_clip, uniform_test_clips)}
 
 
 # ---- crops and augmentation: which pixels ----
 
 
-def test_crops(frames: Tensor, size: int, crops: int) -> Tensor:
-    """`crops` windows along the longer side of frames (T, 3, H, W), whose shorter side is resized to `size`.
+def crop_views(frames: Tensor, size: int, crops: int) -> Tensor:
+    """Crop `crops` windows along the longer side of frames (T, 3, H, W), whose shorter side is resized to `size`.
 
     They go from one end to the other; a single one is central. Returns (crops, T, 3, size, size).
     """
     height, width = frames.shape[-2:]
     short = min(height, width)
-    # antialias=False, here and in Augmentation: as cv2 and F.interpolate resize in the authors' code
+    # antialias=False, here and in finetune.Augmentation: as cv2 and F.interpolate resize in the authors' code
     frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)
-    spare = max(frames.shape[-2:]) - size
-    starts = [int(j * spare / (crops - 1)) for j in range(crops)] if crops > 1 else [spare // 2]
-    return torch.stack([frames.narrow(-1 if width >= height else -2, start, size) for start in starts])
+    long_side = -1 if width >= height else -2
+    starts = _starts(frames.shape[long_side] - size, crops)
+    return torch.stack([frames.narrow(long_side, start, size) for start in starts])
 
 
 def multi_scale_crop(height: int, width: int, size: int, scales: list[float], generator: Generator) -> tuple[int, ...]:
-    """MultiScaleCrop of TSN (Tables 9 and 11): a random crop (top, left, height, width), to be resized to size x size.
+    """Sample a crop (top, left, height, width) by TSN's MultiScaleCrop (Tables 9 and 11), to be resized to size x size.
 
     Its sides are the video's shorter side times one of `scales`, the two at most one scale apart, in one of 13 places.
     """
@@ -132,67 +146,34 @@ def multi_scale_crop(height: int, width: int, size: int, scales: list[float], ge
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     crop_height, crop_width = pairs[random_below(len(pairs), generator)]
     step_y, step_x = (height - crop_height) // 4, (width - crop_width) // 4
-    places = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)]  # corners, middles of the edges, centre
-    places += [(y, x) for y in (1, 3) for x in (1, 3)]  # half-way from the centre to each corner
+    places = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)]  # corners, middles of the edges, center
+    places += [(y, x) for y in (1, 3) for x in (1, 3)]  # half-way from the center to each corner
     y, x = places[random_below(len(places), generator)]
     return y * step_y, x * step_x, crop_height, crop_width
 
 
 def resized_multi_scale_crop(frames: Tensor, generator: Generator, size: int, scales: list, flip: bool) -> Tensor:
-    """One MultiScaleCrop of all frames (T, 3, H, W), flipped half the time if `flip`. Returns (T, 3, size, size)."""
+    """Crop all frames (T, 3, H, W) alike; if `flip`, flip half of the clips. Returns (T, 3, size, size)."""
     box = multi_scale_crop(*frames.shape[-2:], size, scales, generator)
     clip = TF.resized_crop(frames, *box, [size, size], antialias=True)
-    return (clip.flip(-1) if flip and random_below(2, generator) else clip).contiguous()
+    if flip and random_below(2, generator):
+        clip = clip.flip(-1)
+    return clip.contiguous()
 
 
 def center_crop(frames: Tensor, size: int) -> Tensor:
-    """The largest central square of frames (T, 3, H, W), resized to size x size."""
+    """Crop the largest central square of frames (T, 3, H, W) and resize it to size x size."""
     side = min(frames.shape[-2:])
     return TF.resize(TF.center_crop(frames, [side, side]), [size, size], antialias=True)
 
 
-class Augmentation:
-    """RandAugment, random resized crop, flip, erasing (Table 10), in the order of the authors' code.
-
-    config: the group `data` of a configuration for fine-tuning. Called with frames uint8 (T, 3, H, W) it returns uint8
-    (T, 3, size, size). Every choice holds for all frames.
-    """
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        self.randaugment = config.randaugment
-        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
-        self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
-        self.erase = config.erase
-
-    def __call__(self, frames: Tensor, generator: Generator) -> Tensor:
-        with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
-            torch.manual_seed(random_below(2**62, generator))
-            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
-            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
-            if torch.rand(()) < self.erase:
-                clip = self._erased(clip)
-        return clip
-
-    def _erased(self, clip: Tensor) -> Tensor:
-        """A copy in which one box, the same in all frames, is noise.
-
-        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
-        """
-        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        noise = torch.randn(len(clip), 3, height, width) * std + mean
-        clip = clip.clone()  # a crop that changes nothing returns the decoded frames, which other repeats use too
-        clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
-        return clip
-
-
 def normalize(clip: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """uint8 (B, T, 3, H, W), as the loader returns it, to the model's input: float (B, 3, T, H, W)."""
+    """Turn the loader's uint8 (B, T, 3, H, W) into the model's input: float (B, 3, T, H, W)."""
     mean, std = _statistics(clip.device, tuple(mean), tuple(std))
     return clip.transpose(1, 2).float().sub_(mean).div_(std)
 
 
-@functools.cache  # copied to a GPU once: every copy would make the loop wait
+@functools.cache  # cached on the GPU: a copy for each batch would synchronize
 def _statistics(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     return tuple(255 * torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (mean, std))
 
@@ -202,7 +183,10 @@ def _statistics(device: torch.device, mean: tuple[float, ...], std: tuple[float,
 
 @dataclass(eq=False)
 class TrainingVideos(Dataset, ABC):
-    """Samples by (epoch, index). The last item of each is a list of the broken videos that it replaces."""
+    """Samples by (epoch, index). The last item of each is a list of the broken videos that it replaces.
+
+    A subclass says what a sample of one video is.
+    """
 
     videos: list
     seed: int
@@ -225,15 +209,14 @@ class TrainingVideos(Dataset, ABC):
 
     @abstractmethod
     def sample(self, video: Any, generator: Generator) -> tuple:
-        """A sample of one video. Raises BrokenVideo."""
+        """Return a sample of one video. Raises BrokenVideo."""
 
 
 @dataclass(eq=False, kw_only=True)
 class PretrainingClips(TrainingVideos):
-    """Random clips and masks: clip uint8 (T, 3, H, W), positions of visible (N_vis,) and masked (N_mask,) cubes.
+    """Random clips uint8 (R, T, 3, H, W), positions of visible (R, N_vis) and masked (R, N_mask) cubes.
 
-    If `repeats` is above 1, all three have a first axis: clips of one video, opened and decoded once, each with
-    its own start, crop and mask.
+    R = `repeats` clips are taken from each video that is opened, each with its own start, crop and mask.
     """
 
     frames: int  # T
@@ -248,44 +231,45 @@ class PretrainingClips(TrainingVideos):
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor, ...]:
         with Video(video) as opened:
             clips = repeated_clips(len(opened), self.frames, self.stride, self.repeats, generator)
-            wanted = sorted({index for clip in clips for index in clip})
-            frames = opened.frames(wanted)  # (len(wanted), 3, H_video, W_video)
+            numbers, places = torch.unique(torch.tensor(clips), return_inverse=True)  # (F,), (R, T)
+            frames = opened.frames(numbers.tolist())  # (F, 3, H_video, W_video)
         samples = []
-        for indices in clips:
-            clip = frames[[wanted.index(i) for i in indices]]  # (T, 3, H_video, W_video)
+        for place in places:
+            clip = frames[place]  # (T, 3, H_video, W_video)
             clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
             visible, masked = split(self.draw_mask(generator))
             if self.choose_reconstructed:
                 masked = self.choose_reconstructed(masked, generator=generator)
             samples.append((clip, visible, masked))
-        return tuple(map(torch.stack, zip(*samples, strict=True))) if self.repeats > 1 else samples[0]
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
 
 
 @dataclass(eq=False, kw_only=True)
 class LabelledClips(TrainingVideos):
-    """Clips uint8 (repeats, T, 3, H, W) with their class, for videos [(path, class), ...].
+    """Clips uint8 (R, T, 3, H, W) with their class, for videos [(path, class), ...].
 
-    Repeated augmentation (Table 10): the same frames, decoded once, in `repeats` independent augmentations.
+    Repeated augmentation (Table 10): the same frames, decoded once, in R = `repeats` independent augmentations.
     """
 
-    config: SimpleNamespace  # the group `data` of a configuration: frames, stride and sampling
+    data_config: SimpleNamespace  # the group `data` of a configuration: frames, stride and sampling
     augment: Callable[[Tensor, Generator], Tensor]
     repeats: int = 1
 
     def sample(self, video: tuple[Path, int], generator: Generator) -> tuple[Tensor, Tensor]:
         path, label = video
-        choose_frames, _ = SAMPLING[self.config.sampling]
+        sample_clip, _ = SAMPLING[self.data_config.sampling]
         with Video(path) as opened:
-            indices = choose_frames(len(opened), self.config.frames, self.config.stride, generator)
+            indices = sample_clip(len(opened), self.data_config.frames, self.data_config.stride, generator)
             frames = opened.frames(indices)  # (T, 3, H_video, W_video)
-        return torch.stack([self.augment(frames, generator) for _ in range(self.repeats)]), torch.tensor(label)
+        clips = torch.stack([self.augment(frames, generator) for _ in range(self.repeats)])
+        return clips, torch.tensor(label)
 
 
 @dataclass(eq=False)
 class TestViews(Dataset):
-    """Items (index, views, reason): all views of a video, uint8 (clips * crops, T, 3, H, W), or None and the reason.
+    """All views of a video for a test: items (index, views, reason) with views uint8 (clips * crops, T, 3, H, W).
 
-    Every frame is decoded once. Nothing is random, and a broken video is not replaced.
+    For a broken video views is None, and reason says why. Every frame is decoded once; nothing is random.
     """
 
     videos: list[Path]
@@ -300,16 +284,17 @@ class TestViews(Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        _, choose_frames = SAMPLING[self.sampling]
+        _, test_clips = SAMPLING[self.sampling]
         try:
             with Video(self.videos[index]) as video:
-                clips = choose_frames(len(video), self.frames, self.stride, self.clips)
-                wanted = sorted({index for clip in clips for index in clip})
-                crops = test_crops(video.frames(wanted), self.size, self.crops)  # (crops, len(wanted), 3, H, W)
+                clips = test_clips(len(video), self.frames, self.stride, self.clips)
+                numbers, places = torch.unique(torch.tensor(clips), return_inverse=True)  # (F,), (clips, T)
+                frames = video.frames(numbers.tolist())  # (F, 3, H_video, W_video)
         except BrokenVideo as error:
             return index, None, str(error)
-        views = [crops[:, [wanted.index(i) for i in clip]] for clip in clips]  # clips times (crops, T, 3, H, W)
-        return index, torch.cat(views), ""
+        crops = crop_views(frames, self.size, self.crops)  # (crops, F, 3, H, W)
+        views = rearrange(crops[:, places], "crops clips T c H W -> (clips crops) T c H W")
+        return index, views, ""
 
 
 # ---- batches ----
@@ -333,35 +318,69 @@ def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int
 
 
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """A DataLoader with `workers` processes of its own, 0 for none; for a GPU, batches come in pinned memory."""
-    ahead = dict(num_workers=workers, prefetch_factor=4) if workers else {}
+    """Return a DataLoader with `workers` processes, 0 for none; it pins memory if there is a GPU."""
+    if workers:
+        options |= dict(num_workers=workers, prefetch_factor=4, worker_init_fn=ignore_signals)
     pinned = torch.cuda.is_available() or torch.xpu.is_available()
-    return DataLoader(dataset, pin_memory=pinned, worker_init_fn=ignore_signals, **ahead, **options)
+    return DataLoader(dataset, pin_memory=pinned, **options)
 
 
+@dataclass(eq=False)
 class GlobalBatches(Sampler):
     """This process's micro-batches of the remaining steps of a run: lists of (epoch, index).
 
     Every epoch is a new shuffle of the `length` videos, the last incomplete batch dropped. Which videos form a step's
-    batch does not depend on the number of processes. run: a support.run.Run.
+    batch does not depend on the number of processes, nor on the step at which a run resumes.
     """
 
-    def __init__(self, length: int, run: Any) -> None:
-        self.length, self.run = length, run
+    length: int
+    batch: int  # videos of a step, of all processes
+    micro_batch: int
+    steps: range
+    processes: Processes
+    seed: int
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        run, batch_size = self.run, self.run.batch_size
-        for step in range(run.start, run.total):
-            epoch, batch = divmod(step, self.length // batch_size)
-            if batch == 0 or step == run.start:
-                generator = sample_generator(run.config.run.seed, epoch, -1)
-                shuffled = torch.randperm(self.length, generator=generator)
-            mine = shuffled[batch * batch_size : (batch + 1) * batch_size][run.rank :: run.world_size]
-            for indices in mine.split(run.per_device):
+        for step in self.steps:
+            epoch, place = divmod(step, self.length // self.batch)
+            if place == 0 or step == self.steps.start:
+                shuffled = torch.randperm(self.length, generator=sample_generator(self.seed, epoch, -1))
+            whole = shuffled[place * self.batch : (place + 1) * self.batch]
+            shard = whole[self.processes.rank :: self.processes.world_size]
+            for indices in shard.split(self.micro_batch):
                 yield [(epoch, index) for index in indices.tolist()]
 
 
-def training_batches(videos: TrainingVideos, run: Any, collate_fn: Callable = collate) -> Iterator[tuple]:
-    """The micro-batches of GlobalBatches, collated."""
-    batches = GlobalBatches(len(videos), run)
-    return iter(loader(videos, run.config.data.workers, batch_sampler=batches, collate_fn=collate_fn))
+class Batches:
+    """An iterator over micro-batches, which counts how long loading makes the loop wait.
+
+    Broken videos, which are replaced by others, are printed and listed in `folder`/broken_videos.txt.
+    """
+
+    def __init__(
+        self, clips: TrainingVideos, batches: GlobalBatches, workers: int, folder: Path, collate_fn: Callable = collate
+    ) -> None:
+        self.batches = iter(loader(clips, workers, batch_sampler=batches, collate_fn=collate_fn))
+        self.file = folder / "broken_videos.txt"
+        self.waited = 0.0  # seconds
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        began = time.perf_counter()
+        *tensors, broken = next(self.batches)
+        self.waited += time.perf_counter() - began
+        if broken:
+            note_broken(self.file, broken)
+        return tensors
+
+
+def note_broken(file: Path, sentences: list[str]) -> None:
+    """Print the sentences on broken videos that `file` does not have yet, and append them."""
+    known = set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.exists() else set()
+    for sentence in dict.fromkeys(sentences):
+        if sentence not in known:
+            tqdm.write(f"replaced by another video: {sentence}", file=sys.stderr)
+            with open(file, "a", encoding="utf-8", errors="surrogateescape") as opened:
+                opened.write(f"{sentence}\n")

@@ -13,6 +13,7 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,22 +21,26 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
-from model import VideoClassifier, cube_grid, parameter_groups, recompute_blocks
+from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_groups
 from support import toy
+from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
-from support.processes import gather, launch
-from support.run import Run, warmup_cosine
+from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
+from support.randaugment import rand_augment
+from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.scores import compare, most_probable, write_predictions, write_scores
+from support.seeds import random_below, seed_device
 from support.weights import (
     build_from_checkpoint,
+    check_init,
     encoder_options,
-    find_init,
     load_weights,
     read_checkpoint,
     stored_config,
@@ -54,15 +59,60 @@ def check(config: SimpleNamespace) -> None:
             raise UserError(f"data.{key}={limits} has to name the smaller number first")
 
 
-def build(config: SimpleNamespace, init: str, classes: int) -> VideoClassifier:
-    """The classifier, with random weights (`init` "scratch", Table 1d) or those of any file `load_weights` reads."""
+def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None) -> VideoClassifier:
+    """Return the classifier: with random weights (Table 1d), those of `config.init`, or the shape of a checkpoint's.
+
+    checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
+    """
     torch.manual_seed(config.run.seed)
-    encoder = encoder_options(config, init)
+    if checkpoint:
+        model = VideoClassifier(
+            **checkpoint["model_options"], drop_path=config.model.drop_path, dropout=config.model.dropout
+        )
+        model.encoder.pos_embed.copy_(checkpoint["positions"])
+        return model
+    check_init(config.init, "scratch")
+    encoder = encoder_options(config, config.init)
     model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
-    say(f"initialized from {init}")
-    if init != "scratch":
-        load_weights(model, init, fresh=("fc_norm.", "head."))
+    say(f"initialized from {config.init}")
+    if config.init != "scratch":
+        load_weights(model, config.init, optional=("fc_norm.", "head."))
     return model
+
+
+class Augmentation:
+    """RandAugment, random resized crop, flip, erasing (Table 10), in the order of the authors' code.
+
+    config: the group `data` of a configuration for fine-tuning. Called with frames uint8 (T, 3, H, W) it returns uint8
+    (T, 3, size, size). Every choice holds for all frames.
+    """
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        self.randaugment = config.randaugment
+        self.crop = v2.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, antialias=False)
+        self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
+        self.erase = config.erase
+
+    def __call__(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
+            torch.manual_seed(random_below(2**62, generator))
+            clip = rand_augment(frames, *self.randaugment)  # (T, 3, H, W)
+            clip = self.flip(self.crop(clip)).contiguous()  # (T, 3, size, size)
+            if torch.rand(()) < self.erase:
+                clip = self._erased(clip)
+        return clip
+
+    def _erased(self, clip: Tensor) -> Tensor:
+        """A copy in which one box, the same in all frames, is noise.
+
+        The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
+        """
+        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+        noise = torch.randn(len(clip), 3, height, width) * std + mean
+        clip = clip.clone()  # a crop that changes nothing returns the decoded frames, which other repeats use too
+        clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
+        return clip
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -74,105 +124,163 @@ def mixing(mixup: float, cutmix: float) -> v2.Transform:
     """Mixup or cutmix (Table 10), chosen at random for each micro-batch; one whose alpha is 0 is left out.
 
     Called with clips (B, 3, T, H, W) as a `tv_tensors.Video` (only the batch and the last two axes matter) and targets
-    (B, classes). Each clip is mixed with the next one of the micro-batch. A cutmix box is the same in all frames.
+    (B, classes). Each clip is mixed with the one before it in the micro-batch. A cutmix box is the same in all frames.
     """
-    chosen = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    chosen = []
+    if mixup > 0:
+        chosen.append(v2.MixUp(alpha=mixup))
+    if cutmix > 0:
+        chosen.append(v2.CutMix(alpha=cutmix))
     return v2.RandomChoice(chosen) if chosen else v2.Identity()
 
 
 def train(config: SimpleNamespace) -> None:
     """Fine-tune as `config` says (Table 10), or resume; test at the end."""
     check(config)
-    init = find_init(config, DEFAULT)
-    run = Run(config, DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    compiled = compiler(config.run.compile, device)
+    folder = Path(config.run.folder)
     videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
-    model = build(config, init, len(names)).to(run.device)
+    identity = dict(videos=describe(videos), classes=names)
+    checkpoint = load_checkpoint(config, DEFAULT, **identity)
+    model = build(config, len(names), checkpoint).to(device)
     if config.run.recompute:
-        recompute_blocks(model)
-    augment, repeats = data.Augmentation(config.data), config.data.repeats
-    clips = data.LabelledClips(videos, config.run.seed, config=config.data, augment=augment, repeats=repeats)
-    clips[0, 0]  # stops here if no video can be read
-    run.plan(videos, config.optim.batch_size, repeats)
-    if run.per_device == 1 and config.optim.mixup + config.optim.cutmix > 0:
+        checkpoint_activations(model)
+    repeats = config.data.repeats
+    augment = Augmentation(config.data)
+    clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=augment, repeats=repeats)
+    clips[0, 0]  # raises UserError if no video can be read
+
+    # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips (Table 10)
+    batch = config.optim.batch_size
+    micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // repeats)
+    if micro_batch == 1 and config.optim.mixup + config.optim.cutmix > 0:
         what = "one video at a time has no other to be mixed with"
         raise UserError(f"{what}: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")
+    steps_per_epoch = len(videos) // batch
+    total = round(config.optim.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    peak_lr = config.optim.base_lr * batch / 256  # Sec. B: the linear scaling rule
+    end_lr = config.optim.min_lr * batch / 256
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
+    start = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"{len(videos):,} videos for training, {len(val_videos):,} for testing, {len(names)} classes; "
-        f"clips of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels, "
-        f"{repeats} of each video\nlearning rate x {groups[0]['lr_scale']:.3g} in the cube embedding"
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"{len(videos):,} videos for training, {len(val_videos):,} for validation, {len(names)} classes; {repeats} "
+        f"clips of each video, of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels\n"
+        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
+        f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    facts = dict(model_options=model.options, positions=model.encoder.pos_embed, classes=names)
-    run.open(dict(model=model, optimizer=optimizer), **facts)
-    network = run.parallel(run.compile(model))
-    batches = data.training_batches(clips, run)
+    log = Log(config, processes, start, total, clips_per_step=batch * repeats)
+    network = compiled(model)
+    if world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, shards, config.data.workers, folder)
     mix = mixing(config.optim.mixup, config.optim.cutmix)
-    peak_lr, end_lr = (lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr))
 
     model.train()
-    for step in run.steps():
-        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, end_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        for frames, labels in run.micro_batches(batches):  # (B, repeats, T, 3, H, W), (B,)
-            targets = soft_targets(labels, len(names), config.optim.label_smoothing)  # (B, classes)
-            targets = targets.repeat(repeats, 1)  # (repeats B, classes)
-            # First one augmentation of all videos, then the next: mixup mixes clips of different videos.
-            clip = rearrange(frames, "B repeats T c H W -> (repeats B) T c H W")
-            clip = data.normalize(clip)  # (repeats B, 3, T, H, W)
-            clip, targets = mix(tv_tensors.Video(clip), targets)
-            with run.autocast():
-                logits = network(clip.as_subclass(Tensor))  # (repeats B, classes)
-            loss = F.cross_entropy(logits.float(), targets)
-            (loss / run.accumulation).backward()
-            run.add_loss(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(lr=lr)
-        if run.validation_due():
-            validate(model, val_videos, run)
-            model.train()
+    loss_sum = torch.zeros((), device=device)
+    with StopSignals() as stop:
+        for step in log.progress(range(start, total)):
+            lr = warmup_cosine(step, total, warmup, peak_lr, end_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
 
-    run.log(step=run.total, test_top1=test_and_write(model, val_videos, names, run, run.folder))
+            for number in range(accumulation):
+                frames, labels = (x.to(device, non_blocking=True) for x in next(batches))  # (B, R, T, 3, H, W), (B,)
+                seed_device(config.run.seed, step * accumulation + number, rank)
+                targets = soft_targets(labels, len(names), config.optim.label_smoothing)  # (B, classes)
+                targets = targets.repeat(repeats, 1)  # (R B, classes)
+                # First one augmentation of all videos, then the next: mixup mixes clips of different videos.
+                clip = rearrange(frames, "B R T c H W -> (R B) T c H W")
+                clip = data.normalize(clip)  # (R B, 3, T, H, W)
+                clip, targets = mix(tv_tensors.Video(clip), targets)
+                # gradients are averaged over the processes in the last backward pass of the step
+                last = number == accumulation - 1
+                with nullcontext() if last or world_size == 1 else network.no_sync():
+                    with processes.autocast():
+                        logits = network(clip.as_subclass(Tensor))  # (R B, classes)
+                    loss = F.cross_entropy(logits.float(), targets)
+                    (loss / accumulation).backward()
+                loss_sum += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            if done % config.run.log_every == 0 or done == total:
+                mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
+                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                loss_sum.zero_()
+            stopped = stop.requested()
+            validating = validation_due(done, steps_per_epoch, config.run.validate_every) and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+                save_checkpoint(log, config, **state, **identity)
+            if stopped and done < total:
+                raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
+            if validating:
+                with log.clock_stopped(), stop.at_once():
+                    log.write(step=done, **validate(model, val_videos, processes, config, done // steps_per_epoch))
+                model.train()
+
+        with stop.at_once():
+            top1 = test_and_write(model, val_videos, names, processes, config, folder)
+    log.write(step=total, test_top1=top1)
+    log.draw()
 
 
 @torch.inference_mode()
 def test(
-    model: nn.Module, videos: list[Path], run: Run, clips: int, crops: int, title: str
+    model: nn.Module,
+    videos: list[Path],
+    processes: Processes,
+    config: SimpleNamespace,
+    clips: int,
+    crops: int,
+    title: str,
 ) -> tuple[Tensor, list[str]]:
-    """Class probabilities (videos, classes): the mean softmax of clips x crops views (Sec. 4.2, 5 x 3 on Kinetics).
+    """Return class probabilities (videos, classes): the mean softmax of clips x crops views (Sec. 4.2, Kinetics 5 x 3).
 
-    Also returns why some videos could not be read; their rows are nan. Each process tests a part of the videos and
-    returns the whole.
+    Also returns why some videos could not be read; their rows are nan. Each process tests a shard of the videos; all
+    return the whole.
     """
-    options = run.config.data
-    sampling = dict(frames=options.frames, stride=options.stride, sampling=options.sampling, size=options.size)
-    mine, at_most = range(run.rank, len(videos), run.world_size), run.config.run.batch_per_device
+    views = data.TestViews(
+        videos, config.data.frames, config.data.stride, config.data.sampling, config.data.size, clips, crops
+    )
+    shard = range(processes.rank, len(videos), processes.world_size)
+    at_once = config.run.batch_per_device  # views that fit on the device
     batches = data.loader(
-        data.TestViews(videos, **sampling, clips=clips, crops=crops),
-        options.workers,
-        batch_size=max(1, at_most // (clips * crops)),  # videos whose views fit on the device
-        sampler=mine,
+        views,
+        config.data.workers,
+        batch_size=max(1, at_once // (clips * crops)),
+        sampler=shard,
         collate_fn=data.collate_views,
     )
     model.eval()
-    found, broken = [], []
-    with tqdm(total=len(mine), desc=title, unit="video", disable=run.rank > 0) as bar:
-        for indices, views, unreadable in batches:
+    results, broken = [], []
+    with tqdm(total=len(shard), desc=title, unit="video", disable=processes.rank > 0) as bar:
+        for indices, clip, unreadable in batches:
             broken += unreadable
-            if views is not None:  # (B, V, T, 3, H, W), V = clips x crops
-                with run.autocast():
-                    parts = views.to(run.device, non_blocking=True).flatten(0, 1).split(at_most)
-                    logits = torch.cat([model(data.normalize(part)) for part in parts])  # (B V, classes)
-                probabilities = logits.float().softmax(dim=1).unflatten(0, (len(indices), -1))  # (B, V, classes)
-                probabilities = probabilities.mean(dim=1)  # (B, classes)
-                found.append((indices, probabilities))
             bar.update(len(indices) + len(unreadable))
+            if clip is None:
+                continue
+            clip = clip.to(processes.device, non_blocking=True)  # (B, V, T, 3, H, W), V = clips x crops
+            with processes.autocast():
+                logits = [model(data.normalize(part)) for part in clip.flatten(0, 1).split(at_once)]
+            logits = torch.cat(logits).float()  # (B V, classes)
+            probabilities = rearrange(logits.softmax(dim=1), "(B V) classes -> B V classes", B=len(indices))
+            results.append((indices, probabilities.mean(dim=1)))  # (B, classes)
     scores = torch.full((len(videos), model.options["classes"]), float("nan"))
-    for indices, probabilities in gather([(indices, probabilities.cpu()) for indices, probabilities in found]):
+    for indices, probabilities in gather([(indices, probabilities.cpu()) for indices, probabilities in results]):
         scores[indices] = probabilities
     return scores, [reason for _, reason in sorted(gather(broken))]
 
@@ -184,83 +292,115 @@ def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
 
 
-def validate(model: nn.Module, videos: LabelledVideos, run: Run) -> None:
-    """Log and print the accuracy from one view of each video."""
-    epoch = (run.step + 1) // run.steps_per_epoch
-    scores, broken = test(model, [path for path, _ in videos], run, 1, 1, f"epoch {epoch}, one view")
+def validation_due(step: int, steps_per_epoch: int, validate_every: int) -> bool:
+    """Return whether a step ends an epoch after which `run.validate_every` asks for validation."""
+    return validate_every > 0 and step % (validate_every * steps_per_epoch) == 0
+
+
+def validate(
+    model: nn.Module, videos: LabelledVideos, processes: Processes, config: SimpleNamespace, epoch: int
+) -> dict[str, float]:
+    """Print and return the accuracy from one view of each video."""
+    scores, broken = test(model, [path for path, _ in videos], processes, config, 1, 1, f"epoch {epoch}, one view")
     top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
-    run.log(step=run.step + 1, epoch=epoch, top1=top1, top5=top5)
-    tested = f"{len(videos):,} videos" + (f", {len(broken)} of them unreadable" if broken else "")
-    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, one view")
+    unreadable = f", {len(broken)} of them unreadable" if broken else ""
+    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, one view")
+    return dict(epoch=epoch, top1=top1, top5=top5)
 
 
 def test_and_write(
-    model: nn.Module, videos: LabelledVideos, names: list[str], run: Run, folder: Path, as_json: bool = False
+    model: nn.Module,
+    videos: LabelledVideos,
+    names: list[str],
+    processes: Processes,
+    config: SimpleNamespace,
+    folder: Path,
+    as_json: bool = False,
 ) -> float:
     """Test as the paper does: print top-1 and top-5, write scores.csv and classes.csv into `folder`, return top-1."""
-    clips, crops = run.config.data.test_clips, run.config.data.test_crops
-    scores, broken = test(model, [path for path, _ in videos], run, clips, crops, f"testing {clips} x {crops} views")
+    clips, crops = config.data.test_clips, config.data.test_crops
+    paths = [path for path, _ in videos]
+    scores, broken = test(model, paths, processes, config, clips, crops, f"testing {clips} x {crops} views")
     top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
-    if run.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_scores(folder, videos, scores, names)
+    if processes.rank == 0:
         for reason in broken:
             say(f"counted as wrong: {reason}")
-        tested = f"{len(videos):,} videos" + (f", {len(broken)} of them unreadable" if broken else "")
-        result = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {tested}, {clips} x {crops} views: {folder / 'scores.csv'}"
-        facts = dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
-        print(json.dumps(facts) if as_json else result, flush=True)
+        result = dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
+        unreadable = f", {len(broken)} of them unreadable" if broken else ""
+        text = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, {clips} x {crops} views"
+        print(json.dumps(result) if as_json else f"{text}: {folder / 'scores.csv'}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_scores(folder, videos, scores, names)
     return top1
 
 
 def test_weights(arguments: argparse.Namespace) -> None:
     """`--test`: the accuracy of any fine-tuned checkpoint; the scores go next to it or into `--out`."""
-    weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
+    weights = arguments.weights
+    config = stored_config(weights, DEFAULT, arguments.settings)
     check(config)
-    run = Run(config, DEFAULT)
+    folder = arguments.out or weights_file(weights).parent
+    check_writable(folder)
+    processes = start_processes(config.run.precision, config.data.workers)
     known = read_checkpoint(weights)[1].get("classes")
     _, videos, names = labelled_videos(*toy.find(config.data), config.data.per_class, known)
-    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(run.device)
+    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(processes.device)
     if known and known != names:
         raise UserError(f"{weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):
         what = f"{weights} has {model.options['classes']} classes, the dataset {len(names)}"
         raise UserError(f"{what}: set data.classes")
-    test_and_write(model, videos, names, run, arguments.out or weights_file(weights).parent, arguments.json)
+    test_and_write(model, videos, names, processes, config, folder, arguments.json)
 
 
 def predict_videos(arguments: argparse.Namespace) -> None:
     """`--predict`: print the five most probable classes of each video, and write them to `--out`."""
     if arguments.out and arguments.out.suffix not in (".csv", ".json"):
         raise UserError(f"--out {arguments.out}: predictions are written to a .csv or .json file")
-    weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
+    weights = arguments.weights
+    config = stored_config(weights, DEFAULT, arguments.settings)
     check(config)
-    run = Run(config, DEFAULT)
-    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(run.device)
+    processes = start_processes(config.run.precision, config.data.workers)
+    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(processes.device)
     names = class_names(weights, config, model.options["classes"])
-    videos, (clips, crops) = named_videos(arguments.predict), (config.data.test_clips, config.data.test_crops)
-    scores, broken = test(model, videos, run, clips, crops, "predicting")
+    videos = named_videos(arguments.predict)
+    config.data.workers = min(config.data.workers, len(videos) - 1)
+    clips, crops = config.data.test_clips, config.data.test_crops
+    scores, broken = test(model, videos, processes, config, clips, crops, "predicting")
     for reason in broken:
         say(f"cannot be read: {reason}")
-    if run.rank == 0:
-        found = most_probable(videos, scores, names)
+    if processes.rank == 0:
+        predictions = most_probable(videos, scores, names)
         if arguments.out:
-            write_predictions(arguments.out, found)
+            write_predictions(arguments.out, predictions)
         if arguments.json:
-            print(json.dumps(found))
-        for video, classes in found.items() if not arguments.json else ():
-            print(video, *(f"  {100 * p:5.1f} %  {name}" for name, p in classes.items()), sep="\n")
+            print(json.dumps(predictions))
+        else:
+            print_predictions(predictions)
     if len(broken) == len(videos):
         raise UserError("none of the videos can be read; see above")
 
 
+def print_predictions(predictions: dict[str, dict[str, float]]) -> None:
+    """Print the most probable classes of each video."""
+    for video, classes in predictions.items():
+        print(video)
+        for name, probability in classes.items():
+            print(f"  {100 * probability:5.1f} %  {name}")
+
+
 def class_names(weights: Path, config: SimpleNamespace, classes: int) -> list[str]:
-    """A checkpoint's classes: its own, those of data.classes, of a config.json (Hugging Face) or numbers."""
+    """Return a checkpoint's classes: its own, those of data.classes, of a config.json (Hugging Face) or numbers."""
     content = read_checkpoint(weights)[1]
-    names, labels = content.get("classes"), content["config.json"].get("id2label", {})
-    if not names and config.data.classes:
+    labels = content["config.json"].get("id2label", {})
+    if "classes" in content:
+        names = content["classes"]
+    elif config.data.classes:
         names = Classes(config.data.root, config.data.classes, []).names
-    names = names or [labels[str(number)] for number in range(len(labels))] or [str(i) for i in range(classes)]
+    elif labels:
+        names = [labels[str(number)] for number in range(len(labels))]
+    else:
+        names = [str(number) for number in range(classes)]
     if len(names) != classes:
         raise UserError(f"{weights} has {classes} classes, but data.classes={config.data.classes} names {len(names)}")
     return names
@@ -280,7 +420,7 @@ def main() -> None:
         help="--test, --compare: folder, default that of the weights, of the second scores.csv; "
         "--predict: a .csv or .json file",
     )
-    arguments = parse(parser)
+    arguments = parse(parser, DEFAULT)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
         raise UserError("--test and --predict need --weights FILE, a fine-tuned one; training starts from init=FILE")
     if arguments.compare:

@@ -4,11 +4,11 @@ A mask is a boolean tensor (N,) over the cubes of one clip, in the order time, h
 True = masked: the encoder does not see the cube, the decoder predicts it. False = visible.
 
 Videos change slowly (Sec. 3.2). A cube that is masked at one time and visible at another can simply be copied, and at
-the usual ratios of 50 % to 75 % enough is visible to fill in the rest. So tubes mask 90 % of the spatial places, in
-every frame.
+the usual ratios of 50 % to 75 % enough is visible to fill in the rest. For this reason tubes mask 90 % of the spatial
+positions, the same ones in every frame.
 
-The paper samples from Bernoulli(rho_mask). Here, as in the authors' code, the *number* of masked cubes is exact, the
-ratio rounded down to whole ones, so that clips can be stacked: 90 % of 196 places are 176.
+The paper samples from Bernoulli(rho_mask). Here, as in the authors' code, the number of masked cubes is exact, so that
+clips can be stacked in a batch. It is rounded down: 90 % of 196 positions are 176.
 """
 
 import torch
@@ -20,20 +20,20 @@ Grid = tuple[int, int, int]  # cubes in time, height, width: (8, 14, 14) for 16 
 
 
 def tube_mask(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Tube masking, the paper's proposal (Sec. 3.3, Figure 2d): one spatial mask, shared by all times."""
+    """Mask tubes, the paper's proposal (Sec. 3.3, Figure 2d): one spatial mask for all times."""
     time, height, width = grid
     spatial = _sample(height * width, ratio, generator)  # (H/16 * W/16,)
     return spatial.repeat(time)  # (N,)
 
 
 def random_mask(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Plain random masking over all cubes of space and time (Figure 2c, Table 1b)."""
+    """Mask cubes anywhere in space and time (Figure 2c, Table 1b)."""
     time, height, width = grid
     return _sample(time * height * width, ratio, generator)  # (N,)
 
 
 def frame_mask(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Frame masking: all cubes of some times (Figure 2b). 87.5 % masks 14 of 16 frames (Table 1b)."""
+    """Mask whole frames (Figure 2b): all cubes of some times. 87.5 % masks 14 of 16 frames (Table 1b)."""
     time, height, width = grid
     temporal = _sample(time, ratio, generator)  # (T/2,)
     return temporal.repeat_interleave(height * width)  # (N,)
@@ -43,7 +43,7 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
 def _sample(count: int, ratio: float, generator: torch.Generator | None) -> Tensor:
-    """A mask (count,) of exactly int(ratio * count) places, each equally likely. UserError if that is none or all."""
+    """Sample a mask (count,) with exactly int(ratio * count) masked positions. UserError if it masks none or all."""
     masked = int(ratio * count)
     if not 0 < masked < count:
         raise UserError(
@@ -55,12 +55,16 @@ def _sample(count: int, ratio: float, generator: torch.Generator | None) -> Tens
 
 
 def running_cells(masked: Tensor, grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Of the masked positions (N_mask,), those to reconstruct, ascending: the decoder leaves out a fraction `ratio`.
+    """Choose which of the masked cubes (N_mask,) to reconstruct: all but a fraction `ratio`. UserError if none is left.
 
-    Dual masking with running cells (VideoMAE V2, Wang et al., CVPR 2023): the places of each cell of 2 x 2 take turns,
-    which move on with time from a random start. The number is exact for every mask; what does not make a whole turn is
-    chosen at random. On average each cube is reconstructed equally often. With tubes, T/2 a multiple of 4 and `ratio`
-    a multiple of 1/4, each masked place is reconstructed at exactly 1 - ratio of the times. UserError if none is left.
+    This is the decoder mask of VideoMAE V2 (Wang et al., CVPR 2023). In each cell of 2 x 2 positions, the ones that are
+    reconstructed (x) move by one from each time to the next, here with a ratio of 1/2:
+
+        x x    x .    . .    . x    x x
+        . .    . x    x x    x .    . .    ...
+
+    The pattern starts at a random time, and on average each cube is reconstructed equally often. The number of cubes is
+    exact for every mask and ratio; where the pattern does not decide, the choice is random.
     """
     if ratio == 0:
         return masked
@@ -71,9 +75,9 @@ def running_cells(masked: Tensor, grid: Grid, ratio: float, generator: torch.Gen
     time, row, column = torch.unravel_index(shuffled, grid)
     start = torch.randint(4, (), generator=generator)
     turn = (2 * (row % 2) + column % 2 + time + start) % 4  # (N_mask,)
-    return shuffled[turn.argsort(stable=True)[:count]].sort().values
+    return shuffled[turn.argsort(stable=True)[:count]].sort().values  # ascending
 
 
 def split(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the visible cubes (N_vis,) and of the masked cubes (N_mask,), each in ascending order."""
+    """Return the positions of the visible cubes (N_vis,) and of the masked cubes (N_mask,), both ascending."""
     return (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)

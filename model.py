@@ -6,7 +6,6 @@ N = T/2 * H/16 * W/16 tokens of width D. Parameters have the names of the offici
 """
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
@@ -34,7 +33,7 @@ SIZES = {
 
 
 def encoder_size(name: str) -> dict[str, int]:
-    """Width, depth and heads of a size, for models without the decoder. UserError if there is no such size."""
+    """Return width, depth and heads of a size, for models without the decoder. UserError if there is no such size."""
     return {key: pick(SIZES, name, "model.size")[key] for key in ("width", "depth", "heads")}
 
 
@@ -53,7 +52,7 @@ class CubeEmbedding(nn.Module):
         p0, p1, p2 = self.cube
         cubes = rearrange(clip, "B c (t p0) (h p1) (w p2) -> B (t h w) (c p0 p1 p2)", p0=p0, p1=p1, p2=p2)
         if visible is not None:
-            cubes = take(cubes, visible)  # (B, N_vis, 1536), 10 % of the cubes (Sec. 3.3)
+            cubes = gather_tokens(cubes, visible)  # (B, N_vis, 1536), 10 % of the cubes (Sec. 3.3)
         return F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias)  # (B, N or N_vis, D)
 
 
@@ -87,15 +86,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         mlp = dict(fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(), fc2=nn.Linear(4 * width, width))
         self.mlp = nn.Sequential(OrderedDict(mlp))
-        self.drop_path = StochasticDepth(drop_path, "row")  # "row": for each clip on its own
+        self.drop_path = StochasticDepth(drop_path, "row")  # "row": each clip by itself
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Turn on activation checkpointing: the same losses and gradients, much less memory, a third more compute."""
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass: the same gradients, much less memory, a third more compute."""
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
@@ -104,9 +103,9 @@ def recompute_blocks(model: nn.Module) -> None:
 class Encoder(nn.Module):
     """Phi_enc: the vanilla ViT without class token. In pre-training it sees the visible cubes only (Sec. 3.3).
 
-    clip_size: frames, height and width of the pre-training. For other clips the position table is interpolated, so
-    weights of 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path: of the last block; it rises
-    linearly with depth. norm: whether there is a last LayerNorm. UserError if clip_size is not a whole number of cubes.
+    clip_size: frames, height and width in pre-training. For other clips the position table is interpolated, so
+    weights of 16 x 224 x 224 can be fine-tuned on 32 x 320 x 320 (Table 7). drop_path: rate of the last block; it rises
+    linearly from 0. norm: whether there is a last LayerNorm. UserError if clip_size is not a whole number of cubes.
     """
 
     def __init__(
@@ -133,7 +132,8 @@ class Encoder(nn.Module):
     def forward(self, clip: Tensor, visible: Tensor | None = None) -> Tensor:
         grid = cube_grid(clip.shape[2:], self.patch_embed.cube)
         positions = interpolate_positions(self.pos_embed, self.grid, grid)  # (N, D)
-        positions = positions if visible is None else positions[visible]  # (N, D) or (B, N_vis, D)
+        if visible is not None:
+            positions = positions[visible]  # (B, N_vis, D)
         x = self.patch_embed(clip, visible) + positions  # (B, N or N_vis, D)
         for block in self.blocks:
             x = block(x)
@@ -158,8 +158,7 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """The pre-training model (Figure 1). `VideoMAE(**SIZES["B"], decoder_depth=4)` is that of Table 8.
 
-    frames_per_token: frames that each token predicts: 2, or 4 or 1 for other targets (Table 1c).
-    encoder: arguments of `Encoder`.
+    frames_per_token: frames that each token predicts, 2, or 4 or 1 in Table 1c. encoder: arguments of `Encoder`.
     """
 
     def __init__(
@@ -169,11 +168,11 @@ class VideoMAE(nn.Module):
         self.encoder = Encoder(**encoder)
         decoder = dict(decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
         self.options = self.encoder.options | decoder | dict(frames_per_token=frames_per_token)
-        self.grid, eps = self.encoder.grid, self.options["eps"]
+        self.grid = self.encoder.grid
+        eps = self.options["eps"]
         self.encoder_to_decoder = nn.Linear(self.options["width"], decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        positions = sincos_positions(math.prod(self.grid), decoder_width)  # (N, D_dec)
-        self.register_buffer("pos_embed", positions, persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(math.prod(self.grid), decoder_width), persistent=False)
         pixels = frames_per_token * math.prod(self.options["cube"][1:]) * 3
         self.decoder = Decoder(width=decoder_width, depth=decoder_depth, heads=decoder_heads, pixels=pixels, eps=eps)
         # patch_embed and encoder_to_decoder keep PyTorch's own initialization, as in the authors' code.
@@ -182,9 +181,9 @@ class VideoMAE(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, clip: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Normalized clip (B, 3, T, H, W) to the masked cubes (B, N_mask, pixels), in the order p0, p1, p2, channel.
+        """Predict the masked cubes (B, N_mask, pixels), in the order p0, p1, p2, channel, of a clip (B, 3, T, H, W).
 
-        visible (B, N_vis) and masked (B, N_mask): positions from `masking.split`.
+        The clip is normalized. visible (B, N_vis) and masked (B, N_mask) are positions from `masking.split`.
         """
         latent = self.encoder(clip, visible)  # (B, N_vis, D)
         x_visible = self.encoder_to_decoder(latent) + self.pos_embed[visible]  # (B, N_vis, D_dec)
@@ -209,31 +208,31 @@ class VideoClassifier(nn.Module):
         initialize_from_scratch(self.encoder, self.head)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """Clip (B, 3, T, H, W), normalized, to class logits (B, classes)."""
+        """Return the class logits (B, classes) of a normalized clip (B, 3, T, H, W)."""
         x = self.encoder(clip)  # (B, N, D)
         x = self.fc_norm(x.mean(dim=1))  # (B, D)
         return self.head(self.dropout(x))  # (B, classes)
 
 
 def cube_grid(clip_size: tuple[int, int, int], cube: tuple[int, int, int]) -> Grid:
-    """Number of cubes in time, height and width: (8, 14, 14) for 16 x 224 x 224. UserError if they do not fit."""
+    """Count the cubes in time, height and width: (8, 14, 14) for 16 x 224 x 224. UserError if they do not fit."""
     if len(cube) != 3:
         raise UserError(f"a cube has three sides, frames, height and width, not {list(cube)}")
-    for n, p, what in zip(clip_size, cube, ("frames", "pixels of height", "pixels of width"), strict=True):
+    for n, p, unit in zip(clip_size, cube, ("frames", "pixels of height", "pixels of width"), strict=True):
         if p < 1 or n < p or n % p:
-            raise UserError(f"a clip of {n} {what} is not a whole number of cubes of {p}; choose a multiple of {p}")
+            raise UserError(f"a clip of {n} {unit} is not a whole number of cubes of {p}; choose a multiple of {p}")
     return tuple(n // p for n, p in zip(clip_size, cube, strict=True))
 
 
 def sincos_positions(count: int, width: int) -> Tensor:
-    """Fixed sine-cosine table (count, width) over the flattened token index, computed in float64 as the authors do."""
+    """Compute the fixed sine-cosine table (count, width) over the flattened index in float64, as the authors do."""
     index = torch.arange(count, dtype=torch.float64)[:, None]
     angle = index / 10000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)  # (count, width / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()  # (count, width): sin, cos, sin, cos, ...
 
 
 def interpolate_positions(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
-    """A position table (N, D) resized from one grid of cubes to another: bicubic in space, linear in time."""
+    """Resize a position table (N, D) from one grid of cubes to another: bicubic in space, linear in time."""
     if new_grid == grid:
         return table
     x = rearrange(table, "(t h w) D -> t D h w", t=grid[0], h=grid[1])
@@ -243,9 +242,9 @@ def interpolate_positions(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     return rearrange(x, "(h w) D t -> (t h w) D", h=new_grid[1])  # (N', D)
 
 
-def take(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Tokens (B, N, D) at `positions` (B, M): (B, M, D)."""
-    return tokens.gather(1, positions[:, :, None].expand(-1, -1, tokens.shape[2]))
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Gather from tokens (B, N, D) those at positions (B, M): (B, M, D)."""
+    return tokens.gather(1, repeat(positions, "B M -> B M D", D=tokens.shape[2]))
 
 
 def initialize(model: nn.Module, init_weight: Callable[[Tensor], Any]) -> None:
@@ -258,29 +257,29 @@ def initialize(model: nn.Module, init_weight: Callable[[Tensor], Any]) -> None:
 
 
 def initialize_from_scratch(encoder: Encoder, head: nn.Linear) -> None:
-    """Initial weights of a classifier, for what is not loaded: as the authors', whose std is 0.02, for ViT-B.
-
-    Narrower layers get larger weights, wider ones smaller. With 0.02 the toy, of width 128, takes far longer to learn.
-    """
+    """Initialize a classifier. The std is the authors' 0.02 for ViT-B and scaled by sqrt(768 / width) for others."""
+    # With 0.02 the toy's model, of width 128, takes far longer to learn.
     initialize(encoder, partial(nn.init.trunc_normal_, std=0.02 * (768 / encoder.options["width"]) ** 0.5))
     initialize(head, partial(nn.init.trunc_normal_, std=0.02))
-    with torch.no_grad():
-        head.weight.mul_(0.001)  # the first predictions are nearly uniform
+    head.weight.data.mul_(0.001)  # the first predictions are nearly uniform
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups, for all stages. Biases, norms and the mask token have no weight decay.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups, for all stages. Biases, norms and the mask token have no weight decay.
 
-    With layer_decay, layer i learns at layer_decay^(L + 1 - i) times the learning rate, "lr_scale": 0 is the cube
-    embedding, 1 to L are the blocks, L + 1 is what follows. Table 10: 0.75 for ViT-B on SSV2 and Kinetics.
+    Layer i learns at "lr_scale" = layer_decay^(L + 1 - i) times the learning rate: 0 is the cube embedding, 1 to L are
+    the blocks, L + 1 is what follows. Table 10: 0.75 for ViT-B on SSV2 and Kinetics.
     """
-    last, groups = len(model.encoder.blocks) + 1, {}
+    last = len(model.encoder.blocks) + 1
+    groups = {}
     for name, parameter in model.named_parameters():
-        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed.") else last
-        layer, lr_scale = (0, 1.0) if layer_decay is None else (layer, layer_decay ** (last - layer))
+        layer = last
+        if name.startswith("encoder.patch_embed."):
+            layer = 0
+        elif name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        lr_scale = layer_decay ** (last - layer)
         decays = parameter.ndim > 1 and name != "mask_token"
         group = dict(params=[], lr_scale=lr_scale, weight_decay=weight_decay if decays else 0.0)
-        # Sorted by this key, groups are in the order of older checkpoints, whose optimizer state has no names.
-        groups.setdefault((layer, decays == (layer > 0)), group)["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+        groups.setdefault((lr_scale, not decays), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]  # the cube embedding's first

@@ -10,7 +10,9 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 """
 
 import argparse
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,16 +22,19 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import masking
-from model import SIZES, VideoMAE, cube_grid, parameter_groups, recompute_blocks, take
+from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tokens, parameter_groups
 from support import toy
+from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
-from support.pictures import save_videos
-from support.processes import launch
-from support.run import Run, warmup_cosine
+from support.pictures import estimate_statistics, save_videos, with_captions
+from support.processes import StopSignals, average, compiler, launch, start_processes
+from support.run import Log, split_batch, warmup_cosine
+from support.seeds import sample_generator, seed_device
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
 
@@ -41,47 +46,51 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 class Objective:
     """Eq. 1: the mean of |I(p) - I_hat(p)|^2 over clips, masked cubes p in Omega, and the pixel values of each cube.
 
-    Called with the decoder's prediction (B, N_mask, pixels), the frames to predict, uint8 (B, T_target, 3, H, W), and
-    the positions of the masked tokens (B, N_mask), `loss` returns a scalar. Table 1f has other errors, Table 1c other
-    frames to predict: see `Target`.
+    Table 1f has other errors, Table 1c other frames to predict: see `Target`.
     """
 
     def __init__(self, config: SimpleNamespace) -> None:
         self.error = pick(LOSSES, config.target.loss, "target.loss")
         self.normalize = config.target.normalize
-        rows = table_1c(config)
-        self.target = pick(rows, config.target.frames, "target.frames")
-        self.fraction = len(self.target.tokens) / len(rows["input"].tokens)  # of all tokens, those that have a target
+        grid = cube_grid((config.data.frames, config.data.size, config.data.size), config.model.cube)
+        self.target = pick(TARGETS, config.target.frames, "target.frames")(config, grid)
 
-    def loss(self, prediction: Tensor, target: Tensor, masked: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, target_frames: Tensor, masked: Tensor) -> Tensor:
+        """Compare the decoder's prediction (B, N_mask, pixels) with frames uint8 (B, T_target, 3, H, W): a scalar.
+
+        masked (B, N_mask): the positions of the predicted cubes.
+        """
         index, has_target = self.target_index(masked)
-        cubes = take(to_cubes(target, self.target.cube).flatten(2), index)  # I(p): (B, N_mask, pixels), uint8
+        cubes = to_cubes(target_frames, self.target.cube)  # (B, N, p0 p1 p2, 3), uint8
+        cubes = gather_tokens(cubes.flatten(2), index)  # I(p): (B, N_mask, pixels)
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
         if self.normalize:
             mean, std = cube_statistics(cubes)
             cubes = cubes.sub_(mean).div_(std)
-        prediction, cubes = prediction.float(), cubes.flatten(2)  # I_hat(p), I(p): (B, N_mask, pixels)
-        if self.fraction < 1:  # tokens without a target add 0; dividing by `fraction` corrects the mean
-            prediction, cubes = prediction * has_target[:, :, None], cubes * has_target[:, :, None]
-        return self.error(prediction, cubes) / self.fraction
+        cubes = cubes.flatten(2)  # I(p): (B, N_mask, pixels)
+        prediction = prediction.float()  # I_hat(p): (B, N_mask, pixels)
+        if self.target.fraction < 1:  # tokens without a target add 0; dividing by the fraction corrects the mean
+            cubes = cubes * has_target[:, :, None]
+            prediction = prediction * has_target[:, :, None]
+        return self.error(prediction, cubes) / self.target.fraction
 
-    def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Loaded frames (B, T', 3, H, W) as the input (B, T, 3, H, W) and the target (B, T_target, 3, H, W)."""
-        return frames[:, :: self.target.input_step], frames[:, self.target.frames]
+    def input_and_target(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose from loaded frames (B, T', 3, H, W) those of the input and those of the target."""
+        return frames[:, :: self.target.input_step], frames[:, self.target.predicted]
 
     def target_index(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """The index of each masked token's cube among the target's, and whether it has one there: both (B, N_mask)."""
+        """Return the index of each masked token's cube in the target, and whether it has one: both (B, N_mask)."""
         index = masked - self.target.tokens.start
         has_target = (index >= 0) & (index < len(self.target.tokens))
         return index.clamp(0, len(self.target.tokens) - 1), has_target
 
 
 def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the pixels of each cube and channel (Sec. 3.1): (..., p0 p1 p2, 3) to twice (..., 1, 3)."""
+    """Return mean and std, both (..., 1, 3), of each cube and channel (Sec. 3.1) of cubes (..., p0 p1 p2, 3)."""
     mean = cubes.mean(dim=-2, keepdim=True)
-    # std() is 3 times slower on CPUs
+    # n - 1 and 1e-6 as in the authors' code; cubes.std() is 3 times slower on CPUs
     variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (cubes.shape[-2] - 1)
-    return mean, variance.sqrt() + 1e-6  # n - 1 and 1e-6 as in the authors' code
+    return mean, variance.sqrt() + 1e-6
 
 
 def to_cubes(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:
@@ -91,7 +100,7 @@ def to_cubes(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:
 
 
 def from_cubes(cubes: Tensor, cube: tuple[int, int, int], size: int) -> Tensor:
-    """The inverse of `to_cubes`, for frames of size x size pixels."""
+    """Undo `to_cubes`, for frames of size x size pixels."""
     p0, p1, p2 = cube
     shape = dict(p0=p0, p1=p1, p2=p2, h=size // p1, w=size // p2)
     return rearrange(cubes, "B (t h w) (p0 p1 p2) c -> B (t p0) c (h p1) (w p2)", **shape)
@@ -102,29 +111,43 @@ class Target(NamedTuple):
 
     load_frames: int
     load_stride: int
-    input_step: int  # the encoder sees every frame, or every second
-    frames: slice  # those to predict
-    tokens: range  # those that have a target
-    cube: tuple[int, int, int]  # of pixels, that each of these tokens predicts
+    cube: tuple[int, int, int]  # size in pixels of the block that each token predicts
+    tokens: range  # positions that have a target
+    input_step: int = 1  # the encoder sees every frame, or every other one
+    predicted: slice = slice(None)  # the frames to predict
+    fraction: float = 1.0  # how many of all positions these are
 
 
-def table_1c(config: SimpleNamespace) -> dict[str, Target]:
-    """The targets of Table 1c. T x tau/2 -> T x tau/2 is "input" with half of data.stride."""
-    frames, stride, size, (p0, p1, p2) = config.data.frames, config.data.stride, config.data.size, config.model.cube
-    time, height, width = cube_grid((frames, size, size), config.model.cube)
-    tokens, middle = range(time * height * width), time // 2 * height * width
-    if config.target.frames == "double" and stride % 2:
+def predict_input(config: SimpleNamespace, grid: masking.Grid) -> Target:
+    """T x tau -> T x tau, the default. With half of data.stride it is T x tau/2 -> T x tau/2."""
+    return Target(config.data.frames, config.data.stride, config.model.cube, tokens=range(math.prod(grid)))
+
+
+def predict_double(config: SimpleNamespace, grid: masking.Grid) -> Target:
+    """T x tau -> 2T x tau/2: twice the frames in the same time, of which the encoder sees every other one."""
+    frames, stride = config.data.frames, config.data.stride
+    p0, p1, p2 = config.model.cube
+    if stride % 2:
         raise UserError(f"target.frames=double halves the stride, so data.stride={stride} has to be even")
-    center = slice(frames // 2, frames // 2 + 1)  # the paper does not say which frame it is
-    return {
-        "input": Target(frames, stride, 1, slice(None), tokens, (p0, p1, p2)),  # T x tau -> T x tau, the default
-        "double": Target(2 * frames, stride // 2, 2, slice(None), tokens, (2 * p0, p1, p2)),  # T x tau -> 2T x tau/2
-        "center": Target(frames, stride, 1, center, range(middle, middle + height * width), (1, p1, p2)),
-    }
+    return Target(2 * frames, stride // 2, (2 * p0, p1, p2), tokens=range(math.prod(grid)), input_step=2)
+
+
+def predict_center(config: SimpleNamespace, grid: masking.Grid) -> Target:
+    """T x tau -> center: frame T/2 alone, by the tokens at its time. The paper does not say which frame is meant."""
+    frames, stride = config.data.frames, config.data.stride
+    _, p1, p2 = config.model.cube
+    time, height, width = grid
+    first = time // 2 * height * width
+    tokens = range(first, first + height * width)
+    center = slice(frames // 2, frames // 2 + 1)
+    return Target(frames, stride, (1, p1, p2), tokens, predicted=center, fraction=1 / time)
+
+
+TARGETS = {"input": predict_input, "double": predict_double, "center": predict_center}
 
 
 def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch.Generator], Tensor]]:
-    """The model, its objective, and the function that samples a mask (N,). Raises UserError."""
+    """Build the model, its objective, and the function that samples a mask (N,). Raises UserError."""
     objective = Objective(config)
     torch.manual_seed(config.run.seed)
     model = VideoMAE(
@@ -135,16 +158,20 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
         frames_per_token=objective.target.cube[0],
     )
     sample_mask = partial(pick(masking.MASKS, config.mask.type, "mask.type"), model.grid, config.mask.ratio)
-    sample_mask(torch.Generator())  # stops here if the ratio masks every cube or none
+    sample_mask(torch.Generator())  # raises UserError if the ratio masks every cube or none
     return model, objective, sample_mask
 
 
 def train(config: SimpleNamespace) -> None:
     """Pre-train as `config` says (Table 9), or resume; draw pictures at the end."""
     model, objective, sample_mask = build(config)
-    run = Run(config, DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    compiled = compiler(config.run.compile, device)
+    folder = Path(config.run.folder)
+
     root, train_videos, val_videos, _ = toy.find(config.data)
-    videos, repeats = list_videos(root, train_videos), config.data.repeats
+    videos = list_videos(root, train_videos)
     clips = data.PretrainingClips(
         videos,
         frames=objective.target.load_frames,
@@ -153,132 +180,160 @@ def train(config: SimpleNamespace) -> None:
         scales=config.data.scales,
         flip=config.data.flip,
         draw_mask=sample_mask,
-        repeats=repeats,
+        repeats=config.data.repeats,
         choose_reconstructed=partial(masking.running_cells, grid=model.grid, ratio=config.mask.decoder_ratio),
         seed=config.run.seed,
     )
-    _, visible, masked, _ = clips[0, 0]  # stops here if no video can be read
+    _, visible, masked, _ = clips[0, 0]  # raises UserError if no video can be read
+
+    # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips
+    repeats = config.data.repeats
     if config.optim.batch_size % repeats:
         raise UserError(f"optim.batch_size={config.optim.batch_size} is not a multiple of data.repeats={repeats}")
-    run.plan(videos, config.optim.batch_size // repeats, repeats)
+    batch = config.optim.batch_size // repeats
+    micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // repeats)
+    steps_per_epoch = len(videos) // batch
+    total = round(config.optim.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
+    end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
-    model.to(run.device)
+    model.to(device)
     if config.run.recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+
+    start = 0
+    identity = dict(videos=describe(videos), model_options=model.options)
+    if checkpoint := load_checkpoint(config, DEFAULT, **identity):
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
     cubes = len(model.pos_embed)  # N
     say(
-        f"{run.folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos; clips of {config.data.frames} frames, {config.data.stride} apart, "
         f"{config.data.size} x {config.data.size} pixels\n{config.mask.type} mask: {cubes - visible.shape[-1]:,} of "
-        f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed"
+        f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed\n"
+        f"peak learning rate {config.optim.base_lr:g} x {config.optim.batch_size} / 256 = {peak_lr:.4g}"
     )
-    run.open(dict(model=model, optimizer=optimizer), model_options=model.options)
-    network, loss_of = run.parallel(run.compile(model)), run.compile(objective.loss)
-    batches = data.training_batches(clips, run)
-    # Sec. B: the linear scaling rule
-    peak_lr, end_lr = (lr * config.optim.batch_size / 256 for lr in (config.optim.base_lr, config.optim.min_lr))
+    log = Log(config, processes, start, total, clips_per_step=config.optim.batch_size)
+    network = compiled(model)
+    loss_of = compiled(objective.loss)
+    if world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, shards, config.data.workers, folder)
 
-    for step in run.steps():
-        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, end_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for frames, visible, masked in run.micro_batches(batches):
-            frames, visible, masked = frames.flatten(0, -5), visible.flatten(0, -2), masked.flatten(0, -2)  # repeats
-            clip, target = objective.split(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
-            with run.autocast():
-                prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
-            loss = loss_of(prediction, target, masked)
-            (loss / run.accumulation).backward()
-            run.add_loss(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(lr=lr)
+    loss_sum = torch.zeros((), device=device)
+    with StopSignals() as stop:
+        for step in log.progress(range(start, total)):
+            lr = warmup_cosine(step, total, warmup, peak_lr, end_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-    if run.rank == 0:
+            for number in range(accumulation):
+                tensors = (x.to(device, non_blocking=True) for x in next(batches))
+                # R = data.repeats clips of each video
+                frames, visible, masked = (rearrange(x, "B R ... -> (B R) ...") for x in tensors)
+                clip, target_frames = objective.input_and_target(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
+                seed_device(config.run.seed, step * accumulation + number, rank)
+                # gradients are averaged over the processes in the last backward pass of the step
+                last = number == accumulation - 1
+                with nullcontext() if last or world_size == 1 else network.no_sync():
+                    with processes.autocast():
+                        prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
+                    loss = loss_of(prediction, target_frames, masked)
+                    (loss / accumulation).backward()
+                loss_sum += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            if done % config.run.log_every == 0 or done == total:
+                mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
+                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                loss_sum.zero_()
+            stopped = stop.requested()
+            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+                save_checkpoint(log, config, **state, **identity)
+            if stopped and done < total:
+                raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
+
+    if rank == 0:
         videos = list_videos(root, val_videos) if val_videos else videos
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
-            path = run.folder / "pictures" / f"{number:05d}"
+            path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        say(f"{run.folder}: {run.total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
 
 
 @torch.no_grad()
 def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Figure 10: named videos uint8 (T, 3, H, W), of loaded frames (T', 3, H, W) under a mask (N,).
+    """Reconstruct the masked cubes of loaded frames (T', 3, H, W), as in Figure 10. Returns videos uint8 (T, 3, H, W).
 
-    A model with normalized targets does not predict a cube's mean and std. The first reconstruction estimates them from
-    visible cubes nearby, so it shows only what the model sees; the second takes them from the masked cube itself.
+    They are "original", "masked" and "reconstruction". A model with normalized targets does not predict a cube's mean
+    and std. For it there are two reconstructions: "estimated" takes them from visible cubes nearby, so it shows only
+    what the model sees; "oracle" takes them from the masked cube itself.
     """
     device = model.mask_token.device
     visible, masked = (positions[None].to(device) for positions in masking.split(mask))
-    clip, target = objective.split(frames[None].to(device))
+    clip, target_frames = objective.input_and_target(frames[None].to(device))
     prediction = model(data.normalize(clip), visible, masked)[0].float().unflatten(1, (-1, 3))  # (N_mask, p0 p1 p2, 3)
-    cubes = to_cubes(target / 255, objective.target.cube)[0]  # (N, p0 p1 p2, 3)
+    cubes = to_cubes(target_frames / 255, objective.target.cube)[0]  # (N, p0 p1 p2, 3)
     index, has_target = objective.target_index(masked[0])
     index, prediction = index[has_target], prediction[has_target]
 
-    def video(pixels: Tensor) -> Tensor:
-        """The target with the masked cubes replaced."""
-        shown = cubes.index_put((index,), pixels)[None]
-        return (from_cubes(shown, objective.target.cube, target.shape[-1])[0].clamp(0, 1) * 255).round().byte().cpu()
+    def with_masked(pixels: Tensor) -> Tensor:
+        """Return the target with other pixels in its masked cubes."""
+        changed = cubes.index_put((index,), pixels)[None]
+        video = from_cubes(changed, objective.target.cube, target_frames.shape[-1])[0]
+        return (video.clamp(0, 1) * 255).round().byte().cpu()
 
-    views = {"original": video(cubes[index]), "masked": video(torch.full_like(prediction, 0.5))}
-    if not objective.normalize:
-        return views | {"reconstruction": video(prediction)}
-    mean, std = cube_statistics(cubes)  # (N, 1, 3)
-    near_mean, near_std = estimate_statistics(mean, std, index, model.grid[1:])
-    return views | {
-        "reconstruction (mean and std of cubes estimated from visible ones)": video(prediction * near_std + near_mean),
-        "reconstruction (mean and std of cubes taken from the original)": video(prediction * std[index] + mean[index]),
-    }
-
-
-def estimate_statistics(mean: Tensor, std: Tensor, masked: Tensor, plane: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Of cubes' means and stds (N, 1, 3), those of the masked (N_mask, 1, 3), from visible cubes alone.
-
-    Visible cubes are weighted by one over the fourth power of their distance. With none, the guess is mid-gray.
-    """
-    if len(masked) == len(mean):
-        return torch.full_like(mean, 0.5), torch.full_like(std, 0.2)
-    axes = [torch.arange(length, device=mean.device).float() for length in (len(mean) // (plane[0] * plane[1]), *plane)]
-    places = torch.cartesian_prod(*axes)  # (N, 3): time, row, column
-    weights = 1 / (torch.cdist(places, places) ** 4 + 1e-6)  # (N, N)
-    weights[:, masked] = 0
-    weights = weights[masked] / weights[masked].sum(dim=1, keepdim=True)  # (N_mask, N)
-    return tuple(torch.einsum("mn,nkc->mkc", weights, statistic) for statistic in (mean, std))
+    views = {"original": with_masked(cubes[index]), "masked": with_masked(torch.full_like(prediction, 0.5))}
+    if objective.normalize:
+        mean, std = cube_statistics(cubes)  # (N, 1, 3)
+        near_mean, near_std = estimate_statistics(mean, std, index, model.grid[1:])  # (N_mask, 1, 3)
+        views["estimated"] = with_masked(prediction * near_std + near_mean)
+        views["oracle"] = with_masked(prediction * std[index] + mean[index])
+    else:
+        views["reconstruction"] = with_masked(prediction)
+    return views
 
 
 def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, ratios: list[float], path: Path) -> bool:
-    """Draw the middle clip of a video, its central square, at each mask ratio. Says so if it cannot be read: False."""
-    objective, sample_mask, rows = Objective(config), pick(masking.MASKS, config.mask.type, "mask.type"), {}
+    """Draw the middle clip of a video, its central square, at each mask ratio. If it cannot be read, say why: False."""
+    objective = Objective(config)
     try:
         with Video(video) as opened:
-            frames = opened.frames(
-                data.dense_clip(len(opened), objective.target.load_frames, objective.target.load_stride)
-            )
+            indices = data.dense_clip(len(opened), objective.target.load_frames, objective.target.load_stride)
+            frames = opened.frames(indices)
     except BrokenVideo as error:
         say(f"no picture of {error}")
         return False
     frames = data.center_crop(frames, config.data.size)  # (T', 3, H, W)
+    mask_function = pick(masking.MASKS, config.mask.type, "mask.type")
+    rows = {}
     for ratio in ratios:
-        mask = sample_mask(model.grid, ratio, data.sample_generator(config.run.seed, -1, number))
-        views = reconstruct(model, objective, frames, mask)
-        rows |= {name if name == "original" else f"{ratio:.0%} masked: {name}": view for name, view in views.items()}
+        mask = mask_function(model.grid, ratio, sample_generator(config.run.seed, -1, number))
+        rows |= with_captions(reconstruct(model, objective, frames, mask), ratio)
     save_videos(rows, path)
     return True
 
 
 def reconstruct_videos(arguments: argparse.Namespace) -> None:
-    """`--reconstruct`: Figure 10 for any videos, from this project's or other pre-trained weights."""
-    weights, videos = arguments.weights, named_videos(arguments.reconstruct)
+    """Run `--reconstruct`: draw Figure 10 for any videos, with this project's or other pre-trained weights."""
+    weights = arguments.weights
+    videos = named_videos(arguments.reconstruct)
     if not weights:
         raise UserError("--reconstruct needs --weights FILE, such as runs/pretrain/toy/checkpoint.pt")
     config = stored_config(weights, DEFAULT, arguments.settings)
     clip_size = [config.data.frames, config.data.size, config.data.size]
+    frames_per_token = Objective(config).target.cube[0]
     model = build_from_checkpoint(weights, VideoMAE, clip_size)
-    if (model.options["clip_size"], model.options["frames_per_token"]) != (clip_size, Objective(config).target.cube[0]):
+    if model.options["clip_size"] != clip_size or model.options["frames_per_token"] != frames_per_token:
         what = f"clips of {model.options['clip_size']} or another target than target.frames={config.target.frames}"
         raise UserError(f"{weights} was trained on {what}: leave data.frames, data.size and target.frames out")
     ratios = arguments.ratios or [config.mask.ratio]
@@ -294,7 +349,7 @@ def main() -> None:
     add("--weights", type=Path, help="pre-training checkpoint: this project's, official or Hugging Face's")
     add("--ratios", nargs="+", type=float, help="mask ratios to draw, such as Figure 10's 0.75 0.9 0.95")
     add("--out", type=Path, default=Path("runs/reconstructions"), help="folder of the pictures")
-    arguments = parse(parser)
+    arguments = parse(parser, DEFAULT)
     if arguments.weights and not arguments.reconstruct:
         raise UserError("--weights goes with --reconstruct; a run resumes from its own checkpoint by the same command")
     if arguments.reconstruct:

@@ -24,18 +24,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which holds all that follows
 
 import data
-from model import Encoder, encoder_size, initialize, recompute_blocks
+from model import Encoder, checkpoint_activations, encoder_size, initialize
 from support import toy
+from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.datasets import list_videos
-from support.processes import launch
-from support.run import Run, warmup_cosine
-from support.seeds import random_below
+from support.processes import StopSignals, average, compiler, launch, start_processes
+from support.run import Log, split_batch, warmup_cosine
+from support.seeds import random_below, seed_device
 from support.video import Video
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "baselines" / "toy.yaml"
@@ -182,7 +184,7 @@ def key_network(f_q: QueryNetwork) -> QueryNetwork:
 
 
 @torch.no_grad()
-def move(f_k: QueryNetwork, f_q: QueryNetwork, momentum: float) -> None:
+def ema_update(f_k: QueryNetwork, f_q: QueryNetwork, momentum: float) -> None:
     """f_k = m f_k + (1 - m) f_q."""
     for slow, fast in zip(f_k.parameters(), f_q.parameters(), strict=False):  # f_q's predictor, left over, comes last
         slow.lerp_(fast, 1 - momentum)
@@ -211,61 +213,98 @@ def build(config: SimpleNamespace) -> QueryNetwork:
 def train(config: SimpleNamespace) -> None:
     """Pre-train as `config` says, or resume: MoCo v3's Algorithm 1."""
     f_q = build(config)
-    run = Run(config, DEFAULT)
+    processes = start_processes(config.run.precision, config.data.workers)
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    compiled = compiler(config.run.compile, device)
     root, train_videos, *_ = toy.find(config.data)
     videos = list_videos(root, train_videos)
     clips = TwoViews(videos, config.run.seed, config=config.data)
-    clips[0, 0]  # stops here if no video can be read
-    run.plan(videos, config.optim.batch_size, repeats=2)
-    if run.accumulation > 1:
-        what = f"accumulating {run.accumulation} micro-batches would leave each clip the negatives of its own alone"
-        needed = 2 * config.optim.batch_size // run.world_size
+    clips[0, 0]  # raises UserError if no video can be read
+
+    # batch = processes x videos of each: no accumulation, since the negatives are those of one forward pass
+    batch = config.optim.batch_size
+    micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // 2)
+    if accumulation > 1:
+        what = f"accumulating {accumulation} micro-batches would leave each clip the negatives of its own alone"
+        needed = 2 * batch // world_size
         memory = "with run.recompute=true clips need less memory"
         raise UserError(f"{what}: set run.batch_per_device={needed} ({memory}), or a smaller optim.batch_size")
+    steps_per_epoch = len(videos) // batch
+    total = round(config.optim.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    peak_lr = config.optim.base_lr * batch / 256
 
-    f_k, optim = key_network(f_q.to(run.device)), config.optim
+    f_k = key_network(f_q.to(device))
     if config.run.recompute:
-        recompute_blocks(f_q)
+        checkpoint_activations(f_q)
     learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    weight_decay = config.optim.weight_decay
+    optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=weight_decay, fused=True)
+    start = 0
+    identity = dict(videos=describe(videos), model_options=f_q.options)
+    if checkpoint := load_checkpoint(config, DEFAULT, **identity):
+        f_q.load_state_dict(checkpoint["model"])
+        f_k.load_state_dict(checkpoint["key_network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
     say(
-        f"{run.folder}: MoCo v3, ViT-{config.model.size}, {sum(p.numel() for p in f_q.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in f_q.encoder.parameters()):,} of them the encoder's\n"
+        f"{config.run.folder}: MoCo v3, ViT-{config.model.size}, {sum(p.numel() for p in f_q.parameters()):,} "
+        f"parameters, {sum(p.numel() for p in f_q.encoder.parameters()):,} of them the encoder's\n"
         f"{len(videos):,} videos; two clips of each, of {config.data.frames} frames, {config.data.stride} apart, "
-        f"{config.data.size} x {config.data.size} pixels"
+        f"{config.data.size} x {config.data.size} pixels\n"
+        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}"
     )
-    run.open(dict(model=f_q, key_network=f_k, optimizer=optimizer), model_options=f_q.options)
-    queries, keys = run.parallel(run.compile(f_q)), run.compile(f_k)
-    batches = data.training_batches(clips, run)
-    peak_lr, uniform_std = optim.base_lr * optim.batch_size / 256, f_q.options["width"] ** -0.5
+    log = Log(config, processes, start, total, clips_per_step=2 * batch)
+    queries, keys = compiled(f_q), compiled(f_k)
+    if world_size > 1:
+        queries = DistributedDataParallel(queries, gradient_as_bucket_view=True, broadcast_buffers=False)
+    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, shards, config.data.workers, log.folder)
 
-    for step in run.steps():
-        lr = warmup_cosine(step, run.total, run.warmup, peak_lr, 0.0)
-        momentum = warmup_cosine(step, run.total, 0, config.moco.momentum, 1.0)  # half a cosine from 0.99 to 1
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        move(f_k, f_q, momentum)
-        for (views,) in run.micro_batches(batches):  # a single one, (B, 2, T, 3, H, W)
+    tau = config.moco.temperature
+    loss_sum = torch.zeros((), device=device)
+    with StopSignals() as stop:
+        for step in log.progress(range(start, total)):
+            lr = warmup_cosine(step, total, warmup, peak_lr, 0.0)
+            momentum = warmup_cosine(step, total, 0, config.moco.momentum, 1.0)  # half a cosine from 0.99 to 1
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            ema_update(f_k, f_q, momentum)
+
+            views = next(batches)[0].to(device, non_blocking=True)  # (B, 2, T, 3, H, W)
+            seed_device(config.run.seed, step, rank)
             clip = data.normalize(rearrange(views, "B views T c H W -> (views B) T c H W"))  # (2 B, 3, T, H, W)
-            with run.autocast():
+            with processes.autocast():
                 q, features = queries(clip)  # (2 B, dim), (2 B, D)
                 with torch.no_grad():
                     k, _ = keys(clip)  # (2 B, dim)
             (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)  # (B, dim)
-            tau = config.moco.temperature
             loss = contrastive_loss(q1, k2, tau) + contrastive_loss(q2, k1, tau)
             loss.backward()
-            run.add_loss(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(lr=lr, momentum=momentum, feature_std=feature_std(features), uniform_std=uniform_std)
+            loss_sum += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    say(f"{run.folder}: {run.total:,} steps done; see checkpoint.pt and log.jsonl")
+            done = step + 1
+            if done % config.run.log_every == 0 or done == total:
+                mean_loss = average(loss_sum) / (done - log.step)  # since the last line
+                mean_loss, std = torch.stack([mean_loss, feature_std(features)]).tolist()
+                values = dict(lr=lr, momentum=momentum, feature_std=std, uniform_std=f_q.options["width"] ** -0.5)
+                log.write_step(done, mean_loss, batches.waited, epoch=done / steps_per_epoch, **values)
+                loss_sum.zero_()
+            stopped = stop.requested()
+            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+                state = dict(model=f_q.state_dict(), key_network=f_k.state_dict(), optimizer=optimizer.state_dict())
+                save_checkpoint(log, config, **state, step=done, **identity)
+            if stopped and done < total:
+                raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
+
+    say(f"{log.folder}: {total:,} steps done; see checkpoint.pt and log.jsonl")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train(load_config(DEFAULT, parse(parser).settings))
+    train(load_config(DEFAULT, parse(parser, DEFAULT).settings))
 
 
 if __name__ == "__main__":

@@ -1,113 +1,135 @@
-"""What a run keeps in its folder: a lock, its configuration, its log, its checkpoint."""
+"""Checkpoints of a run: written so that a kill does no harm, read only by the run that they belong to."""
 
 import hashlib
-import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
-import filelock
 import torch
-import yaml
+from torch import Tensor
 
 from support.config import UserError, as_dict, flatten, load_config
+from support.processes import gather
+from support.run import Log
 
-MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops")  # when a run is resumed
-
-
-def open_folder(folder: Path, config: SimpleNamespace) -> filelock.BaseFileLock:
-    """Create the folder of a run, lock it for this run alone, and write its config.yaml. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", is_singleton=True)
-        lock.acquire(timeout=0)
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), "utf-8")
-    except filelock.Timeout:
-        raise UserError(
-            f"another run is at work in {folder}: wait for it, stop it, or set another run.folder"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{error}; set another run.folder, or fix this one") from None
-    return lock
+# When a run resumes. A lower learning rate is the remedy if a loss is no longer finite.
+MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops", "optim.base_lr")
 
 
-def open_log(path: Path, step: int) -> TextIO:
-    """log.jsonl, one JSON object per line, to append to; lines after `step`, where a run resumes, are dropped."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:  # a kill may have cut the last line
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} holds a line that is not a log entry: fix it or move the file away") from None
-    path.with_suffix(".tmp").write_text("".join(kept))
-    os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", buffering=1)
+def save_checkpoint(log: Log, config: SimpleNamespace, **content: Any) -> None:
+    """Write `content` and the configuration as checkpoint.pt of the run's folder, on rank 0, and draw the log.
+
+    It is written next to the old one and renamed, so that a valid one survives a kill at any moment. Raises UserError
+    if the disk is full or if a weight is not finite.
+    """
+    if log.rank > 0:
+        return
+    path = log.folder / "checkpoint.pt"
+    if not all_finite(content):
+        what = f"weights are not finite at step {content['step']}, so {path} stays as it was"
+        raise UserError(f"{what}: the same command resumes from it, with a lower optim.base_lr if this happens again")
+    with log.clock_stopped():
+        write_checkpoint(path, content | dict(config=as_dict(config)))
+        log.draw()
 
 
-def open_tensorboard(folder: Path, step: int) -> Any:
-    """A writer of what log.jsonl holds for TensorBoard, from `step` on. UserError if that package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("run.tensorboard=true needs TensorBoard: pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Write next to the old checkpoint and rename, so that a kill at any moment leaves a whole one, old or new."""
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a file next to the old one and rename it. Raises UserError if the disk is full."""
     new = path.with_suffix(".tmp")
     try:
         with open(new, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # a full disk
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise  # a worker was killed while this one wrote
         new.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written ({reason}): make room, then the same command resumes") from None
     os.replace(new, path)
 
 
-def load_checkpoint(folder: Path, config: SimpleNamespace, default: Path) -> dict | None:
-    """The checkpoint that a run left in its folder, or None. UserError if it was made with another configuration.
+def all_finite(content: dict[str, Any]) -> bool:
+    """Return whether all weights are finite, in all state dicts of a checkpoint."""
+    for part in content.values():
+        if isinstance(part, dict):
+            weights = [value for value in part.values() if isinstance(value, Tensor) and value.is_floating_point()]
+            if not all(bool(value.isfinite().all()) for value in weights):
+                return False
+    return True
 
-    Where the data is, the loader's workers, the test views and all of `run` but the seed may change.
+
+def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> dict[str, Any] | None:
+    """Return the checkpoint that a run left in its folder, or None, the same on all processes.
+
+    These may change when a run resumes: where the data is, the loader's workers, the test views, and all of `run` but
+    the seed. identity: what else may not change: the videos, and classes, actions or the frozen encoder of a stage.
+    Raises UserError for a checkpoint of another configuration or identity, and if processes see different ones.
     """
+    folder = Path(config.run.folder)
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        then = flatten(as_dict(load_config(default, [], checkpoint["config"])))
-        checkpoint["step"] = int(checkpoint["step"])
-    except Exception as error:  # torch.load raises many types for one mistake: not a run's checkpoint
-        what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
-        raise UserError(f"{what}: delete it or set another run.folder") from None
-    for key, now in flatten(as_dict(config)).items():
-        may_change = key in MAY_CHANGE or (key.startswith("run.") and key != "run.seed")
-        if then[key] != now and not may_change:
-            what = f"{key}={then[key]}, not {now}"
-            raise UserError(f"{folder} holds a run with {what}: set another run.folder or delete this one")
+    checkpoint = None
+    if path.exists():
+        checkpoint = read_run(path, default)
+        check_config(folder, checkpoint["config"], config)
+        check_identity(folder, checkpoint, identity, config.run.other_videos)
+    states = gather([(checkpoint["step"] if checkpoint else 0, identity.get("videos"))])
+    if any(step != states[0][0] for step, _ in states):
+        steps = ", ".join(str(step) for step, _ in states)
+        what = f"processes find checkpoints of different steps ({steps}) in {folder}"
+        raise UserError(f"{what}: run.folder has to be on a disk that all machines share")
+    if any(videos != states[0][1] for _, videos in states):
+        counts = ", ".join(f"{videos['count']:,}" for _, videos in states)
+        raise UserError(f"processes find different training videos ({counts}): give all machines the same data.root")
     return checkpoint
 
 
+def read_run(path: Path, default: Path) -> dict[str, Any]:
+    """Read a run's checkpoint. Its "config" becomes one of today's keys. Raises UserError if it is none."""
+    try:
+        # Mapped: what is not needed is not read. Windows cannot replace a file that is mapped.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
+        checkpoint["config"] = as_dict(load_config(default, [], checkpoint["config"]))
+        checkpoint["step"] = int(checkpoint["step"])
+    except Exception as error:  # torch.load raises many types
+        what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
+        raise UserError(f"{what}: delete it or set another run.folder") from None
+    return checkpoint
+
+
+def check_config(folder: Path, before: dict, config: SimpleNamespace) -> None:
+    """Raise UserError if a key has changed that may not change when a run resumes."""
+    before = flatten(before)
+    for key, now in flatten(as_dict(config)).items():
+        may_change = key in MAY_CHANGE or (key.startswith("run.") and key != "run.seed")
+        if before[key] != now and not may_change:
+            what = f"{key}={before[key]}, not {now}"
+            raise UserError(f"{folder} holds a run with {what}: set another run.folder or delete this one")
+
+
+def check_identity(folder: Path, checkpoint: dict, identity: dict, other_videos: bool) -> None:
+    """Raise UserError if a run's classes, actions, frozen encoder or training videos differ from its checkpoint's."""
+    for name in ("classes", "actions", "encoder"):
+        if checkpoint.get(name) != identity.get(name):
+            what = f"{folder} holds a run with other {name}"
+            raise UserError(f"{what}: set another run.folder, or restore them to resume")
+    now = identity["videos"]
+    before = checkpoint.get("videos", now)
+    if before != now and not other_videos:
+        what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
+        what = f"{what} {now['count']:,}"
+        raise UserError(f"{what}: restore the list, set another run.folder, or resume with run.other_videos=true")
+
+
 def describe(videos: Sequence) -> dict[str, Any]:
-    """Number and digest of the training videos with their labels, in order. Folder and suffix of a file may change."""
+    """Return number and digest of the training videos with their labels, in order, without folder and suffix."""
     digest = hashlib.blake2b(digest_size=16)
     for video in videos:
         first, *labels = video if isinstance(video, tuple) else (video,)
-        digest.update(f"{first.stem if isinstance(first, Path) else first} {labels}\n".encode(errors="surrogateescape"))
+        name = first.stem if isinstance(first, Path) else first
+        digest.update(f"{name} {labels}\n".encode(errors="surrogateescape"))
     return dict(count=len(videos), digest=digest.hexdigest())
-
-
-def check_facts(folder: Path, checkpoint: dict, facts: dict, other_videos: bool) -> None:
-    """Raise UserError if a run's classes, actions or training videos differ from its checkpoint's."""
-    for name in ("classes", "actions"):
-        if checkpoint.get(name) != facts.get(name):
-            what = f"{folder} holds a run with other {name}"
-            raise UserError(f"{what}: set another run.folder, or restore them to resume")
-    then, now = checkpoint.get("videos", facts["videos"]), facts["videos"]
-    if then != now and not other_videos:
-        what = f"{folder} holds a run with {then['count']:,} training videos, which are not the {now['count']:,} of now"
-        raise UserError(f"{what}: restore the list, set another run.folder, or resume by run.other_videos=true")

@@ -35,6 +35,40 @@ def save_videos(rows: dict[str, Tensor], path: Path) -> None:
     say(f"{path}.png and .mp4")
 
 
+CAPTIONS = {  # of the videos of pretrain.reconstruct
+    "estimated": "reconstruction (mean and std of cubes estimated from visible ones)",
+    "oracle": "reconstruction (mean and std of cubes taken from the original)",
+}
+
+
+def with_captions(views: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """Name the videos of `pretrain.reconstruct` as they are labelled in a picture."""
+    named = {}
+    for view, video in views.items():
+        caption = CAPTIONS.get(view, view)
+        if view != "original":
+            caption = f"{ratio:.0%} masked: {caption}"
+        named[caption] = video
+    return named
+
+
+def estimate_statistics(mean: Tensor, std: Tensor, masked: Tensor, plane: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Estimate mean and std of masked cubes (N_mask, 1, 3) from those of visible ones.
+
+    mean, std: of all cubes (N, 1, 3). masked: positions (N_mask,). plane: the number of cubes in height and width.
+    Visible cubes are weighted by one over the fourth power of their distance. With none, the guess is mid-gray.
+    """
+    if len(masked) == len(mean):
+        return torch.full_like(mean, 0.5), torch.full_like(std, 0.2)
+    grid = (len(mean) // (plane[0] * plane[1]), *plane)
+    axes = [torch.arange(length, device=mean.device).float() for length in grid]
+    places = torch.cartesian_prod(*axes)  # (N, 3): time, row, column
+    weights = 1 / (torch.cdist(places, places) ** 4 + 1e-6)  # (N, N)
+    weights[:, masked] = 0
+    weights = weights[masked] / weights[masked].sum(dim=1, keepdim=True)  # (N_mask, N)
+    return torch.einsum("mn,nkc->mkc", weights, mean), torch.einsum("mn,nkc->mkc", weights, std)
+
+
 def side_by_side(images: dict[str, Tensor], path: Path) -> None:
     """Write images of one size, uint8 (3, H, W), next to each other, each below its title."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,16 +12,15 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 
-def operations(
-    width: int, height: int, level: float, sign: int, interpolation: InterpolationMode
-) -> dict[str, Callable[[Image.Image], Image.Image]]:
-    """What each operation does to an image of this size, by timm's names.
+def operations(width: int, height: int, level: float, sign: int) -> dict[str, Callable[[Image.Image], Image.Image]]:
+    """Return all operations on images of this size, by timm's names.
 
-    level: from 0 to 1, the magnitude. sign: 1 or -1, for operations that go either way. Empty corners become grey.
+    level: magnitude from 0 to 1. sign: 1 or -1, for operations that go either way.
     """
-    geometry = dict(interpolation=interpolation, fill=[128, 128, 128])
+    geometry = dict(interpolation=InterpolationMode.BICUBIC, fill=[128, 128, 128])  # empty corners are gray
     move = partial(TF.affine, angle=0, scale=1, center=[0, 0], **geometry)
-    factor, shear = 1 + sign * 0.9 * level, sign * math.degrees(math.atan(0.3 * level))
+    factor = 1 + sign * 0.9 * level
+    shear = sign * math.degrees(math.atan(0.3 * level))
     brighter = [min(i + int(110 * level), 255) if i < 128 else i for i in range(256)]
     return {
         "AutoContrast": TF.autocontrast,
@@ -43,9 +42,9 @@ def operations(
 
 
 def rand_augment(frames: Tensor, count: float, magnitude: float, std: float) -> Tensor:
-    """`count` random operations on frames uint8 (T, 3, H, W), each done half the time. Same shape and type.
+    """Apply `count` random operations to frames uint8 (T, 3, H, W), each with probability 1/2.
 
-    magnitude: of 10, the mean of a normal distribution with this std, which is sampled for each operation. All numbers
+    The magnitude of each operation is normally distributed with this mean and std, from 0 to 10. All random numbers
     come from PyTorch's global generator.
     """
     if not count:
@@ -54,8 +53,8 @@ def rand_augment(frames: Tensor, count: float, magnitude: float, std: float) -> 
     for _ in range(int(count)):
         if torch.rand(()) < 0.5:
             level = (magnitude + std * torch.randn(())).clamp(0, 10).item() / 10
-            sign, bicubic, choice = (int(torch.randint(most, ())) for most in (2, 2, 15))
-            interpolation = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
-            operation = list(operations(*images[0].size, level, 2 * sign - 1, interpolation).values())[choice]
+            sign = 2 * int(torch.randint(2, ())) - 1
+            choices = list(operations(*images[0].size, level, sign).values())
+            operation = choices[torch.randint(len(choices), ())]
             images = [operation(image) for image in images]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (T, 3, H, W)

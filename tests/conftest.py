@@ -83,7 +83,7 @@ EVERYTHING_RANDOM = {  # what is drawn on the device is drawn by each process
         *("data.crop_area=[0.3, 1.0]", "data.crop_aspect=[0.75, 1.3333]", "data.erase=0.25"),
     ],
     "probe": ["data.scales=[1, 0.875, 0.75, 0.66]"],
-    "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colours=true"],
+    "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colors=true"],
     "baselines/moco_v3": ["data.flip=true"],
 }
 

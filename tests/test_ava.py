@@ -7,147 +7,43 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import number_of, numbered_frame, run
-from torchvision.transforms.v2 import functional as TF
+from conftest import ROOT, number_of, run
+from videos import frame_folder
 
-import support.toy_ava
 from support import ava
+from support.average_precision import average_precisions, mean_percent, summarize
 from support.config import UserError
 from support.video import BrokenVideo
 
-# ---- frame-mAP by hand ----
-
-LEFT, RIGHT, BELOW = (0.0, 0.0, 0.4, 0.4), (0.5, 0.0, 0.9, 0.4), (0.0, 0.5, 0.4, 0.9)
-NEAR_LEFT = (0.1, 0.0, 0.5, 0.4)  # IoU with LEFT: 0.3 / 0.5 = 0.6; with RIGHT: 0
+LEFT, RIGHT = (0.0, 0.0, 0.4, 0.4), (0.5, 0.0, 0.9, 0.4)
+NO_AREA = (0.5, 0.5, 0.5, 0.9)
 
 
-class Files:
-    """Writes rows (second, box, action[, score]) of video v as AVA's csv files and evaluates them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(self, name: str, rows: list[tuple]) -> Path:
-        path = self.folder / name
-        path.write_text(
-            "".join(
-                f"v,{second:04d},{','.join(map(str, box))},{','.join(map(str, rest))}\n" for second, box, *rest in rows
-            )
-        )
-        return path
-
-    def __call__(
-        self, truth: list[tuple], found: list[tuple], actions: tuple[int, ...] = (1,), **options
-    ) -> dict[int, float]:
-        truth = ava.read_ground_truth(self.write("truth.csv", truth))
-        found = ava.read_detections(self.write("found.csv", found))
-        return ava.average_precisions(truth, found, actions, **options)
+def rows_of(*rows: tuple) -> ava.Rows:
+    """Rows (second, box, action) or (second, box, action, score) of the video v."""
+    return [ava.Row(("v", second), box, action, *(rest or (1.0,))) for second, box, action, *rest in rows]
 
 
-@pytest.fixture
-def average_precisions(tmp_path: Path) -> Files:
-    return Files(tmp_path)
+# ---- frame-mAP ----
+
+EXPECTED = [  # what random boxes on a grid do not have: ground truth, detections, average precision of action 1
+    ([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.25), 1, 0.5)], 1),  # an overlap of one half is enough
+    ([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.2499), 1, 0.5)], 0),
+    ([(902, LEFT, 1)], [(902, (-0.4, 0.0, 0.4, 0.4), 1, 0.9)], 1),  # IoU 1/2; boxes are not cut off at the edge
+    ([(902, RIGHT, 1), (902, NO_AREA, 1)], [(902, RIGHT, 1, 0.7), (902, NO_AREA, 1, 0.9)], 1 / 2),  # counts in truth
+]
 
 
-def test_all_found_and_nothing_else_is_1(average_precisions):
-    assert average_precisions([(902, LEFT, 1, 7), (902, RIGHT, 1, 8)], [(902, LEFT, 1, 0.3), (902, RIGHT, 1, 0.9)]) == {
-        1: 1.0
-    }
-
-
-def test_a_duplicate_is_wrong(average_precisions):
-    truth = [(902, LEFT, 1), (902, RIGHT, 1)]
-    found = [(902, LEFT, 1, 0.9), (902, NEAR_LEFT, 1, 0.8), (902, RIGHT, 1, 0.7)]
-    # right, wrong, right: precision 1 at recall 1/2, 2/3 at recall 1
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
-    # The better placed of the two comes second: the higher score takes the box all the same.
-    found = [(902, NEAR_LEFT, 1, 0.9), (902, LEFT, 1, 0.8), (902, RIGHT, 1, 0.7)]
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
-
-
-def test_no_second_choice(average_precisions):
-    """Both detections overlap box a most; the second overlaps b enough too, but b is not tried."""
-    a, b = (0.0, 0.0, 0.4, 0.4), (0.05, 0.0, 0.45, 0.4)
-    found = [(902, (0.0, 0.0, 0.41, 0.4), 1, 0.9), (902, (0.0, 0.0, 0.42, 0.4), 1, 0.8)]
-    assert average_precisions([(902, a, 1), (902, b, 1)], found)[1] == pytest.approx(1 / 2)
-
-
-def test_overlap_of_exactly_one_half_is_enough(average_precisions):
-    assert average_precisions([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.25), 1, 0.5)]) == {1: 1.0}
-    assert average_precisions([(902, (0, 0, 0.5, 0.5), 1)], [(902, (0, 0, 0.5, 0.2499), 1, 0.5)]) == {1: 0.0}
-
-
-def test_ties_in_score_do_not_depend_on_the_order_of_rows(average_precisions):
-    truth = [(902, LEFT, 1), (903, LEFT, 1)]
-    found = [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.5), (903, LEFT, 1, 0.5)]
-    # By frame, then box: right in 902; in 903 LEFT, right, before RIGHT, wrong.
-    assert average_precisions(truth, found) == {1: 1.0} == average_precisions(truth[::-1], found[::-1])
-
-
-def test_precision_never_grows_with_recall(average_precisions):
-    truth = [(second, LEFT, 1) for second in (902, 903, 904)]
-    found = [(901, LEFT, 1, 0.9), (902, LEFT, 1, 0.8), (903, LEFT, 1, 0.7)]
-    # wrong, right, right: precision 1/2 and 2/3 are raised to 2/3; recall ends at 2/3
-    assert average_precisions(truth, found)[1] == pytest.approx(2 / 3 * 2 / 3)
-
-
-def test_frames_without_ground_truth_count_unless_skipped(average_precisions):
-    truth, found = [(902, LEFT, 1), (904, LEFT, 2)], [(903, LEFT, 1, 0.9), (904, LEFT, 1, 0.8), (902, LEFT, 1, 0.7)]
-    assert average_precisions(truth, found)[1] == pytest.approx(1 / 3)
-    assert average_precisions(truth, found, skip_empty=True)[1] == 1.0  # 904 has none of action 1
-    skipped = average_precisions(truth, found, (1, 2), skip_empty=True)
-    assert skipped[1] == pytest.approx(1 / 2)  # 904 has some, of action 2
-    assert skipped[2] == 0.0
-
-
-def test_frames_without_detections_count(average_precisions):
-    assert average_precisions([(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.9)])[1] == pytest.approx(1 / 2)
-
-
-def test_actions_without_ground_truth_or_detections_or_in_no_list(average_precisions):
-    truth = [(902, LEFT, 1), (902, LEFT, 3), (902, LEFT, 80)]
-    found = [(902, LEFT, 1, 0.9), (902, LEFT, 2, 0.9), (902, RIGHT, 79, 0.99)]
-    result = average_precisions(truth, found, (1, 2, 3))
-    assert result[1] == 1.0 and math.isnan(result[2]) and result[3] == 0.0
-    assert ava.mean_percent(result.values()) == 50 and ava.mean_percent([math.nan]) is None
-
-
-def test_actions_do_not_mix(average_precisions):
-    truth, found = [(902, LEFT, 1), (902, LEFT, 2)], [(902, LEFT, 1, 0.9), (902, RIGHT, 2, 0.9)]
-    assert average_precisions(truth, found, (1, 2)) == {1: 1.0, 2: 0.0}
-
-
-def test_detections_without_area_are_dropped_but_ground_truth_without_area_counts(average_precisions):
-    nothing, inverted = (0.5, 0.5, 0.5, 0.9), (0.9, 0.0, 0.5, 0.4)
-    assert average_precisions(
-        [(902, RIGHT, 1)], [(902, nothing, 1, 0.9), (902, inverted, 1, 0.8), (902, RIGHT, 1, 0.7)]
-    ) == {1: 1.0}
-    assert average_precisions([(902, RIGHT, 1), (902, nothing, 1)], [(902, nothing, 1, 0.9), (902, RIGHT, 1, 0.7)])[
-        1
-    ] == pytest.approx(1 / 2)
-
-
-def test_boxes_outside_the_frame_are_not_cut_off(average_precisions):
-    outside = (
-        -0.4,
-        0.0,
-        0.4,
-        0.4,
-    )  # IoU with LEFT 1/2; if cut off at the edge it would be 1, and (-0.5, ...) would match too
-    assert average_precisions([(902, LEFT, 1)], [(902, outside, 1, 0.9)]) == {1: 1.0}
-    assert average_precisions([(902, LEFT, 1)], [(902, (-0.5, 0.0, 0.4, 0.4), 1, 0.9)]) == {1: 0.0}
-
-
-def test_without_any_detection_left(average_precisions):
-    assert average_precisions([(902, LEFT, 1)], [(902, LEFT, 2, 0.9)]) == {1: 0.0}
-
-
-# ---- frame-mAP against a slow transcription of the official evaluator ----
+@pytest.mark.parametrize(("truth", "found", "expected"), EXPECTED)
+def test_average_precision_by_hand(truth, found, expected):
+    assert average_precisions(rows_of(*truth), rows_of(*found), (1,)) == {1: expected}
 
 
 def official(truth: Path, found: Path, actions: set[int], excluded: set[str], skip_empty: bool) -> dict[int, float]:
@@ -176,9 +72,7 @@ def official(truth: Path, found: Path, actions: set[int], excluded: set[str], sk
         if key in excluded or skip_empty and key not in truth:
             continue
         for action in actions:
-            boxes = [
-                (score, box) for score, kind, *box in rows if kind == action and box[0] < box[2] and box[1] < box[3]
-            ]
+            boxes = [(score, b) for score, kind, *b in rows if kind == action and b[0] < b[2] and b[1] < b[3]]
             candidates = [box for _, kind, *box in truth.get(key, []) if kind == action]
             taken = [False] * len(candidates)
             for score, box in boxes:
@@ -203,14 +97,16 @@ def official(truth: Path, found: Path, actions: set[int], excluded: set[str], sk
         recall.append(1.0)
         for place in range(len(precision) - 2, -1, -1):
             precision[place] = max(precision[place], precision[place + 1])
-        result[action] = sum(
-            (recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall)) if recall[i] != recall[i - 1]
-        )
+        changes = [i for i in range(1, len(recall)) if recall[i] != recall[i - 1]]
+        result[action] = sum((recall[i] - recall[i - 1]) * precision[i] for i in changes)
     return result
 
 
 def random_rows(seed: int, scores: list[float] | None) -> tuple[list[str], list[str]]:
-    """Rows of ground truth and of detections: boxes on a coarse grid, so that overlaps repeat and claims conflict."""
+    """Rows of ground truth and of detections: boxes on a coarse grid, so that overlaps repeat and claims conflict.
+
+    Nobody does action 6; action 5 is never detected.
+    """
     generator = random.Random(seed)
 
     def box(spread: float) -> tuple[float, ...]:
@@ -218,12 +114,13 @@ def random_rows(seed: int, scores: list[float] | None) -> tuple[list[str], list[
         return tuple(round(edge + generator.choice([0, 0, spread, -spread]), 3) for edge in (x, y, x + 0.3, y + 0.4))
 
     truth, found = set(), set()
-    for _ in range(600):
-        frame, action = f"{generator.choice('abc')},{generator.randint(900, 915):04d}", generator.randint(1, 4)
-        if generator.random() < 0.7 and not frame.endswith("7"):
+    for _ in range(700):
+        frame, action = f"{generator.choice('abc')},{generator.randint(900, 915):04d}", generator.randint(1, 6)
+        if generator.random() < 0.7 and not frame.endswith("7") and action != 6:
             truth.add(f"{frame},{','.join(map(str, box(0)))},{action}")
         score = generator.choice(scores) if scores else generator.random()
-        found.add(f"{frame},{','.join(map(str, box(generator.choice([0.02, 0.1, 0.4]))))},{action},{score}")
+        if action != 5:
+            found.add(f"{frame},{','.join(map(str, box(generator.choice([0.02, 0.1, 0.4]))))},{action},{score}")
     truth, found = sorted(truth), sorted(found)
     generator.shuffle(truth)
     generator.shuffle(found)
@@ -236,45 +133,27 @@ def by_place(row: str) -> tuple:
     return video, int(second), *map(float, numbers[:4])
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_equals_the_official_algorithm_on_random_rows(tmp_path, seed):
-    truth, found = random_rows(seed, scores=None)
-    for name, rows in (("truth", sorted(truth, key=by_place)), ("found", found)):
-        (tmp_path / name).write_text("\n".join(rows))
-    actions, excluded = set(range(1, 4)), {("a", 903), ("b", 904), ("c", 917)}
-    for skip in (False, True):
-        expected = official(
-            tmp_path / "truth",
-            tmp_path / "found",
-            actions,
-            {f"{video},{second:04d}" for video, second in excluded},
-            skip,
-        )
-        ground_truth, detections = ava.read_ground_truth(tmp_path / "truth"), ava.read_detections(tmp_path / "found")
-        counted = [[row for row in rows if row.frame not in excluded] for rows in (ground_truth, detections)]
-        precisions = ava.average_precisions(*counted, actions, skip_empty=skip)
-        assert precisions == pytest.approx(expected, abs=1e-12, nan_ok=True)
-    assert 5 < ava.mean_percent(precisions.values()) < 95
-
-
+@pytest.mark.parametrize("scores", [None, [0.2, 0.5, 0.5, 0.9]])
 @pytest.mark.parametrize("seed", range(6))
-def test_order_of_rows_is_of_no_consequence_even_with_ties(tmp_path, seed):
-    results = []
-    for order in range(4):
-        truth, found = random_rows(seed, scores=[0.2, 0.5, 0.5, 0.9])
-        random.Random(order).shuffle(truth)
-        random.Random(order).shuffle(found)
-        for name, rows in (("truth", truth), ("found", found)):
-            (tmp_path / name).write_text("\n".join(rows))
-        ground_truth, detections = ava.read_ground_truth(tmp_path / "truth"), ava.read_detections(tmp_path / "found")
-        results.append(ava.average_precisions(ground_truth, detections, range(1, 5)))
-    assert all(result == results[0] for result in results)
-    # ... and it is what the official algorithm says if rows come in the order of frame and box.
-    for name, rows in (("truth", truth), ("found", found)):
-        (tmp_path / name).write_text("\n".join(sorted(rows, key=by_place)))
-    assert results[0] == pytest.approx(
-        official(tmp_path / "truth", tmp_path / "found", set(range(1, 5)), set(), False), abs=1e-12
-    )
+def test_equals_the_official_algorithm_on_random_rows(tmp_path, seed, scores):
+    """In any order of rows, even with ties."""
+    paths, actions = (tmp_path / "truth", tmp_path / "found"), {1, 2, 3, 5, 6}  # 4 is not evaluated
+    excluded = {("a", 903), ("b", 904), ("c", 917)}
+    names = {f"{video},{second:04d}" for video, second in excluded}
+    for skip in (False, True):
+        tables = random_rows(seed, scores)
+        for path, table in zip(paths, tables, strict=True):
+            path.write_text("\n".join(sorted(table, key=by_place)))
+        expected = official(*paths, actions, names, skip)
+        for order in range(3):
+            for path, table in zip(paths, tables, strict=True):
+                random.Random(order).shuffle(table)
+                path.write_text("\n".join(table))
+            read = ava.read_ground_truth(paths[0]), ava.read_detections(paths[1])
+            counted = [[row for row in rows if row.frame not in excluded] for rows in read]
+            precisions = average_precisions(*counted, actions, skip_empty=skip)
+            assert precisions == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert precisions[5] == 0 and math.isnan(precisions[6]) and 5 < mean_percent(precisions.values()) < 95
 
 
 # ---- the command ----
@@ -291,15 +170,28 @@ label { name: "talk to" label_id: 6 label_type: PERSON_INTERACTION }
 """
 
 
-def test_command(tmp_path):
-    files = Files(tmp_path)
-    truth = [(902, LEFT, 1, 4), (902, LEFT, 5, 4), (903, LEFT, 6, 4), (904, LEFT, 9, 0), (905, LEFT, 1, 0)]
+@pytest.fixture
+def evaluate(tmp_path) -> Callable:
+    """Evaluate detections by the command line: evaluate(truth, found, excluded, ...). With Excel's BOM."""
+
+    def command(truth: list[tuple], found: list[tuple], excluded: str, *options: object, ok: bool = True):
+        paths = [tmp_path / name for name in ("mine.csv", "gt.csv", "list.pbtxt", "x.csv")]
+        ava.write_rows(paths[0], rows_of(*found))
+        ava.write_rows(paths[1], rows_of(*truth))
+        paths[2].write_text(LIST)
+        paths[3].write_text(excluded)
+        for path in paths:
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
+        files = zip(("--evaluate", "--ground-truth", "--labels", "--exclude"), paths, strict=True)
+        return run("detect_ava.py", *sum(files, ()), *options, ok=ok)
+
+    return command
+
+
+def test_command(evaluate, tmp_path):
+    truth = [(902, LEFT, 1), (902, LEFT, 5), (903, LEFT, 6), (904, LEFT, 9), (905, LEFT, 1)]
     found = [(902, LEFT, 1, 0.9), (903, LEFT, 1, 0.95), (902, RIGHT, 5, 0.3), (903, LEFT, 6, 0.2), (904, LEFT, 6, 0.3)]
-    truth, found = files.write("gt.csv", truth), files.write("mine.csv", found)
-    (tmp_path / "list.pbtxt").write_text(LIST)
-    (tmp_path / "out.csv").write_text("v,0905\n")
-    options = ["--ground-truth", truth, "--labels", tmp_path / "list.pbtxt", "--exclude", tmp_path / "out.csv"]
-    printed = run("support.ava", found, *options).stdout
+    printed = evaluate(truth, found, "v,0905\n").stdout
     result = json.loads((tmp_path / "mine_mAP.json").read_text())
     assert result["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1 / 2) / 3)
     groups = dict(person_movement=50, object_manipulation=None, person_interaction=25)
@@ -308,55 +200,29 @@ def test_command(tmp_path):
     assert printed.startswith("5 detections in 3 frames, 3 of them among the 4 with ground truth\n")
     for line in (" 33.33  mAP at IoU 0.5", " 25.00  mean of person interaction", '  none    2 read "{aloud}"'):
         assert f"{line}\n" in printed
-    assert run("detect_ava.py", "--evaluate", found, *options).stdout == printed  # the short way
-    for command in (("support.ava", found), ("detect_ava.py", "--evaluate", found)):
-        done = run(*command, *options, "--json")
-        assert json.loads(done.stdout) == result and "5 detections in 3 frames" in done.stderr
-    run("support.ava", found, *options, "--skip-frames-without-ground-truth", "--out", tmp_path / "other.json")
+    done = evaluate(truth, found, "v,0905\n", "--json")
+    assert json.loads(done.stdout) == result and "5 detections in 3 frames" in done.stderr
+    evaluate(truth, found, "v,0905\n", "--skip-frames-without-ground-truth", "--out", tmp_path / "other.json")
     skipped = json.loads((tmp_path / "other.json").read_text())
     assert skipped["mAP"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)  # 904 has only action 9
 
 
-def test_excluded_frames_count_on_neither_side(tmp_path):
-    files = Files(tmp_path)
-    truth = files.write("gt.csv", [(902, LEFT, 1), (903, LEFT, 1)])
-    found = files.write("mine.csv", [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.9), (905, RIGHT, 1, 0.9)])
-    (tmp_path / "list.pbtxt").write_text(LIST)
-    options = [found, "--ground-truth", truth, "--labels", tmp_path / "list.pbtxt", "--exclude", tmp_path / "x.csv"]
-    (tmp_path / "x.csv").write_text("v,0903\nv,905\n")
-    assert "100.00  mAP at IoU 0.5" in run("support.ava", *options).stdout
-    (tmp_path / "x.csv").write_text("w,0903\n")
-    assert " 16.67  mAP at IoU 0.5" in run("support.ava", *options).stdout  # 1/2 of 1/3
+def test_excluded_frames_count_on_neither_side(evaluate):
+    truth, found = [(902, LEFT, 1), (903, LEFT, 1)], [(902, LEFT, 1, 0.5), (903, RIGHT, 1, 0.9), (905, RIGHT, 1, 0.9)]
+    assert "100.00  mAP at IoU 0.5" in evaluate(truth, found, "v,0903\nv,905\n").stdout
+    assert " 16.67  mAP at IoU 0.5" in evaluate(truth, found, "w,0903\n").stdout  # 1/2 of 1/3
 
 
-def test_command_says_what_is_wrong(tmp_path):
-    files = Files(tmp_path)
-    found = files.write("mine.csv", [(902, LEFT, 1, 0.9)])
-    (tmp_path / "list.pbtxt").write_text(LIST)
-    done = run("support.ava", found, ok=False)
-    assert done.returncode and "needs --ground-truth GT.csv and --labels LIST.pbtxt" in done.stderr
-    truth = files.write("gt.csv", [(902, LEFT, 3)])
-    options = ["--ground-truth", truth, "--labels", tmp_path / "list.pbtxt"]
-    done = run("support.ava", found, *options, ok=False)
-    assert done.returncode and "holds no row of an action in" in done.stderr and len(done.stderr.splitlines()) == 1
-    files.write("gt.csv", [(902, LEFT, 1)])
-    done = run("support.ava", found, *options, "--out", tmp_path, ok=False)
-    assert done.returncode and "Is a directory" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_byte_order_mark_changes_nothing(tmp_path):
-    """Excel begins its files with one: the first row of each file counted for nothing."""
-    files = Files(tmp_path)
-    paths = dict(truth=files.write("gt.csv", [(902, LEFT, 1, 4), (903, LEFT, 1, 4), (904, LEFT, 1, 4)]))
-    paths |= dict(found=files.write("mine.csv", [(902, LEFT, 1, 0.9), (903, LEFT, 1, 0.8)]))
-    paths |= dict(labels=tmp_path / "list.pbtxt", exclude=tmp_path / "x.csv")
-    paths["labels"].write_text('item { name: "sit" id: 1 }')
-    paths["exclude"].write_text("v,0904\n")
-    for path in paths.values():
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    options = ["--ground-truth", paths["truth"], "--labels", paths["labels"], "--exclude", paths["exclude"]]
-    assert "100.00  mAP at IoU 0.5" in run("support.ava", paths["found"], *options).stdout
-    assert list(ava.read_person_boxes(paths["found"], 0.8)) == [("v", 902), ("v", 903)]
+def test_command_says_what_is_wrong(evaluate, tmp_path):
+    found = [(902, LEFT, 1, 0.9)]
+    cases = [
+        (run("detect_ava.py", "--evaluate", "mine.csv", ok=False), "needs --ground-truth GT.csv and --labels LIST"),
+        (evaluate([(902, LEFT, 3)], found, "", ok=False), "holds no row of an action in"),
+        (evaluate([(902, LEFT, 1)], found, "", "other.csv", ok=False), "what is other.csv"),
+        (evaluate([(902, LEFT, 1)], found, "", "--out", tmp_path, ok=False), "Is a directory"),
+    ]
+    for done, sentence in cases:
+        assert done.returncode and sentence in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # ---- readers ----
@@ -376,13 +242,19 @@ def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
     assert labels.unique().tolist() == [0, 1]
     assert [tensor.shape for tensor in ava.to_persons([], 80)] == [(0, 4), (0, 80)]
     ava.write_rows(tmp_path / "again.csv", sorted(rows))
-    assert (tmp_path / "again.csv").read_text().splitlines() == [
-        "-bc,0902,0.1,0.1,0.3,0.8,80,1",
-        "-bc,0903,0.1,0.1,0.3,0.8,11,1",
-        "-bc,0903,0.5,0.1,0.9,0.8,12,1",
-        "-bc,0903,0.5,0.1,0.9,0.8,79,1",
-        "ab,0902,0.2,0.2,0.4,0.4,3,1",
-    ]
+    written = "-bc,0902,0.1,0.1,0.3,0.8,80,1 -bc,0903,0.1,0.1,0.3,0.8,11,1 -bc,0903,0.5,0.1,0.9,0.8,12,1 "
+    written += "-bc,0903,0.5,0.1,0.9,0.8,79,1 ab,0902,0.2,0.2,0.4,0.4,3,1"
+    assert (tmp_path / "again.csv").read_text().split("\n") == [*written.split(), ""]
+
+
+def test_detections_are_read_as_they_were_written(tmp_path):
+    scores = torch.rand(50, generator=torch.Generator().manual_seed(0))  # float32, as probabilities are
+    names = ['a, "b"', "日本", *map(str, range(48))]
+    rows = [ava.Row((name, 902), LEFT, 1, score) for name, score in zip(names, scores.tolist(), strict=True)]
+    ava.write_rows(tmp_path / "found.csv", rows)
+    again = ava.read_detections(tmp_path / "found.csv")
+    assert [row[:3] for row in again] == [row[:3] for row in rows]
+    assert torch.equal(torch.tensor([row.score for row in again]), scores)
 
 
 def test_rows_of_ava_kinetics(tmp_path):
@@ -395,94 +267,62 @@ def test_rows_of_ava_kinetics(tmp_path):
     ava.write_rows(tmp_path / "again.csv", rows)
     written = [line.split(",")[1] for line in (tmp_path / "again.csv").read_text().splitlines()]
     assert written == ["01.5", "0902", "84.083333"]
-    found = ava.read_detections(tmp_path / "again.csv")
-    assert found == rows
-    assert ava.average_precisions(rows, found, (3, 12)) == {3: 1.0, 12: 1.0}
-    moved = [row._replace(frame=("k", 1.25)) if row.frame == ("k", 1.5) else row for row in found]
-    assert ava.average_precisions(rows, moved, (3, 12)) == {3: 1.0, 12: 0.25}  # wrong, right of two: 1/2 of 1/2
-    nobody = [rows[0]._replace(frame=("k", 2.5), score=2.0), *found]
-    assert ava.average_precisions(rows, nobody, (12,))[12] == pytest.approx(2 / 3)  # counts where nobody is
-    (tmp_path / "x.csv").write_text("k,1.5\nv,902.0\n")
+    assert ava.read_detections(tmp_path / "again.csv") == rows
+    nobody = [rows[0]._replace(frame=("k", 2.5), score=2.0), *rows]
+    assert average_precisions(rows, nobody, (12,))[12] == pytest.approx(2 / 3)  # counts where nobody is
+    (tmp_path / "x.csv").write_text("k,1.5\n\nv,902.0\n")
     assert ava.read_exclusions(tmp_path / "x.csv") == {("k", 1.5), ("v", 902)}
-    with pytest.raises(UserError, match="line 2: 2 columns"):
-        ava.read_detections(tmp_path / "gt.csv")
-    for second in ("1.5.2", "-1", "1e3", ".5", "1.", "nan"):
-        (tmp_path / "gt.csv").write_text(f"k,{second}\n")
-        with pytest.raises(UserError, match="gt.csv, line 1: no video, or a second that is not"):
-            ava.read_ground_truth(tmp_path / "gt.csv")
-
-
-def test_detections_are_worth_the_same_in_memory_and_from_their_file(tmp_path):
-    truth, _ = random_rows(0, None)
-    (tmp_path / "truth").write_text("\n".join(truth))
-    rows = ava.read_ground_truth(tmp_path / "truth")
-    scores = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)).tolist()  # float32, as probabilities are
-    detections = [
-        row._replace(action=1 + i % 4, score=score) for i, (row, score) in enumerate(zip(rows, scores, strict=True))
-    ]
-    ava.write_rows(tmp_path / "found", detections)
-    in_memory = ava.average_precisions(rows, detections, range(1, 5))
-    assert in_memory == ava.average_precisions(rows, ava.read_detections(tmp_path / "found"), range(1, 5))
-    assert 5 < ava.mean_percent(in_memory.values()) < 95
 
 
 GOOD = "v,0902,0.1,0.1,0.3,0.8,12,1\n"
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("v,0902,0.1,0.1,0.3,0.8", "6 columns"),
-        ("v,0902,0.1,0.1,0.3,0.8,12,1,1", "9 columns"),
-        ("v,0902,0.1,left,0.3,0.8,12,1", "could not convert string to float: 'left'"),
-        ("v,soon,0.1,0.1,0.3,0.8,12,1", "second that is not a whole number"),
-        (",0902,0.1,0.1,0.3,0.8,12,1", "no video"),
-        ("v,0902,0.1,0.1,0.3,0.8,81,1", "unknown action 81, known are 1 to 80"),
-        ("v,0902,0.1,0.1,0.3,0.8,0,1", "unknown action 0"),
-        ("v,0902,0.1,0.1,0.3,0.8,,1", "invalid literal for int"),
-        ("v,0902,0.1,0.1,0.3,0.8,sit,1", "'sit'"),
-        ("v,0902,nan,0.1,0.3,0.8,12,1", "not finite"),
-        ("v,0902,32,17,190,240,12,1", "a box in pixels"),
-        ("v,0902,0.4,0.1,0.3,0.8,12,1", "lies beyond the other"),
-    ],
+AIA = {"image_id": 1798, "bbox": [100, 0, 300, 200], "category_id": 1, "score": 0.85}
+SIT = 'item { name: "sit" id: 1 }\n'
+TRUTH, FOUND, EXCLUDED, ACTIONS, PERSONS = (
+    ava.read_ground_truth,
+    ava.read_detections,
+    ava.read_exclusions,
+    ava.read_actions,
+    partial(ava.read_person_boxes, threshold=0.8, file_list=None, movies={}),
 )
-def test_malformed_rows_are_refused_with_file_and_line(tmp_path, row, reason):
-    (tmp_path / "gt.csv").write_text(GOOD + "\n" + GOOD + row + "\n")
-    with pytest.raises(
-        UserError, match=rf"gt.csv, line 4: .*{reason}.*; a row is video,second,x1,y1,x2,y2,action,person"
-    ):
-        ava.read_ground_truth(tmp_path / "gt.csv")
+MISTAKES = [  # who reads it, the content of the file, what is said of it
+    (TRUTH, f"{GOOD}\n{GOOD}v,0902,0,0,1,1", "line 4: 6 columns; a row is video,second,x1,y1,x2,y2,action,person"),
+    (TRUTH, f"{GOOD}v,0902,0.1,0.1,0.3,0.8,12,1,1", "line 2: 9 columns"),
+    (TRUTH, "v,0902,0.1,left,0.3,0.8,12,1", "line 1: could not convert string to float: 'left'"),
+    (TRUTH, "v,soon,0.1,0.1,0.3,0.8,12,1", "line 1: no video, or a second that is not a whole number"),
+    (TRUTH, ",0902,0.1,0.1,0.3,0.8,12,1", "line 1: no video"),
+    *((TRUTH, f"k,{second}", "line 1: no video, or a sec") for second in ("1.5.2", "-1", "1e3", ".5", "1.", "nan")),
+    (TRUTH, "v,0902,0.1,0.1,0.3,0.8,81,1", "line 1: unknown action 81, known are 1 to 80"),
+    (TRUTH, "v,0902,0.1,0.1,0.3,0.8,0,1", "line 1: unknown action 0"),
+    (TRUTH, "v,0902,0.1,0.1,0.3,0.8,,1", "line 1: invalid literal for int"),
+    (TRUTH, "v,0902,nan,0.1,0.3,0.8,12,1", "line 1: .*not finite"),
+    (TRUTH, "v,0902,32,17,190,240,12,1", "line 1: a box in pixels"),
+    (TRUTH, "v,0902,0.4,0.1,0.3,0.8,12,1", "line 1: a box of negative size, whose left or upper edge lies beyond"),
+    (TRUTH, "", "holds no rows"),
+    (TRUTH, "\n \n", "holds no rows"),
+    (TRUTH, b"\x00\xff\xfe binary", "no rows can be read from"),
+    (TRUTH, None, "no rows can be read from"),
+    *((FOUND, f"{GOOD}v,902,0,0,1,1,12,{score}", "line 2: .*,action,score") for score in ("high", "inf", "nan")),
+    (FOUND, "k,2.5", "line 1: 2 columns"),
+    (EXCLUDED, "v,0902\nv,0902,1", "line 2: too many values to unpack .*; a row of excluded frames is video,second"),
+    (EXCLUDED, "v,0902\nv,soon", "line 2: no video, or a second that is not a whole number"),
+    *((ACTIONS, text, "line 1: a list of actions is made of") for text in ("", "sit\nstand\n", "item { id: 1 }\n")),
+    (ACTIONS, '# item { name: "x" id: 9 }\n\n  # another\nitem { name: "sit" }\n', "line 4: a list of actions"),
+    (ACTIONS, f'{SIT}item {{ name: "b" id: 1 }}', "line 2: action 1 is listed twice"),
+    (ACTIONS, 'item { name: "a" id: 0 }', "line 1: action 0 is listed twice, or is 0"),
+    *((ACTIONS, SIT + text, "line 2: a list of") for text in ("}", f"noise {SIT}", "item { name: 'x' id: 2 }")),
+    (PERSONS, f"{GOOD}v,0902,0.4,0.1,0.3,0.8,,1", "line 2: a box of negative size"),
+    (PERSONS, "v,0902,0.4,0.1,0.7,0.8,,0.6\n", "none of 1 boxes has a score of 0.8 or more; the highest is 0.600"),
+    (PERSONS, "v,0902,0.4,0.1,0.7,0.8,,high\n", "line 1: could not convert"),
+]
 
 
-@pytest.mark.parametrize("score", ["high", "inf", "nan"])
-def test_malformed_scores_are_refused(tmp_path, score):
-    (tmp_path / "found.csv").write_text(f"{GOOD}v,0902,0.1,0.1,0.3,0.8,12,{score}\n")
-    with pytest.raises(UserError, match=r"found.csv, line 2: .*; a row is video,second,x1,y1,x2,y2,action,score"):
-        ava.read_detections(tmp_path / "found.csv")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\x00\xff\xfe binary"])
-def test_files_without_rows_are_refused(tmp_path, content):
+@pytest.mark.parametrize(("read", "content", "sentence"), MISTAKES)
+def test_mistakes_are_refused_with_file_and_line(tmp_path, read, content, sentence):
+    path = tmp_path / "file.csv"
     if content is not None:
-        (tmp_path / "gt.csv").write_bytes(content)
-    with pytest.raises(UserError, match="gt.csv"):
-        ava.read_ground_truth(tmp_path / "gt.csv")
-
-
-def test_exclusions(tmp_path):
-    (tmp_path / "x.csv").write_text("v,0902\n\nw,903\n")
-    assert ava.read_exclusions(tmp_path / "x.csv") == {("v", 902), ("w", 903)}
-    (tmp_path / "x.csv").write_text("v,0902\nv,0902,1\n")
-    with pytest.raises(
-        UserError,
-        match="x.csv, line 2: too many values to unpack .expected 2.*; a row of excluded frames is video,second",
-    ):
-        ava.read_exclusions(tmp_path / "x.csv")
-    (tmp_path / "x.csv").write_text("v,0902\nv,soon\n")
-    with pytest.raises(UserError, match="x.csv, line 2: no video, or a second that is not a whole number"):
-        ava.read_exclusions(tmp_path / "x.csv")
-    (tmp_path / "x.csv").write_text("")
-    assert ava.read_exclusions(tmp_path / "x.csv") == set()
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"file\.csv.*{sentence}" if "no rows can" not in sentence else sentence):
+        read(path)
 
 
 def test_lists_of_actions(tmp_path):
@@ -490,77 +330,65 @@ def test_lists_of_actions(tmp_path):
     path.write_text(LIST)
     actions = ava.read_actions(path)
     assert list(actions) == [1, 2, 5, 6] and actions[2] == ('read "{aloud}"', "OBJECT_MANIPULATION")
-    path.write_text('item {\n  name: "sit"\n  id: 11\n}\nitem {\n  name: "stand"\n  id: 12\n}\n')
+    path.write_text('item {\n  name: "sit"\n  id: 11\n}\nitem {\n  id: 12\n  name: "stand"\n}\n')
     assert ava.read_actions(path) == {11: ("sit", ""), 12: ("stand", "")}
-    assert ava.summarize({11: 0.5, 12: math.nan}, ava.read_actions(path)) == {
-        "mAP": 50,
-        "groups": {},
-        "actions": [{"id": 11, "name": "sit", "AP": 50}, {"id": 12, "name": "stand", "AP": None}],
-    }
+    actions = [{"id": 11, "name": "sit", "AP": 50}, {"id": 12, "name": "stand", "AP": None}]
+    assert summarize({11: 0.5, 12: math.nan}, ava.read_actions(path)) == dict(mAP=50, groups={}, actions=actions)
+    assert summarize({11: math.nan, 12: math.nan}, ava.read_actions(path))["mAP"] is None
     # The list of the 60 evaluated actions has no types, but its ids are AVA's: 14 poses, 49 with objects, 17 persons.
     names = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}
     path.write_text("".join(f'item {{\n  name: "{names.get(i, i)}"\n  id: {i}\n}}\n' for i in range(1, 81)))
     groups = [group for _, group in ava.read_actions(path).values()]
-    assert [groups.count(group) for group in ava.GROUPS] == [14, 49, 17] and groups == sorted(
-        groups, key=list(ava.GROUPS).index
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("", 1),
-        ("sit\nstand\n", 1),
-        ("item { id: 1 }\n", 1),
-        ('\nitem { name: "sit" }\n', 2),
-        ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', 2),
-        ('item { name: "a" id: 0 }', 1),
-        ('item { name: "a" id: 1 }\n}\n', 2),
-        ('item { name: "a" id: 1 }\nnoise item { name: "b" id: 2 }', 2),
-    ],
-)
-def test_malformed_lists_of_actions_are_refused_with_file_and_line(tmp_path, text, line):
-    (tmp_path / "list.pbtxt").write_text(text)
-    with pytest.raises(UserError, match=f"list.pbtxt, line {line}"):
-        ava.read_actions(tmp_path / "list.pbtxt")
-    (tmp_path / "list.pbtxt").write_text("# a comment\n\n  # another\n" + text)
-    with pytest.raises(UserError, match=f"list.pbtxt, line {line + 3}"):
-        ava.read_actions(tmp_path / "list.pbtxt")
+    assert groups == [ava.GROUPS[0]] * 14 + [ava.GROUPS[1]] * 49 + [ava.GROUPS[2]] * 17
 
 
 def test_person_boxes_of_slowfast(tmp_path):
-    path = tmp_path / "boxes.csv"
-    path.write_text(
+    (tmp_path / "boxes.csv").write_text(
         "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
         "v,0902,0.5,0.1,0.7,0.8,14,0.8\nw,0902,0,0,1,1,,0.7\n"
     )
-    frames = ava.read_person_boxes(path, 0.8)
+    frames = PERSONS(tmp_path / "boxes.csv")
     scores = {frame: [(row.action, row.score) for row in rows] for frame, rows in frames.items()}
     assert scores == {("v", 902): [(0, 0.8), (0, 0.8)], ("v", 903): [(0, 0.95)]}  # actions are not needed
     assert [len(ava.to_persons(rows, 80)[0]) for rows in frames.values()] == [1, 1]
-    with pytest.raises(UserError, match="boxes.csv: none of 5 boxes has a score of 0.99 or more; the highest is 0.950"):
-        ava.read_person_boxes(path, 0.99)
 
 
-def test_person_boxes_of_aia(tmp_path):
-    (tmp_path / "names.txt").write_text("first-One.mkv\n2nd.mp4\n")
-    sizes = {"first-One": (400, 200), "2nd": (200, 100)}
-    entries = [
-        {"image_id": 10902, "bbox": [20, 10, 40, 50], "category_id": 1, "score": 0.9},
-        {"image_id": 1798, "bbox": [100, 0, 300, 200], "category_id": 1, "score": 0.85},
-        {"image_id": 10902, "bbox": [0, 0, 10, 10], "category_id": 1, "score": 0.2},
-    ]
+@pytest.fixture
+def aia(tmp_path) -> Callable:
+    """Read entries, or other content, as AIA's json of boxes, with two movies of different sizes."""
+    (tmp_path / "names.txt").write_text("first-One.mkv\n2nd.mp4\nmissing.mp4\nbroken.mp4\n")
+    movies = {"first-One": frame_folder(tmp_path / "one", 1, (400, 192)), "broken": tmp_path / "broken.mp4"}
+    movies |= {"2nd": frame_folder(tmp_path / "two", 1, (192, 96))}
     path = tmp_path / "boxes.json"
-    path.write_text(json.dumps(entries))
-    frames = ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    assert frames == {
-        ("2nd", 902): [(("2nd", 902), (0.1, 0.1, 0.3, 0.6), 0, 0.9)],
-        ("first-One", 1798): [(("first-One", 1798), (0.25, 0, 1, 1), 0, 0.85)],
-    }
+
+    def read(content: object, movies: ava.Movies = movies) -> ava.KeyFrames:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", movies)
+
+    return read
+
+
+def test_person_boxes_of_aia(aia, tmp_path, capsys):
+    """In pixels of the movies' own size, which is read from each movie. Boxes of movies that are not there are left."""
+    entries = [AIA, {"image_id": 10902, "bbox": [19.2, 9.6, 38.4, 48], "score": 0.9}, AIA | {"score": 0.2}]
+    entries += [AIA | {"image_id": image_id} for image_id in (20902, 30902, 30903)]
+    frames = aia(entries)
+    assert list(frames) == [("2nd", 902), ("first-One", 1798)]
+    (second,), (first,) = frames.values()
+    assert second[1] == pytest.approx((0.1, 0.1, 0.3, 0.6)) and second[2:] == (0, 0.9)
+    assert first[1] == pytest.approx((0.25, 0, 1, 200 / 192)) and first[2:] == (0, 0.85)
+    assert capsys.readouterr().err.count("its boxes are left out: ") == 1
+    with pytest.raises(UserError, match="a movie for none of its 6 boxes; look at data.movies"):
+        aia(entries, {})
     with pytest.raises(UserError, match="give AVA's list of file names"):
-        ava.read_person_boxes(path, 0.8)
-    for change, reason in (
-        ({"image_id": 20902}, "names.txt lists 2"),
+        ava.read_person_boxes(tmp_path / "boxes.json", 0.8, None, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image_id": 40902}, "movie 4, but .*names.txt lists 4, counted from 0"),
+        ({"image_id": -9000}, "movie -1, but"),
         ({"image_id": None}, "int"),
         ({"bbox": [1, 2, 3]}, "not enough values"),
         ({"score": math.nan}, "not finite"),
@@ -569,110 +397,56 @@ def test_person_boxes_of_aia(tmp_path):
         ({"score": "high"}, "could not convert"),
         ({"image_id": math.inf}, "infinity"),
         ({"bbox": [10, 10, -5, 5]}, "negative size"),
+    ],
+)
+def test_mistakes_of_aia_are_refused_with_their_entry(aia, change, reason):
+    with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}.*; an entry holds image_id, bbox"):
+        aia([AIA, AIA | change])
+
+
+@pytest.mark.parametrize("content", [b"not json", b"[\xff]", {}, [], [1], [None], 7, [{"image_id": 902}, 0]])
+def test_files_that_are_not_aias_are_refused(aia, content):
+    with pytest.raises(
+        UserError,
+        match="no rows can be read from .*boxes.json" if content in (b"not json", b"[\xff]") else "boxes.json",
     ):
-        path.write_text(json.dumps([entries[0], entries[1] | change]))
-        with pytest.raises(UserError, match=f"boxes.json, entry 2: .*{reason}"):
-            ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    path.write_text(json.dumps(entries))
-    frames = ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {"first-One": (400, 200)})
-    assert list(frames) == [("first-One", 1798)]  # the other movie is missing
-    with pytest.raises(UserError, match="a movie for none of its 3 boxes"):
-        ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", {})
-    for content in ("{}", "[]", "not json", "[1]", "[null]", "7", '[{"image_id": 902}, 0]'):
-        path.write_text(content)
-        with pytest.raises(UserError, match="boxes.json"):
-            ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
-    for content in (b"not json", b"[\xff]"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="no rows can be read from .*boxes.json"):
-            ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", sizes)
+        aia(content)
 
 
-def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
-    path = tmp_path / "ava_dense_proposals.pkl"
-    path.write_bytes(
-        pickle.dumps(
-            {"v,0902": [[0.1, 0.1, 0.3, 0.8, 0.95], [0.5, 0.1, 0.7, 0.8, 0.81]], "w,1798": [[0, 0, 1, 1, 0.9]]}
-        )
-    )
-    with pytest.raises(UserError, match="is a pickle, which could run any code") as refusal:
-        ava.read_person_boxes(path, 0.8)
-    command = str(refusal.value).partition("convert it with python")[2]
-    subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
-    frames = ava.read_person_boxes(tmp_path / "boxes.csv", 0.8)
+def test_a_pickle_is_refused_and_the_docs_convert_it(tmp_path):
+    boxes = {"v,0902": [[0.1, 0.1, 0.3, 0.8, 0.95], [0.5, 0.1, 0.7, 0.8, 0.81]], "w,1798": [[0, 0, 1, 1, 0.9]]}
+    (tmp_path / "boxes.pkl").write_bytes(pickle.dumps(boxes))
+    with pytest.raises(UserError, match="is a pickle, which could run any code: convert it to csv as docs/ava.md says"):
+        PERSONS(tmp_path / "boxes.pkl")
+    code = (ROOT / "docs/ava.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    frames = PERSONS(tmp_path / "boxes.csv")
     scores = {frame: [row.score for row in rows] for frame, rows in frames.items()}
     assert scores == {("v", 902): [0.95, 0.81], ("w", 1798): [0.9]}
+
+
+# ---- movies ----
 
 
 def test_list_of_movies(tmp_path):
     for name in ("-5K.mkv", "b.MP4", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "frames").mkdir()
-    assert ava.list_movies(tmp_path) == {
-        "-5K": tmp_path / "-5K.mkv",
-        "b": tmp_path / "b.MP4",
-        "frames": tmp_path / "frames",
-    }
-    with pytest.raises(UserError, match="no folder"):
-        ava.list_movies(tmp_path / "none")
-    with pytest.raises(UserError, match="no movies"):
-        ava.list_movies(tmp_path / "frames")
+    movies = {"-5K": "-5K.mkv", "b": "b.MP4", "frames": "frames"}
+    assert ava.list_movies(tmp_path) == {video: tmp_path / name for video, name in movies.items()}
+    for name, sentence in (("none", "there is no folder"), ("frames", "no movies")):
+        with pytest.raises(UserError, match=sentence):
+            ava.list_movies(tmp_path / name)
 
 
 def test_a_folder_of_frames_is_read_like_a_video(tmp_path):
-    folder = tmp_path / "movie"
-    folder.mkdir()
-    for number in range(20):
-        frame = torch.from_numpy(numbered_frame(number).to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
-        TF.to_pil_image(frame).save(folder / f"movie_{number + 1:06d}.jpg", quality=95)
+    folder = frame_folder(tmp_path / "movie", 20)
     (folder / "notes.txt").touch()
     for begin, end, first, last in ((0, 1, 0, 19), (Fraction(1, 4), Fraction(1, 2), 7, 15), (2, 3, 19, 19)):
         with ava.open_movie(folder, begin, end) as movie:
             assert movie.times == [Fraction(number, 30) for number in range(first, last + 1)]
             frames = movie.frames([0, len(movie.times) - 1])
             assert frames.dtype == torch.uint8 and [number_of(frame) for frame in frames] == [first, last]
-    (folder / "movie_000007.jpg").write_text("not a picture")
-    (folder / "movie_000008.jpg").unlink()
-    with ava.open_movie(folder, 0, 1) as movie:
-        for number in (7, 8):
-            with pytest.raises(BrokenVideo, match=f"movie_{number:06d}.jpg"):
-                movie.frames([number - 1])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BrokenVideo, match="empty_000001.jpg"):
         ava.open_movie(tmp_path / "empty", 0, 1)
-
-
-def test_sizes_of_movies(toy_ava, tmp_path, capsys):
-    (tmp_path / "text.mp4").write_text("not a video")
-    movies = ava.list_movies(toy_ava / "videos") | {"text": tmp_path / "text.mp4"}
-    assert ava.movie_sizes(movies) == dict.fromkeys(movies.keys() - {"text"}, (96, 72))
-    assert "its boxes are left out" in (said := capsys.readouterr().err) and "text.mp4" in said
-
-
-# ---- toy videos ----
-
-
-@pytest.fixture(scope="module")
-def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 4})
-
-
-def test_toy_annotations_are_read_as_ava_itself(toy_ava):
-    annotations, count = toy_ava / "annotations", len(support.toy_ava.ACTIONS)
-    actions = ava.read_actions(annotations / "ava_action_list_v2.2.pbtxt")
-    assert [name for name, _ in actions.values()] == list(support.toy_ava.ACTIONS)
-    movies = ava.list_movies(toy_ava / "videos")
-    assert len(movies) == 10
-    for split in ("train", "val"):
-        truth = ava.read_ground_truth(annotations / f"ava_{split}_v2.2.csv", count)
-        frames = ava.key_frames(truth)
-        assert all(video in movies and 901 <= second <= 904 for video, second in frames)
-        boxes, labels = map(torch.cat, zip(*(ava.to_persons(rows, count) for rows in frames.values()), strict=True))
-        assert set(labels.sum(dim=1).tolist()) <= {1, 2}
-        assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, :2] < boxes[:, 2:]).all()
-        excluded = ava.read_exclusions(annotations / f"ava_{split}_excluded_timestamps_v2.2.csv")
-        assert all(video in movies for video, _ in excluded)
-        perfect = ava.average_precisions(truth, truth, actions)
-        assert all(math.isnan(value) or value == pytest.approx(1) for value in perfect.values())
-        found = ava.read_person_boxes(toy_ava / "boxes" / f"ava_{split}_predicted_boxes.csv", 0.8)
-        assert 0.5 < sum(len(rows) for rows in found.values()) / len(boxes) < 1.3

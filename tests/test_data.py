@@ -10,72 +10,87 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import audio_only, numbered_frame, write_numbered
+from conftest import write_numbered
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
+from videos import broken_files, coordinates
 
 import data
 import masking
 import support.video
 from data import sample_generator
-from support.config import UserError
+from support.processes import Processes
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """70 numbered frames each: H.264 with B-frames, H.264 with open GOPs, MPEG-4 in AVI."""
+    """70 numbered frames each: H.264 with B-frames, MPEG-4 in AVI, H.264 with short GOPs."""
     folder = tmp_path_factory.mktemp("videos")
-    open_gop = {"x264-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0"}
     return [
         write_numbered(folder / "b_frames.mp4", 70, options={"g": "25", "bf": "3"}),
-        write_numbered(folder / "open_gop.mp4", 70, options=open_gop),
         write_numbered(folder / "mpeg4.avi", 70, "mpeg4", {"bf": "2", "g": "12"}),
+        write_numbered(folder / "short_gop.mp4", 70, options={"g": "10"}),
     ]
-
-
-def columns(height: int, width: int, frames: int = 2) -> torch.Tensor:
-    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
-    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
-    return clip
 
 
 # ---- temporal sampling: by hand, and after the authors' code ----
 
 
-def sampled(function, *arguments: int, count: int = 600) -> list[list[int]]:
+def sampled(function, *arguments, count: int = 600) -> list:
     return [function(*arguments, sample_generator(0, 0, number)) for number in range(count)]
 
 
-def test_dense_clip_by_hand():
+GENERATOR = torch.Generator()
+BY_HAND = [  # function, (length, frames, stride, ...), the only result
+    (data.dense_clip, (64, 16, 4, GENERATOR), list(range(0, 64, 4))),
+    (data.dense_clip, (10, 6, 4, GENERATOR), [0, 4, 8, 8, 8, 8]),  # repeats the last index reached
+    (data.dense_clip, (1, 4, 2, GENERATOR), [0, 0, 0, 0]),
+    (data.dense_clip, (63, 16, 4, GENERATOR), list(range(0, 64, 4))),
+    (data.dense_clip, (74, 16, 4), list(range(5, 69, 4))),  # the middle
+    (data.repeated_clips, (10, 8, 4, 2, GENERATOR), [[0, 4, 8, 8, 8, 8, 8, 8]] * 2),
+    (data.dense_training_clip, (12, 6, 4, GENERATOR), [0, 6, 11, 11, 11, 11]),  # 3 points over [0, 12], repeated
+    (data.dense_training_clip, (5, 4, 4, GENERATOR), [0, 4, 4, 4]),
+    (data.dense_training_clip, (3, 4, 4, GENERATOR), [2] * 4),
+    # floor(i N / 8), not the authors' eight times frame 0
+    (data.uniform_training_clip, (5, 8, 2, GENERATOR), [0, 0, 1, 1, 2, 3, 3, 4]),
+    # 75 frames 4 apart, 59 to spare: starts at 0, 14, 29, 44, 59 of them
+    (data.dense_test_clips, (300, 16, 4, 5), [list(range(start, start + 64, 4)) for start in (0, 56, 116, 176, 236)]),
+    (data.dense_test_clips, (65, 16, 4, 3), [list(range(start, start + 64, 4)) for start in (0, 0, 4)]),
+    (data.dense_test_clips, (10, 6, 4, 2), [[0, 4, 8, 8, 8, 8]] * 2),
+    (data.dense_test_clips, (300, 16, 4, 1), [list(range(116, 180, 4))]),  # a single one: in the middle
+    (data.uniform_test_clips, (40, 8, 2, 2), [list(range(0, 40, 5)), list(range(2, 40, 5))]),  # part 5: 0, 2.5, 5, ...
+    (data.uniform_test_clips, (6, 4, 2, 2), [[0, 1, 3, 4], [0, 2, 3, 5]]),  # 0 0.75 1.5 2.25 3 3.75 4.5 5.25
+    (data.uniform_test_clips, (40, 8, 2, 1), [list(range(2, 40, 5))]),
+]
+
+
+@pytest.mark.parametrize("function, arguments, expected", BY_HAND)
+def test_clips_by_hand(function, arguments, expected):
+    assert function(*arguments) == expected
+
+
+def test_starts_are_uniform():
     starts = Counter(clip[0] for clip in sampled(data.dense_clip, 70, 16, 4, count=700))
     assert set(starts) == set(range(7)) and min(starts.values()) > 60  # 70 - 64 = 6 is the last start
-    generator = torch.Generator()
-    assert data.dense_clip(64, 16, 4, generator) == list(range(0, 64, 4))
-    assert data.dense_clip(10, 6, 4, generator) == [0, 4, 8, 8, 8, 8]  # repeats the last index reached
-    assert data.dense_clip(1, 4, 2, generator) == [0, 0, 0, 0]
-    assert data.dense_clip(63, 16, 4, generator)[-1] == 60
-    assert data.dense_clip(74, 16, 4) == list(range(5, 69, 4))  # the middle
-
-
-def test_dense_training_clip_by_hand():
-    offsets = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
-    clips = sampled(data.dense_training_clip, 70, 16, 4)
-    starts = Counter(clip[0] for clip in clips)
-    # the end is uniform in [64, 70), so frame 69 is never in a clip
+    # here the end is uniform in [64, 70), and frame 69 never in a clip
+    starts = Counter(clip[0] for clip in sampled(data.dense_training_clip, 70, 16, 4))
     assert set(starts) == set(range(6)) and min(starts.values()) > 60
-    assert all([index - clip[0] for index in clip] == offsets for clip in clips)
-    # as long as the span: the same, by the other branch
-    assert sampled(data.dense_training_clip, 64, 16, 4, count=3) == [offsets] * 3
-    assert {tuple(clip) for clip in sampled(data.dense_training_clip, 65, 16, 4)} == {tuple(offsets)}
-    generator = torch.Generator()
-    assert data.dense_training_clip(12, 6, 4, generator) == [0, 6, 11, 11, 11, 11]  # 3 points over [0, 12], repeated
-    assert data.dense_training_clip(10, 6, 4, generator) == [0, 9, 9, 9, 9, 9]
-    assert data.dense_training_clip(5, 4, 4, generator) == [0, 4, 4, 4]
-    assert data.dense_training_clip(3, 4, 4, generator) == [2] * 4
-    assert data.dense_training_clip(1, 4, 2, generator) == [0] * 4
+
+
+def test_repeated_clips_start_uniformly_and_share_frames():
+    starts = Counter()
+    for index in range(4000):
+        clips = data.repeated_clips(60, 8, 4, 3, sample_generator(0, 0, index))  # starts from 0 to 28
+        assert clips[0] == data.dense_clip(60, 8, 4, sample_generator(0, 0, index))  # the first as without repeats
+        assert all(clip == list(range(clip[0], clip[0] + 32, 4)) for clip in clips)
+        assert len({clip[0] % 4 for clip in clips}) == 1
+        starts.update(clip[0] for clip in clips[1:])
+    assert sorted(starts) == list(range(29))
+    expected = 8000 / 29
+    # chi-squared, 28 degrees of freedom: p 0.0004
+    assert sum((count - expected) ** 2 / expected for count in starts.values()) < 60
 
 
 @pytest.mark.parametrize("length", [1, 3, 15, 16, 40, 63, 64, 65, 100, 301])
@@ -93,36 +108,12 @@ def test_dense_training_clip_as_the_authors_compute_it(length):
         assert clip == expected.astype(np.int64).tolist()
 
 
-def test_uniform_training_clip_by_hand():
+def test_uniform_training_clip_is_random_in_each_part():
     clips = sampled(data.uniform_training_clip, 37, 8, 2)
     # 37 // 8 = 4; the last 5 frames are never in a clip
     assert all(i * 4 <= index < i * 4 + 4 for clip in clips for i, index in enumerate(clip))
     assert {clip[3] for clip in clips} == {12, 13, 14, 15} and {clip[7] for clip in clips} == {28, 29, 30, 31}
     assert len({clip[0] + 4 - clip[1] for clip in clips}) > 3  # each by itself
-    assert sampled(data.uniform_training_clip, 8, 8, 2, count=2) == [list(range(8))] * 2
-    # floor(i N / 16), not the authors' eight times frame 0
-    assert data.uniform_training_clip(5, 8, 2, torch.Generator()) == [0, 0, 1, 1, 2, 3, 3, 4]
-    assert data.uniform_training_clip(1, 4, 2, torch.Generator()) == [0] * 4
-
-
-def test_dense_test_clips_by_hand():
-    clips = data.dense_test_clips(300, 16, 4, 5)  # 75 frames 4 apart, 59 to spare: starts at 0, 14, 29, 44, 59 of them
-    assert [clip[0] for clip in clips] == [0, 56, 116, 176, 236]
-    assert all(clip == list(range(clip[0], clip[0] + 64, 4)) for clip in clips)
-    assert data.dense_test_clips(64, 16, 4, 3) == [list(range(0, 64, 4))] * 3
-    assert [clip[0] for clip in data.dense_test_clips(65, 16, 4, 3)] == [0, 0, 4]
-    assert data.dense_test_clips(10, 6, 4, 2) == [[0, 4, 8, 8, 8, 8]] * 2
-    assert data.dense_test_clips(1, 4, 4, 2) == [[0] * 4] * 2
-    assert data.dense_test_clips(300, 16, 4, 1) == [list(range(116, 180, 4))]  # a single one: in the middle
-
-
-def test_uniform_test_clips_by_hand():
-    first, second = data.uniform_test_clips(40, 8, 2, 2)  # part 5: 0, 2.5, 5, 7.5, ...
-    assert first == [0, 5, 10, 15, 20, 25, 30, 35] and second == [2, 7, 12, 17, 22, 27, 32, 37]
-    assert data.uniform_test_clips(6, 4, 2, 2) == [[0, 1, 3, 4], [0, 2, 3, 5]]  # 0 0.75 1.5 2.25 3 3.75 4.5 5.25
-    assert data.uniform_test_clips(2, 4, 2, 2) == [[0, 0, 1, 1]] * 2
-    assert data.uniform_test_clips(1, 4, 2, 2) == [[0] * 4] * 2
-    assert data.uniform_test_clips(40, 8, 2, 1) == [[2, 7, 12, 17, 22, 27, 32, 37]]
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 63, 64, 65, 117, 300, 320])
@@ -142,7 +133,7 @@ def test_the_test_clips_of_a_video_cover_it(length):
 
 
 def test_multi_scale_crop():
-    boxes = [data.multi_scale_crop(256, 340, 224, SCALES, sample_generator(0, 0, i)) for i in range(4000)]
+    boxes = sampled(data.multi_scale_crop, 256, 340, 224, SCALES, count=4000)
     sides = Counter(box[2:] for box in boxes)
     # 256 * .875 = 224; 256 * .75 = 192; 256 * .66 = 168: pairs at most one scale apart
     lengths = [256, 224, 192, 168]
@@ -157,142 +148,40 @@ def test_multi_scale_crop():
     assert box[2:] == (224, 224)  # snaps within 2 pixels
 
 
-def test_resizing_in_pretraining_is_close_to_pil(videos):
+def test_resizing_in_pretraining_is_close_to_pil(videos, monkeypatch):
     frame = support.video.read_frames(videos[0], [33])
-    ours = data.TF.resized_crop(frame, 3, 5, 50, 60, [32, 32], antialias=True)[0]
+    monkeypatch.setattr(data, "multi_scale_crop", lambda *_: (3, 5, 50, 60))
+    crop = data.resized_multi_scale_crop(frame, torch.Generator(), 32, SCALES, flip=False)[0]
     image = TF.to_pil_image(frame[0]).crop((5, 3, 65, 53)).resize((32, 32), Image.BILINEAR)
-    assert (ours.int() - TF.pil_to_tensor(image).int()).abs().max() <= 2
+    assert (crop.int() - TF.pil_to_tensor(image).int()).abs().max() <= 2
 
 
-def test_test_crops_by_hand():
-    wide = columns(32, 77)
-    crops = data.test_crops(wide, 32, 3)
-    assert crops.shape == (3, 2, 3, 32, 32)
-    assert [crop[0, 0, 0, 0].item() for crop in crops] == [0, 22, 45]  # int(j (77 - 32) / 2)
-    tall, tall_crops = columns(77, 32), data.test_crops(columns(77, 32), 32, 3)
-    for start, crop, tall_crop in zip((0, 22, 45), crops, tall_crops, strict=True):
-        assert torch.equal(crop, wide[..., start : start + 32])
-        assert torch.equal(tall_crop, tall[..., start : start + 32, :])
-    assert torch.equal(data.test_crops(wide, 32, 1)[0], wide[..., 22:54])
-    assert torch.equal(data.test_crops(columns(32, 32), 32, 3), columns(32, 32).expand(3, -1, -1, -1, -1))
-
-
-SIZES = [
-    (256, 340, (224, 297)), (240, 320, (224, 298)), (480, 270, (398, 224)), (100, 100, (224, 224)), (61, 80, (224, 293))
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("height, width, resized", SIZES)
-def test_test_crops_after_resizing(height, width, resized):
-    clip = columns(height, width, 1)
-    # The authors' cv2.resize and F.interpolate do not antialias.
-    whole, long = F.interpolate(clip.float(), resized, mode="bilinear"), max(resized)
-    for crop, start in zip(data.test_crops(clip, 224, 3), (0, (long - 224) // 2, long - 224), strict=True):
-        expected = whole[..., start : start + 224, :] if height > width else whole[..., start : start + 224]
-        assert (crop - expected).abs().max() <= 1
-
-
-# ---- augmentation ----
-
-
-def augmentation(**options) -> data.Augmentation:
-    nothing = dict(size=32, randaugment=(0, 0, 0), crop_area=(1, 1), crop_aspect=(1, 1), flip=False, erase=0.0)
-    return data.Augmentation(SimpleNamespace(**{**nothing, **options}))
-
-
-FULL = dict(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
-
-
-@pytest.fixture(scope="module")
-def moving() -> torch.Tensor:
-    frames = [torch.from_numpy(numbered_frame(i).to_ndarray(format="rgb24").copy()) for i in range(6)]
-    frames = torch.stack(frames).permute(0, 3, 1, 2)
-    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
-    return (frames.int() + noise).clamp(0, 255).byte()
-
-
-def test_without_augmentation_a_square_clip_stays_as_it_is(moving):
-    square = moving[..., :64:2, :64:2].contiguous()
-    assert torch.equal(augmentation()(square, sample_generator(0, 0, 0)), square)
-
-
-def test_one_augmentation_for_all_frames(moving):
-    """A still video stays still; and each frame comes out as if it had been alone."""
-    augment, seen = augmentation(**FULL), set()
+def test_half_of_the_pretraining_clips_are_flipped_as_a_whole():
+    flipped = 0
     for number in range(60):
-        still = augment(moving[:1].expand(6, -1, -1, -1), sample_generator(0, 0, number))
-        assert still.shape == (6, 3, 32, 32) and still.dtype == torch.uint8
-        assert torch.equal(still, still[:1].expand_as(still)), number
-        clip = augment(moving, sample_generator(0, 0, number))
-        for t in (0, 3, 5):
-            assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
-        seen.add(clip.numpy().tobytes())
-    assert len(seen) == 60
+        frames = coordinates(32, 32)
+        clip = data.resized_multi_scale_crop(frames, sample_generator(0, 0, number), 32, [1.0], flip=True)
+        assert torch.equal(clip, frames) or torch.equal(clip, frames.flip(-1))
+        flipped += torch.equal(clip, frames.flip(-1))
+        assert torch.equal(frames, data.resized_multi_scale_crop(frames, torch.Generator(), 32, [1.0], flip=False))
+    assert 15 < flipped < 45
 
 
-def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch, moving):
-    seen = []
-
-    def recorded(frames, *numbers):
-        seen.append((frames, numbers))
-        return frames
-
-    monkeypatch.setattr(data, "rand_augment", recorded)
-    augmentation(randaugment=(4, 7, 0.5))(moving, sample_generator(0, 0, 0))
-    assert seen == [(moving, (4, 7, 0.5))]
+RESIZED = [  # height and width before and after
+    *[((256, 340), (224, 297)), ((240, 320), (224, 298)), ((480, 270), (398, 224)), ((100, 100), (224, 224))],
+    *[((61, 80), (224, 293)), ((224, 301), (224, 301)), ((301, 224), (301, 224)), ((224, 224), (224, 224))],
+]
 
 
-def test_flip_is_of_half_of_the_clips_and_whole_clips():
-    clip, augment, flipped = columns(32, 32), augmentation(flip=True), 0
-    for number in range(80):
-        result = augment(clip, sample_generator(0, 0, number))
-        assert torch.equal(result, clip) or torch.equal(result, clip.flip(-1))
-        flipped += not torch.equal(result, clip)
-    assert 25 < flipped < 55
-
-
-def test_random_resized_crop_by_its_numbers():
-    """Left, right, top and bottom edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3, anywhere."""
-    clip, augment = columns(240, 240, 1), augmentation(crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333))
-    areas, aspects, lefts = [], [], []
-    for number in range(200):
-        result = augment(clip, sample_generator(0, 0, number))[0].float()
-        width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
-        areas.append(width * height / 240**2)
-        aspects.append(width / height)
-        lefts.append(result[0].amin().item())
-    assert 0.06 < min(areas) < 0.15 and 0.85 < max(areas) < 1.05
-    assert 0.68 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.46
-    assert min(lefts) < 6 and max(lefts) > 120
-
-
-def test_random_resized_crop_is_not_antialiased():
-    """As F.interpolate resizes in the authors' code: of stripes one pixel wide, every second column is left."""
-    stripes = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    stripes[..., 1::4], stripes[..., 2::4] = 200, 200
-    result = augmentation(size=16, crop_area=(1, 1), crop_aspect=(1, 1))(stripes, sample_generator(0, 0, 0))
-    expected = F.interpolate(stripes.float(), (16, 16), mode="bilinear")
-    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be grey
-
-
-def test_erasing_is_one_box_of_noise_in_all_frames():
-    clip, augment, erased = torch.full((5, 3, 32, 32), 7, dtype=torch.uint8), augmentation(erase=0.25), 0
-    for number in range(200):
-        result = augment(clip, sample_generator(0, 0, number))
-        changed = (result != 7).any(dim=1)  # (5, 32, 32)
-        if changed.any():
-            erased += 1
-            rows, cols = changed.any(dim=(0, 2)).nonzero().flatten(), changed.any(dim=(0, 1)).nonzero().flatten()
-            rows, cols = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-            box = changed[:, rows, cols]
-            assert (
-                box.float().mean(dim=(1, 2)).min() > 0.9
-            )  # the same in each frame; some pixels of noise happen to be 7
-            assert 0.01 < box[0].numel() / 32**2 <= 0.36
-            inside = result[:, :, rows, cols].float()
-            assert inside.std(dim=(2, 3)).min() > 20 and not torch.equal(inside[0], inside[1])
-    assert 30 < erased < 70
-    assert (clip == 7).all()  # the decoded frames, which other repeats use too
+@pytest.mark.parametrize("size, resized", RESIZED)
+def test_crop_views_go_from_one_end_to_the_other(size, resized):
+    clip = coordinates(*size)
+    # The authors' cv2.resize and F.interpolate do not antialias.
+    whole, spare = F.interpolate(clip.float(), resized, mode="bilinear"), max(resized) - 224
+    along = 2 if resized[0] > resized[1] else 3
+    for starts in ([spare // 2], [0, spare // 2, spare]):
+        expected = torch.stack([whole.narrow(along, start, 224) for start in starts])
+        assert (data.crop_views(clip, 224, len(starts)) - expected).abs().max() <= (size != resized)
 
 
 def test_normalize():
@@ -304,7 +193,7 @@ def test_normalize():
     assert torch.allclose(other[0, 1, 2], (frames[0, 2, 1] / 255 - 0.4) / 0.2, atol=1e-6)
 
 
-# ---- pre-training clips ----
+# ---- training clips ----
 
 
 def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
@@ -313,171 +202,103 @@ def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
     return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=draw_mask)
 
 
-def test_repeated_clips_start_uniformly_and_share_frames():
-    starts = Counter()
-    for index in range(4000):
-        clips = data.repeated_clips(60, 8, 4, 3, sample_generator(0, 0, index))  # starts from 0 to 28
-        assert clips[0] == data.dense_clip(60, 8, 4, sample_generator(0, 0, index))  # the first as without repeats
-        assert all(clip == list(range(clip[0], clip[0] + 32, 4)) for clip in clips)
-        assert len({clip[0] % 4 for clip in clips}) == 1
-        starts.update(clip[0] for clip in clips[1:])
-    assert sorted(starts) == list(range(29))
-    expected = 8000 / 29
-    assert (
-        sum((count - expected) ** 2 / expected for count in starts.values()) < 60
-    )  # chi-squared, 28 degrees: p 0.0004
-    assert data.repeated_clips(10, 8, 4, 2, sample_generator(0, 0, 0)) == [[0, 4, 8, 8, 8, 8, 8, 8]] * 2
+def labelled_clips(videos: list[Path], **options) -> data.LabelledClips:
+    data_config = SimpleNamespace(frames=6, stride=2, sampling="dense")
+    augment = partial(data.resized_multi_scale_crop, size=32, scales=SCALES, flip=True)
+    defaults = dict(data_config=data_config, augment=augment, repeats=2, seed=0)
+    return data.LabelledClips([(path, i) for i, path in enumerate(videos)], **{**defaults, **options})
 
 
-def test_repeats_are_clips_of_one_video_with_crops_and_masks_of_their_own(tmp_path):
+@pytest.mark.parametrize("repeats, ratio, count", [(1, 0.0, 12), (4, 0.0, 12), (4, 0.5, 6)])
+def test_repeats_are_clips_of_one_video_with_crops_and_masks_of_their_own(repeats, ratio, count, tmp_path):
     video = write_numbered(tmp_path / "video.mp4", 90)
-    once, four = (pretraining_clips([video], repeats=repeats, scales=[1.0]) for repeats in (1, 4))
-    clips, visible, masked, broken = four[0, 0]
-    assert clips.shape == (4, 8, 3, 32, 32) and visible.shape == (4, 4) and masked.shape == (4, 12) and not broken
-    wanted = data.repeated_clips(90, 8, 2, 4, sample_generator(0, 0, 0))
+    cells = partial(masking.running_cells, grid=(4, 2, 2), ratio=ratio)
+    samples = pretraining_clips([video], repeats=repeats, scales=[1.0], choose_reconstructed=cells)
+    clips, visible, masked, broken = samples[0, 0]
+    assert clips.shape == (repeats, 8, 3, 32, 32) and not broken
+    assert visible.shape == (repeats, 4) and masked.shape == (repeats, count)
     generator = sample_generator(0, 0, 0)
-    data.repeated_clips(90, 8, 2, 4, generator)
-    for clip, indices, *positions in zip(clips, wanted, visible, masked, strict=True):
+    expected = data.repeated_clips(90, 8, 2, repeats, generator)
+    for number, indices in enumerate(expected):
         frames = support.video.read_frames(video, indices)
-        assert torch.equal(clip, data.resized_multi_scale_crop(frames, generator, 32, [1.0], True))
-        assert all(map(torch.equal, positions, masking.split(masking.random_mask((4, 2, 2), 0.75, generator))))
-    assert len({tuple(indices) for indices in wanted}) > 1 and len({tuple(m.tolist()) for m in masked}) > 1
-    alone, generator = once[0, 0], sample_generator(0, 0, 0)  # without repeats: one clip, no axis more
-    frames = support.video.read_frames(video, data.dense_clip(90, 8, 2, generator))
-    assert torch.equal(alone[0], data.resized_multi_scale_crop(frames, generator, 32, [1.0], True))
-
-
-def broken_files(folder: Path) -> list[Path]:
-    folder.mkdir()
-    whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
-    (folder / "whole.mp4").unlink()
-    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_bytes(b"not a video\n" * 50)
-    (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
-    (folder / "folder.mp4").mkdir()
-    audio_only(folder / "audio.mp4")
-    return [*folder.iterdir(), folder / "missing.mp4"]
+        assert torch.equal(clips[number], data.resized_multi_scale_crop(frames, generator, 32, [1.0], True))
+        seen, unseen = masking.split(masking.random_mask((4, 2, 2), 0.75, generator))
+        assert torch.equal(visible[number], seen)
+        assert torch.equal(masked[number], cells(unseen, generator=generator))
+    assert repeats == 1 or len({tuple(positions.tolist()) for positions in masked}) > 1
 
 
 def test_training_survives_broken_videos_and_names_them(tmp_path, videos):
     broken, one_frame = broken_files(tmp_path / "broken"), write_numbered(tmp_path / "one.mp4", 1)
-    damaged = bytearray(write_numbered(tmp_path / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
-    damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
-    (tmp_path / "damaged.mkv").write_bytes(damaged)
-    clips = pretraining_clips([*broken, tmp_path / "damaged.mkv", one_frame, videos[0]])
+    damaged = broken.pop("damaged.mkv")  # of which some frames can be read
+    (tmp_path / "broken" / "folder.mp4").mkdir()
+    broken = [*broken.values(), tmp_path / "broken" / "folder.mp4"]
     assert len(broken) == 7
+    clips = pretraining_clips([*broken, damaged, one_frame, videos[0]])
     for index, path in enumerate(clips.videos):
         clip, _, _, reports = clips[0, index]
-        assert clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8
+        assert clip.shape == (1, 8, 3, 32, 32) and clip.dtype == torch.uint8
         if path in broken:
             assert path.name in reports[0]
-        elif path.name != "damaged.mkv":  # of which some frames can be read
+        elif path != damaged:
             assert not reports
     clip = clips[0, len(clips) - 2][0]
-    assert torch.equal(clip, clip[:1].expand(8, -1, -1, -1))  # the one frame, repeated
-
-
-def test_nothing_readable_ends_in_a_sentence(tmp_path):
-    sentence = "100 videos in a row could not be read; look at data.root and at the last one, .*[ab].mp4"
-    with pytest.raises(UserError, match=sentence):
-        pretraining_clips([tmp_path / "a.mp4", tmp_path / "b.mp4"])[0, 0]
-
-
-def test_memory_and_handles_stay_flat_over_2000_clips(videos):
-    clips = pretraining_clips([videos[0], videos[2]])
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    for index in range(300):
-        clips[0, index % 2]
-    memory, handles = resident(), len(os.listdir("/proc/self/fd"))
-    for index in range(2000):
-        clips[1 + index, index % 2]
-    assert resident() - memory < 8e6
-    assert len(os.listdir("/proc/self/fd")) == handles
-
-
-def test_a_sample_is_a_function_of_seed_epoch_and_index(videos):
-    first, again = pretraining_clips(videos)[3, 1], pretraining_clips(videos)[3, 1]
-    torch.rand(7)  # the global generator plays no part
-    for a, b in zip(first[:3], again[:3], strict=True):
-        assert torch.equal(a, b)
-    for other in (pretraining_clips(videos)[4, 1], pretraining_clips(videos, seed=1)[3, 1]):
-        assert not torch.equal(first[0], other[0])
-
-
-def test_half_of_the_pretraining_clips_are_flipped_as_a_whole(videos):
-    clips = pretraining_clips(videos[:1], scales=[1.0], stride=1, frames=4)
-    plain = pretraining_clips(videos[:1], scales=[1.0], stride=1, frames=4, flip=False)
-    flipped = 0
-    for epoch in range(60):
-        a, b = clips[epoch, 0][0], plain[epoch, 0][0]
-        assert torch.equal(a, b) or torch.equal(a, b.flip(-1))
-        flipped += torch.equal(a, b.flip(-1))
-    assert 15 < flipped < 45
-
-
-# ---- labelled clips and test views ----
-
-
-class Counted(support.video.Video):
-    """A video that counts how often frames are asked for, and which of them."""
-
-    asked: list[list[int]] = []
-
-    def frames(self, indices):
-        Counted.asked.append(indices)
-        return super().frames(indices)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    Counted.asked = []
-    monkeypatch.setattr(data, "Video", Counted)
-    return Counted
-
-
-def labelled_clips(videos: list, **options) -> data.LabelledClips:
-    config = SimpleNamespace(frames=6, stride=2, sampling="dense")
-    defaults = dict(config=config, augment=augmentation(**FULL, erase=0.25), repeats=2, seed=0)
-    return data.LabelledClips(videos, **{**defaults, **options})
-
-
-def test_repeated_augmentation_decodes_once_and_augments_the_same_frames_differently(videos, counted):
-    clips, label, broken = labelled_clips([(videos[0], 3)], repeats=3)[0, 0]
-    assert clips.shape == (3, 6, 3, 32, 32) and label == 3 and not broken
-    assert len(counted.asked) == 1 and len(counted.asked[0]) == 6
-    assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[1], clips[2])
-    same, _, _ = labelled_clips([(videos[0], 3)], repeats=3, augment=augmentation())[0, 0]
-    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])  # the same frames
-
-
-def test_a_labelled_sample_is_a_function_of_seed_epoch_and_index(videos):
-    labelled = [(path, number) for number, path in enumerate(videos)]
-    first = labelled_clips(labelled)[3, 1]
-    torch.manual_seed(99)  # the global generator plays no part, and is left alone
-    state = torch.get_rng_state()
-    assert torch.equal(labelled_clips(labelled)[3, 1][0], first[0])
-    assert torch.equal(torch.get_rng_state(), state)
-    for other in (
-        labelled_clips(labelled)[4, 1],
-        labelled_clips(labelled, seed=1)[3, 1],
-        labelled_clips(labelled)[3, 0],
-    ):
-        assert not torch.equal(other[0], first[0])
+    assert torch.equal(clip, clip[:, :1].expand_as(clip))  # the one frame, repeated
 
 
 def test_a_broken_training_video_is_replaced_with_the_others_own_label(tmp_path, videos):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     for epoch in range(5):
-        _, label, broken = labelled_clips([(tmp_path / "broken.mp4", 0), (videos[0], 1)])[epoch, 0]
+        _, label, broken = labelled_clips([tmp_path / "broken.mp4", videos[0]])[epoch, 0]
         assert label == 1 and "broken.mp4" in broken[0]
 
 
+def test_memory_and_handles_stay_flat_over_600_clips(videos):
+    clips, resident, handles = pretraining_clips(videos[:2]), [], []
+    for index in range(900):
+        clips[index, index % 2]
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        handles.append(len(os.listdir("/proc/self/fd")))
+    assert resident[-1] - resident[300] < 6e6 and handles[-1] == handles[300]
+
+
+@pytest.mark.parametrize("make", [pretraining_clips, labelled_clips])
+def test_a_sample_is_a_function_of_seed_epoch_and_index(make, videos):
+    first = make(videos)[3, 1]
+    torch.rand(7)  # the global generator plays no part
+    assert all(map(torch.equal, first[:-1], make(videos)[3, 1][:-1]))
+    for other in (make(videos)[4, 1], make(videos, seed=1)[3, 1], make(videos)[3, 0]):
+        assert not torch.equal(first[0], other[0])
+
+
+# ---- frames are decoded once; test views ----
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[list[int]]:
+    """The indices of each call that decodes frames."""
+    calls = []
+
+    class Recorded(support.video.Video):
+        def frames(self, indices):
+            calls.append(indices)
+            return super().frames(indices)
+
+    monkeypatch.setattr(data, "Video", Recorded)
+    return calls
+
+
+def test_repeated_augmentation_decodes_once_and_augments_the_same_frames_differently(videos, decoded):
+    clips, label, broken = labelled_clips(videos[:1], repeats=3)[0, 0]
+    assert clips.shape == (3, 6, 3, 32, 32) and label == 0 and not broken
+    assert len(decoded) == 1 and len(decoded[0]) == 6
+    assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[1], clips[2])
+    same, _, _ = labelled_clips(videos[:1], repeats=3, augment=lambda frames, _: frames)[0, 0]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])  # the same frames
+
+
 @pytest.mark.parametrize("sampling, clips", [("dense", 5), ("uniform", 2)])
-def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, counted, sampling, clips):
+def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, decoded, sampling, clips):
     video = write_numbered(tmp_path / "video.mp4", 40)
     views = data.TestViews([video], frames=8, stride=3, sampling=sampling, size=64, clips=clips, crops=3)
     index, pixels, reason = views[0]
@@ -486,7 +307,7 @@ def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, co
     indices = data.SAMPLING[sampling][1](40, 8, 3, clips)
     expected = [everything[clip][..., start : start + 64] for clip in indices for start in (0, 16, 32)]
     assert torch.equal(pixels, torch.stack(expected))
-    assert counted.asked == [sorted(set(sum(indices, [])))]
+    assert decoded == [sorted(set(sum(indices, [])))]
 
 
 def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
@@ -502,43 +323,30 @@ def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
 # ---- batches ----
 
 
-def run_of(batch_size: int, **options) -> SimpleNamespace:
-    """What batches take of a support.run.Run."""
-    groups = dict(optim=dict(batch_size=batch_size), data=dict(workers=1), run=dict(seed=5))
-    config = SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
-    return SimpleNamespace(config=config, batch_size=batch_size, **options)
-
-
-def batches(world_size: int, per_device: int, start: int = 0) -> list[list[tuple[int, int]]]:
-    """The global batches of 12 that `world_size` processes form together, up to step 9."""
-    process = partial(run_of, 12, per_device=per_device, world_size=world_size, start=start, total=9)
-    parts = [list(data.GlobalBatches(50, process(rank=rank))) for rank in range(world_size)]
-    accumulation = 12 // world_size // per_device
-    assert all(len(part) == (9 - start) * accumulation for part in parts)
-    steps = [[part[step * accumulation :][:accumulation] for part in parts] for step in range(9 - start)]
-    return [sorted(sum((sum(micro_batches, []) for micro_batches in step), [])) for step in steps]
-
-
-def test_batches_do_not_depend_on_processes_or_micro_batches_or_where_a_run_resumes():
-    alone = batches(1, 12)
-    assert batches(2, 6) == alone and batches(3, 2) == alone and batches(1, 4) == alone
-    assert batches(2, 3, start=5) == alone[5:]
+def global_batches(length: int, batch: int, micro_batch: int, steps: range, rank: int = 0, world_size: int = 1):
+    processes = Processes(rank, world_size, torch.device("cpu"), torch.float32)
+    return data.GlobalBatches(length, batch, micro_batch, steps, processes, seed=5)
 
 
 def test_every_epoch_is_a_shuffle_without_repetition():
-    alone = batches(1, 12)
+    alone = [sorted(batch) for batch in global_batches(50, 12, 12, range(8))]
     for epoch in range(2):
         seen = sum(alone[epoch * 4 : epoch * 4 + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48
-    assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:8], [])]
+    assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:], [])]
+    processes = [list(global_batches(50, 12, 3, range(5, 8), rank, 2)) for rank in range(2)]  # resumed at step 5
+    shards = [sum(batches[4:6], []) for batches in processes]  # of its last step, two micro-batches each
+    assert sorted(shards[0] + shards[1]) == alone[7]
 
 
-def test_training_batches_are_the_samples_in_order_of_global_batches(videos):
-    clips, run = pretraining_clips(videos), run_of(2, per_device=2, rank=0, world_size=1, start=1, total=3)
-    clip_batches = list(data.training_batches(clips, run))  # through a loader's worker
-    assert len(clip_batches) == 2
-    for keys, (clip, visible, masked, broken) in zip(data.GlobalBatches(3, run), clip_batches, strict=True):
-        samples = [clips[key] for key in keys]
-        for stacked, column in zip((clip, visible, masked), zip(*samples, strict=True), strict=False):
-            assert torch.equal(stacked, torch.stack(column))
-        assert broken == []
+def test_batches_are_the_samples_in_order_and_broken_videos_are_noted_once(videos, tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clips = pretraining_clips([*videos, tmp_path / "broken.mp4"])
+    keys = list(global_batches(4, 2, 2, range(1, 5)))
+    loaded = list(data.Batches(clips, keys, workers=1, folder=tmp_path))
+    assert len(loaded) == 4
+    for batch, tensors in zip(keys, loaded, strict=True):
+        *columns, _ = zip(*(clips[key] for key in batch), strict=True)
+        assert all(torch.equal(tensor, torch.stack(column)) for tensor, column in zip(tensors, columns, strict=True))
+    (line,) = (tmp_path / "broken_videos.txt").read_text().splitlines()
+    assert "broken.mp4" in line and capsys.readouterr().err.count("replaced by another video: ") == 1

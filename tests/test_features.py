@@ -1,4 +1,4 @@
-"""probe.py --features: which frames a window holds, what is kept of its tokens, files, processes, kills, mistakes."""
+"""tools/extract_features.py: frames of a window, what is kept of its tokens, files, processes, kills, mistakes."""
 
 import gc
 import os
@@ -8,31 +8,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import command, run, run_with_signal
+from conftest import ROOT, command, run, run_with_signal
 from videos import SIZE, broken_files, number_of, write_numbered
 
 import data
 import model as m
-import probe
 import support.video
-from detect_ava import ActionDetector
-from support.config import load_config
-from support.features import windows
 from support.video import BrokenVideo
-from support.weights import build_from_checkpoint, export_hugging_face, to_hugging_face
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import export
+from tools.windows import windows
 
+TOOL = "tools.extract_features"
 PLAIN = dict(frames=4, stride=3, size=SIZE[1], window_stride=12, last="repeat")
-
-
-def numbers(path: Path, **options: object) -> list[list[int]]:
-    """The numbers that the frames of each window show, if `whole_width` is there."""
-    return [[number_of(frame) for frame in clip] for clip, _ in windows(path, **PLAIN | options)]
-
-
-@pytest.fixture
-def whole_width(monkeypatch):
-    """Crops that keep a frame as it is, so that its number can be read."""
-    monkeypatch.setattr(data, "test_crops", lambda frames, size, crops: frames.clone()[None])
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +34,20 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory, pretrained) -> Path:
+def fine_tuned(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     model = m.VideoClassifier(**m.encoder_size("tiny"), clip_size=(8, 64, 64), classes=5)
-    with torch.no_grad():
-        model.fc_norm.weight.add_(0.1 * torch.randn(128)), model.fc_norm.bias.add_(0.1 * torch.randn(128))
+    torch.nn.init.normal_(model.fc_norm.weight, 1, 0.1)
+    torch.nn.init.normal_(model.fc_norm.bias, 0, 0.1)
     path = tmp_path_factory.mktemp("fine_tuned") / "checkpoint.pt"
     config = dict(data=dict(frames=8, stride=4, size=64), model=dict(cube=[2, 16, 16]))
     torch.save(dict(model=model.state_dict(), model_options=model.options, config=config), path)
     return path
 
 
-def features(out: Path, *words: object, processes: int = 0, ok: bool = True):
-    return run("probe.py", "--out", out, *words, processes=processes, ok=ok)
-
-
 def read(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as stored:
         return dict(stored)
-
-
-def clips_of(path: Path, **options: int) -> torch.Tensor:
-    """All windows of a video, normalized, as transformers takes them: (windows, T, 3, H, W)."""
-    clips = torch.stack([clip for clip, _ in windows(path, **options)])
-    return data.normalize(clips).transpose(1, 2)
 
 
 # ---- windows ----
@@ -93,45 +71,41 @@ def clips_of(path: Path, **options: int) -> torch.Tensor:
         (5, {}, [], [0, 3, 3, 3]),
         (1, {"window_stride": 7}, [], [0, 0, 0, 0]),
         (9, {"stride": 1, "frames": 2, "window_stride": 1, "last": "drop"}, list(range(8)), None),
+        (9, {"last": "drop"}, [], None),
     ],
 )
-def test_frames_of_each_window_are_exact(whole_width, tmp_path, suffix, count, options, starts, last):
-    """B-frames, several key frames, and in AVI no times."""
-    path = write_numbered(tmp_path / f"a.{suffix}", count, options={"g": "10", "bf": "2"})
-    frames, stride = ({**PLAIN, **options}[key] for key in ("frames", "stride"))
-    expected = [[start + i * stride for i in range(frames)] for start in starts] + ([last] if last else [])
-    assert numbers(path, **options) == expected
+def test_frames_of_each_window_are_exact(tmp_path, monkeypatch, suffix, count, options, starts, last):
+    """B-frames, several key frames, and in AVI no times. Crops keep a frame as it is, so that its number is read."""
+    monkeypatch.setattr(data, "test_crops", lambda frames, size, crops: frames.clone()[None])
+    path, options = write_numbered(tmp_path / f"a.{suffix}", count, options={"g": "10", "bf": "2"}), PLAIN | options
+    expected = [[start + i * options["stride"] for i in range(options["frames"])] for start in starts]
+    if last or starts:
+        clips = windows(path, **options)
+        assert [[number_of(frame) for frame in clip] for clip, _ in clips] == expected + [last] * bool(last)
+    else:
+        with pytest.raises(BrokenVideo, match="its 9 frames do not fill a window; --last repeat would fill it"):
+            next(windows(path, **options))
 
 
-def test_a_video_without_a_whole_window_is_named_if_the_last_is_dropped(tmp_path):
-    path = write_numbered(tmp_path / "a.mp4", 9)
-    with pytest.raises(BrokenVideo, match="a.mp4: its 9 frames do not fill a window; --last repeat would fill it"):
-        numbers(path, last="drop")
-
-
-def test_start_and_end_are_those_of_the_frames_even_at_a_changing_rate(tmp_path):
+def test_times_are_those_of_the_frames_even_at_a_changing_rate(tmp_path):
     shown = [10 * i + (300 if i > 15 else 0) for i in range(30)]  # ms
     path = write_numbered(tmp_path / "a.mkv", 30, times=shown)
-    found = [times for _, times in windows(path, **PLAIN)]
-    assert found == [(shown[a] / 1000, shown[b] / 1000) for a, b in ((0, 9), (12, 21), (24, 27))]
+    times = [(seconds[0], seconds[-1]) for _, seconds in windows(path, **PLAIN)]
+    assert times == [(shown[a] / 1000, shown[b] / 1000) for a, b in ((0, 9), (12, 21), (24, 27))]
 
 
-@pytest.mark.parametrize("size", [48, 64])
-def test_pixels_are_those_of_a_test_view(tmp_path, size):
-    """In the middle of its windows, also of a video too short for one."""
-    for count in (12, 8):
-        path = write_numbered(tmp_path / f"{count}.mp4", count)
-        (clip, _), *more = windows(path, **PLAIN | dict(size=size))
-        view = data.TestViews([path], frames=4, stride=3, sampling="dense", size=size, clips=1, crops=1)[0][1]
-        assert not more and torch.equal(clip, view[0])
+@pytest.mark.parametrize("count, size", [(12, 48), (8, 64)])
+def test_pixels_are_those_of_a_test_view(tmp_path, count, size):
+    path = write_numbered(tmp_path / "a.mp4", count)
+    [(clip, _)] = windows(path, **PLAIN | dict(size=size))
+    view = data.TestViews([path], frames=4, stride=3, sampling="dense", size=size, clips=1, crops=1)[0][1]
+    assert torch.equal(clip, view[0])
 
 
 @pytest.mark.parametrize("window_stride, most", [(12, 4), (3, 4), (1, 10), (5, 10), (100, 4)])
-def test_frames_in_memory_do_not_depend_on_the_length_and_each_is_decoded_once(
-    tmp_path, monkeypatch, window_stride, most
-):
-    """At any window at most `most` cropped frames are alive, and one or two decoded ones."""
-    path, decoded = write_numbered(tmp_path / "a.mp4", 240, size=(74, 74)), []
+def test_few_frames_are_in_memory_and_each_is_decoded_once(tmp_path, monkeypatch, window_stride, most):
+    """At any window of a long video at most `most` cropped frames are alive, and one or two decoded ones."""
+    path, decoded, alive = write_numbered(tmp_path / "a.mp4", 240, size=(74, 74)), [], []
     original = support.video.Video.every_frame
 
     def every_frame(video):
@@ -140,7 +114,6 @@ def test_frames_in_memory_do_not_depend_on_the_length_and_each_is_decoded_once(
             yield frame
 
     monkeypatch.setattr(support.video.Video, "every_frame", every_frame)
-    alive = []
     for number, _ in enumerate(windows(path, **PLAIN | dict(size=37, window_stride=window_stride))):
         if number in (2, 17, 75, 230):
             shapes = [each.shape for each in gc.get_objects() if type(each) is torch.Tensor]
@@ -152,83 +125,61 @@ def test_frames_in_memory_do_not_depend_on_the_length_and_each_is_decoded_once(
 # ---- features ----
 
 
-def kept(hidden: torch.Tensor, keep: str) -> torch.Tensor:
+def keep_of(tokens: torch.Tensor, keep: str) -> torch.Tensor:
     """What is kept of tokens (B, 64, D), 4 times of 4 x 4 places."""
     if keep == "mean":
-        return hidden.sum(1) / 64
-    return hidden.view(len(hidden), 4, 16, -1).sum(2) / 16 if keep == "time" else hidden
+        return tokens.sum(1) / 64
+    return tokens.view(len(tokens), 4, 16, -1).sum(2) / 16 if keep == "time" else tokens
 
 
-@pytest.mark.parametrize("keep", ["mean", "time", "tokens"])
-def test_features_equal_transformers(videos, pretrained, fine_tuned, tmp_path, keep):
+@torch.no_grad()
+@pytest.mark.parametrize("keep, shape", [("mean", ()), ("time", (4,)), ("tokens", (64,))])
+def test_features_equal_transformers(videos, pretrained, fine_tuned, tmp_path, keep, shape):
     """Pre-trained, with the last norm; fine-tuned, with fc_norm of what is kept: for the mean, what the head sees."""
-    export_hugging_face(build_from_checkpoint(pretrained, m.VideoMAE), tmp_path / "hf")
+    export(build_from_checkpoint(pretrained, m.VideoMAE), tmp_path / "hf", True, [])
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf").eval()
     options = dict(frames=8, stride=2, size=64, window_stride=6, last="repeat")
-    clips = clips_of(videos / "a/x.mp4", **options)
-    with torch.no_grad():
-        expected = kept(theirs(clips).last_hidden_state, keep)
-    more = ["--keep", keep, "--window-stride", "6", "data.stride=2", "run.batch_per_device=4"]
+    clips = data.normalize(torch.stack([clip for clip, _ in windows(videos / "a/x.mp4", **options)]))
+    expected = keep_of(theirs(clips.transpose(1, 2)).last_hidden_state, keep)
+    more = ["--keep", keep, "--window-stride", "6", "data.stride=2", "run.batch_per_device=4", "--out"]
     for name, weights in (("own", pretrained), ("hub", tmp_path / "hf")):
-        features(tmp_path / name, "--features", videos / "a/x.mp4", "--weights", weights, *more)
-        found = read(tmp_path / name / "x.npz")
-        assert found["features"].shape == (5, *{"mean": (), "time": (4,), "tokens": (64,)}[keep], 128)
-        assert found["features"].dtype == np.float32
-        assert np.abs(found["features"] - expected.numpy()).max() < 1e-5 and expected.std() > 0.1
-        assert found["start"].tolist() == pytest.approx([0, 0.24, 0.48, 0.72, 0.96])
-        assert found["end"].tolist() == pytest.approx([0.56, 0.8, 1.04, 1.28, 1.52])
-        assert found["window_stride"] == 6 and found["keep"] == keep and found["weights"] == str(weights)
-        assert found["video"] == str(videos / "a/x.mp4") and found["frames"] == 8 and found["last"] == "repeat"
+        run(TOOL, videos / "a/x.mp4", "--weights", weights, *more, tmp_path / name)
+        stored = read(tmp_path / name / "x.npz")
+        assert stored["features"].shape == (5, *shape, 128) and stored["features"].dtype == np.float32
+        assert np.abs(stored["features"] - expected.numpy()).max() < 1e-5 and expected.std() > 0.1
+        assert stored["start"].tolist() == pytest.approx([0, 0.24, 0.48, 0.72, 0.96])
+        assert stored["end"].tolist() == pytest.approx([0.56, 0.8, 1.04, 1.28, 1.52])
+        assert stored["video"] == str(videos / "a/x.mp4") and stored["weights"] == str(weights)
+        assert stored["keep"] == keep and all(stored[key] == value for key, value in options.items())
 
     classifier = build_from_checkpoint(fine_tuned, m.VideoClassifier).eval()
-    features(tmp_path / "tuned", "--features", videos / "a/x.mp4", "--weights", fine_tuned, *more)
-    found = torch.from_numpy(read(tmp_path / "tuned/x.npz")["features"])
-    with torch.no_grad():
-        hidden, logits = classifier.encoder(clips.transpose(1, 2)), classifier(clips.transpose(1, 2))
-        assert (found - classifier.fc_norm(kept(hidden, keep))).abs().max() < 1e-5
-        if keep == "mean":
-            assert (classifier.head(found) - logits).abs().max() < 1e-6 and found.std() > 0.5
+    run(TOOL, videos / "a/x.mp4", "--weights", fine_tuned, *more, tmp_path / "tuned")
+    features = torch.from_numpy(read(tmp_path / "tuned/x.npz")["features"])
+    assert (features - classifier.fc_norm(keep_of(classifier.encoder(clips), keep))).abs().max() < 1e-5
+    if keep == "mean":
+        assert (classifier.head(features) - classifier(clips)).abs().max() < 1e-6 and features.std() > 0.5
 
 
-def test_weights_of_every_kind_give_the_same_features(videos, pretrained, fine_tuned, tmp_path):
-    """Official, Hugging Face's, a probe's checkpoint; the clips are those of the training, or by override."""
+def test_weights_of_every_kind(videos, pretrained, fine_tuned, tmp_path):
+    """The clips are those of the training, or of overrides, or of the Kinetics recipe. The file decides the norm."""
     state, tuned = (torch.load(path, weights_only=True)["model"] for path in (pretrained, fine_tuned))
-    torch.save({"model": state}, tmp_path / "official.pth")
-    torch.save(to_hugging_face(state), tmp_path / "hub.bin")
-    torch.save({"module": {key.removeprefix("encoder."): tuned[key] for key in tuned}}, tmp_path / "official_tuned.pth")
-    torch.save(to_hugging_face(tuned), tmp_path / "hub_tuned.bin")
     heads = dict(weight=torch.zeros(5, 128), bias=torch.zeros(5))
     torch.save(dict(heads=heads, step=1, config=dict(init=str(pretrained))), tmp_path / "probe.pt")
-    elsewhere = ["data.frames=8", "data.size=64", "data.stride=2", "model.pretrained_clip=[8,64,64]", "data.workers=0"]
-    for reference, others in (
-        (pretrained, ["official.pth", "hub.bin", "probe.pt"]),
-        (fine_tuned, ["official_tuned.pth", "hub_tuned.bin"]),
-    ):
-        found = []
-        for weights in (reference, *(tmp_path / name for name in others)):
-            out = tmp_path / f"features of {weights.name} {weights.parent.name}"
-            features(out, "--features", videos / "a/x.mp4", "--weights", weights, *elsewhere)
-            found.append(read(out / "x.npz")["features"])
-        assert found[0].shape == (3, 128) and all(np.array_equal(each, found[0]) for each in found)
+    encoder = {key: state[key] for key in state if key.startswith("encoder.")}
+    torch.save(encoder | {"head.weight": heads["weight"]}, tmp_path / "detector.pth")
+    torch.save({"module": {key.removeprefix("encoder."): tuned[key] for key in tuned}}, tmp_path / "official.pth")
+    settings = ["data.frames=8", "data.size=64", "data.stride=2", "model.pretrained_clip=[8,64,64]", "data.workers=0"]
 
-    # what has no encoder of the same weights to compare with: image models and detectors, as the linear probe sees them
-    image = {key: value for key, value in state.items() if key.startswith("encoder.") and "_bias" not in key}
-    image |= {f"encoder.blocks.{i}.attn.qkv.bias": torch.zeros(384) for i in range(4)}
-    image |= {"encoder.patch_embed.proj.weight": image["encoder.patch_embed.proj.weight"][:, :, 0]}
-    image |= {"pos_embed": torch.randn(1, 1 + 16, 128), "cls_token": torch.zeros(1, 1, 128)}
-    torch.save(image | {"head.weight": torch.zeros(9, 128), "head.bias": torch.zeros(9)}, tmp_path / "image.pth")
-    detector = ActionDetector(**m.encoder_size("tiny"), classes=3, clip_size=(8, 64, 64))
-    torch.save(dict(model=detector.state_dict(), model_options=detector.options), tmp_path / "detector.pt")
-    clip = clips_of(videos / "a/x.mp4", frames=8, stride=2, size=64, window_stride=16, last="repeat").transpose(1, 2)
-    for name in ("image.pth", "detector.pt"):
-        features(tmp_path / name[:-3], "--features", videos / "a/x.mp4", "--weights", tmp_path / name, *elsewhere)
-        config = load_config(probe.DEFAULT, [f"init={tmp_path / name}", *elsewhere])
-        expected = probe.build(config, 3)["pre-trained"].features(clip)
-        assert np.abs(read(tmp_path / name[:-3] / "x.npz")["features"] - expected.numpy()).max() < 1e-5
+    def features(weights: Path, settings: list[str]) -> np.ndarray:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        done = run(TOOL, videos / "a/x.mp4", "--weights", weights, "--out", out, *settings)
+        assert "another version" not in done.stderr
+        return read(out / "x.npz")["features"]
 
-    done = features(tmp_path / "as trained", "--features", videos / "a/x.mp4", "--weights", fine_tuned)
-    assert read(tmp_path / "as trained/x.npz")["window_stride"] == 8 * 4  # the stride of its configuration
-    assert "another version" not in done.stderr
+    for weights, names in ((pretrained, ["probe.pt", "detector.pth"]), (fine_tuned, ["official.pth"])):
+        expected = features(weights, settings)
+        assert all(np.array_equal(features(tmp_path / name, settings), expected) for name in names)
+    assert features(fine_tuned, []).shape == (2, 128)  # the stride of its configuration, 4: a window has 32 frames
 
 
 # ---- files, processes, kills ----
@@ -236,23 +187,23 @@ def test_weights_of_every_kind_give_the_same_features(videos, pretrained, fine_t
 
 def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
     """One file per video, below --out as below the folder; the same by two processes; no second time."""
-    words = ["--features", videos, "--weights", pretrained, "data.stride=1"]
-    features(tmp_path / "one", *words)
-    features(tmp_path / "two", *words, processes=2)
-    names = ["a/x.npz", "b/short.npz", "b/x.npz"]
-    windows = dict(zip(names, (5, 1, 3), strict=True))
-    for name in names:
+    words = ["--weights", pretrained, "data.stride=1", "--out"]
+    run(TOOL, videos, *words, tmp_path / "one")
+    run(TOOL, videos, *words, tmp_path / "two", processes=2)
+    counts = {"a/x.npz": 5, "b/short.npz": 1, "b/x.npz": 3}
+    for name, count in counts.items():
         one, two = read(tmp_path / "one" / name), read(tmp_path / "two" / name)
-        assert one["features"].shape == (windows[name], 128) and one.keys() == two.keys()
+        assert one["features"].shape == (count, 128) and one.keys() == two.keys()
         assert np.allclose(one.pop("features"), two.pop("features"), atol=1e-6)
         assert all(np.array_equal(one[key], two[key]) for key in one)
-    assert [path.relative_to(tmp_path / "two").as_posix() for path in sorted((tmp_path / "two").rglob("*.*"))] == names
+    files = sorted(path for path in (tmp_path / "two").rglob("*") if path.is_file())
+    assert [path.relative_to(tmp_path / "two").as_posix() for path in files] == list(counts)
 
-    times = {name: (tmp_path / "one" / name).stat().st_mtime_ns for name in names}
-    (tmp_path / "one" / names[1]).unlink()
-    features(tmp_path / "one", *words, "--features", videos / "a/x.mp4", videos)  # named twice
-    changed = [name for name in names if (tmp_path / "one" / name).stat().st_mtime_ns != times[name]]
-    assert changed == [names[1]]
+    times = {name: (tmp_path / "one" / name).stat().st_mtime_ns for name in counts}
+    (tmp_path / "one/b/short.npz").unlink()
+    run(TOOL, videos / "a/x.mp4", *words, tmp_path / "one", videos)  # named twice
+    changed = [name for name in counts if (tmp_path / "one" / name).stat().st_mtime_ns != times[name]]
+    assert changed == ["b/short.npz"]
 
 
 def test_a_killed_run_resumes_at_the_next_video(pretrained, tmp_path):
@@ -260,35 +211,27 @@ def test_a_killed_run_resumes_at_the_next_video(pretrained, tmp_path):
     for number in range(1, 5):
         (tmp_path / f"{number:02}.mp4").write_bytes(first.read_bytes())
     out = tmp_path / "out"
-    words = ["--features", *sorted(tmp_path.glob("*.mp4")), "--weights", pretrained, "--out", out]
-    words += ["--window-stride", "2", "--keep", "tokens"]
-    run_with_signal(command("probe.py", *words), ".npz 3 SIGKILL itself", probe.DEFAULT.parents[2])
-    there = {path: path.stat().st_mtime_ns for path in out.glob("*.npz")}
-    assert len(there) == 2 and list(out.glob("*.part"))
-    run("probe.py", *words)
+    words = [*sorted(tmp_path.glob("*.mp4")), "--weights", pretrained, "--out", out, "--window-stride", "2"]
+    run_with_signal(command(TOOL, *words, "--keep", "tokens"), ".npz 3 SIGKILL itself", ROOT)
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*.npz")}
+    assert len(done) == 2 and len(list(out.glob("*.part"))) == 1
+    run(TOOL, *words, "--keep", "tokens")
     assert len(list(out.glob("*.npz"))) == 5 and not list(out.glob("*.part"))
-    assert all(path.stat().st_mtime_ns == before for path, before in there.items())  # not done again
-    shapes = {read(path)["features"].shape for path in out.glob("*.npz")}
-    assert shapes == {(53, 64, 128)}
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())  # not done again
+    assert {read(path)["features"].shape for path in out.glob("*.npz")} == {(53, 64, 128)}
 
 
 def test_broken_videos_are_named_and_the_others_done(pretrained, tmp_path):
-    files = broken_files(tmp_path / "videos")
-    good = write_numbered(tmp_path / "videos/good.mp4", 30)
-    words = ["--weights", pretrained, "data.stride=2", "--features"]
-    done = features(tmp_path / "out", *words, *files.values(), good)
-    assert all(f"cannot be read: {path}: " in done.stderr for path in files.values())
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.npz"]
-    done = features(tmp_path / "none", *words, *files.values(), ok=False)
+    """Names need not be UTF-8, and the second time all is done."""
+    files = broken_files(tmp_path / "videos").values()
+    good = write_numbered(tmp_path / "a.mp4", 30).rename(tmp_path / "videos" / os.fsdecode(b"caf\xe9.b.mp4"))
+    words = ["--weights", pretrained, "data.stride=2", *files]
+    for _ in range(2):
+        done = run(TOOL, *words, good, "--out", tmp_path / "out")
+        assert all(f"cannot be read: {path}: " in done.stderr for path in files)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [os.fsdecode(b"caf\xe9.b.npz")]
+    done = run(TOOL, *words, "--out", tmp_path / "none", ok=False)
     assert done.returncode == 1 and "none of the videos can be read" in done.stderr
-
-
-def test_names_need_not_be_utf8(pretrained, tmp_path):
-    path = tmp_path / os.fsdecode(b"caf\xe9.b.mp4")
-    write_numbered(tmp_path / "a.mp4", 8).rename(path)
-    features(tmp_path / "out", "--features", path, "--weights", pretrained)
-    features(tmp_path / "out", "--features", path, "--weights", pretrained)
-    assert read(tmp_path / "out" / os.fsdecode(b"caf\xe9.b.npz"))["video"] == str(path)
 
 
 # ---- mistakes ----
@@ -297,46 +240,37 @@ def test_names_need_not_be_utf8(pretrained, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--features", "VIDEO"], "--features VIDEO..., --weights FILE and --out FOLDER go together"),
-        (["--weights", "WEIGHTS"], "--features VIDEO..., --weights FILE and --out FOLDER go together"),
-        (["--keep", "time"], "--features VIDEO..., --weights FILE and --out FOLDER go together"),
-        (["--features", "VIDEO", "--weights", "none.pt", "--out", "OUT"], "no weights at none.pt"),
+        (["VIDEO", "--keep", "time"], "the following arguments are required: --weights, --out"),
+        (["VIDEO", "--weights", "none.pt", "--out", "OUT"], "no weights at none.pt"),
         (["ALL", "--window-stride", "0"], "--window-stride 0 has to be at least 1"),
-        (["ALL", "--window-stride", "two"], "--window-stride: invalid int value: 'two'"),
         (["ALL", "--keep", "max"], "--keep: invalid choice: 'max'"),
-        (["ALL", "--last", "pad"], "--last: invalid choice: 'pad'"),
         (["ALL", "data.frames=7"], "a clip of 7 frames is not a whole number of cubes"),
         (["ALL", "optim.layer_decay=1"], "unknown key 'optim.layer_decay'"),
         (["ALL", "model.cube=[2,8,8]"], "does not fit this LinearProbe"),
+        (["ALL", "y.mp4", "y.avi"], "differ only in their suffix"),
     ],
 )
 def test_mistakes_end_in_a_sentence(videos, pretrained, tmp_path, words, sentence):
-    every = ["--features", videos / "b/short.mkv", "--weights", pretrained, "--out", tmp_path / "out"]
-    places = {"VIDEO": every[1:2], "WEIGHTS": every[3:4], "OUT": every[5:], "ALL": every}
-    done = run("probe.py", *(part for word in words for part in places.get(word, [word])), ok=False)
+    every = [videos / "b/short.mkv", "--weights", pretrained, "--out", tmp_path / "out"]
+    places = {"VIDEO": every[:1], "OUT": every[4:], "ALL": every}
+    done = run(TOOL, *(part for word in words for part in places.get(word, [word])), ok=False)
     assert done.returncode in (1, 2) and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_weights_or_videos_are_not_mixed_into_a_folder(videos, pretrained, fine_tuned, tmp_path):
-    words = ["--features", videos / "a/x.mp4", "--weights", pretrained, "data.stride=2"]
-    features(tmp_path, *words)
-    before = read(tmp_path / "x.npz")
-    for more, sentence in (
-        (["--keep", "time"], "was made with keep=mean, not time: delete it or give another --out"),
-        (["--window-stride", "8"], "was made with window_stride=16, not 8:"),
-        (["data.stride=3"], "was made with stride=2, not 3; window_stride=16, not 24:"),
-        (["--features", videos / "b/x.mp4"], f"was made with video={videos / 'a/x.mp4'}, not {videos / 'b/x.mp4'}:"),
-        (["--weights", fine_tuned], "was made with checksum_of_weights="),
+    words = ["data.stride=2", "--out", tmp_path, "--weights", pretrained]
+    run(TOOL, videos / "a/x.mp4", *words)
+    before = (tmp_path / "x.npz").read_bytes()
+    for video, more, sentence in (
+        ("a/x.mp4", ["--keep", "time"], "was made with keep=mean, not time: delete it or give another --out"),
+        ("a/x.mp4", ["data.stride=3"], "was made with stride=2, not 3; window_stride=16, not 24:"),
+        ("a/x.mp4", ["--weights", fine_tuned], "was made with checksum_of_weights="),
+        ("b/x.mp4", [], f"was made with video={videos / 'a/x.mp4'}, not {videos / 'b/x.mp4'}:"),
     ):
-        done = features(tmp_path, *words, *more, ok=False)
+        done = run(TOOL, videos / video, *words, *more, ok=False)
         assert done.returncode == 1 and f"x.npz {sentence}" in done.stderr.splitlines()[-1]
-    assert all(np.array_equal(before[key], value) for key, value in read(tmp_path / "x.npz").items())
-
+    assert (tmp_path / "x.npz").read_bytes() == before
     (tmp_path / "x.npz").write_text("not features")
-    done = features(tmp_path, *words, ok=False)
+    done = run(TOOL, videos / "a/x.mp4", *words, ok=False)
     assert done.returncode == 1 and "x.npz holds no features" in done.stderr.splitlines()[-1]
-    for name in ("y.mp4", "y.avi"):
-        (tmp_path / name).touch()
-    done = features(tmp_path, *words, "--features", tmp_path / "y.mp4", tmp_path / "y.avi", ok=False)
-    assert done.returncode == 1 and "differ only in their suffix" in done.stderr.splitlines()[-1]

@@ -15,7 +15,8 @@ import model as m
 from support import toy
 from support.config import load_config
 from support.datasets import labelled_videos
-from support.weights import build_from_checkpoint, to_hugging_face
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import to_hugging_face
 
 
 def configured(*settings: object):
@@ -110,7 +111,7 @@ def test_what_a_run_says_and_leaves(finished, pretrained):
     folder = finished("finetune")
     said, printed = (folder / "said.txt").read_text(), (folder / "printed.txt").read_text()
     assert f"initialized from {pretrained}" in said
-    assert "start fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in said
+    assert "encoder loaded; fc_norm, head new; " in said
     assert "24 videos for training, 8 for testing, 8 classes" in said and "2 of each video" in said
     assert "learning rate x 0.168 in the cube embedding" in said  # 0.7 ** 5 with four blocks
     one_view = r"^epoch 2: top-1 [\d.]+ %, top-5 [\d.]+ % of 8 videos, one view$"
@@ -183,7 +184,7 @@ def test_weights_of_all_namings_are_tested_and_predict(toy_videos, finished, tmp
     hub.parent.mkdir()
     torch.save({"module": {key.removeprefix("encoder."): value for key, value in state.items()}}, official)
     torch.save(to_hugging_face(state), hub)
-    sizes = dict(num_frames=8, image_size=64, tubelet_size=2, patch_size=16)
+    sizes = dict(num_frames=8, image_size=64, tubelet_size=2, patch_size=16, hidden_size=128, num_hidden_layers=4)
     labels = {str(i): f"HF {name}" for i, name in enumerate(names)}
     (hub.parent / "config.json").write_text(json.dumps({"id2label": labels} | sizes))
     videos = [f"data.root={toy_videos}", "data.train=train", "data.val=val", "model.pretrained_clip=[8,64,64]"]
@@ -273,7 +274,7 @@ def test_every_initialization_trains_and_says_so(start, settings, pretrained, fi
     block = "encoder.blocks.2.mlp.fc1.weight"
     from_pretraining = start not in ("scratch", "fine-tuned at another size")
     assert torch.equal(built[0][block], state[block]) == from_pretraining
-    assert ("start fresh: fc_norm.bias" in done.stderr) == from_pretraining
+    assert ("encoder loaded; fc_norm" in done.stderr) == from_pretraining
     if start == "fine-tuned at another size":  # the head, too
         theirs = torch.load(path, weights_only=True)["model"]
         assert all(torch.equal(value, built[0][key]) for key, value in theirs.items())

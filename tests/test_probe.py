@@ -13,7 +13,8 @@ import probe
 from support.config import load_config
 from support.datasets import labelled_videos
 from support.run import warmup_cosine
-from support.weights import build_from_checkpoint, to_hugging_face
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import to_hugging_face
 
 
 def configured(*settings: object):
@@ -94,7 +95,7 @@ def test_the_loss_is_that_of_softmax_regression_on_the_features(coloured_videos,
     c = configured(*settings)
     videos, _, _ = labelled_videos(str(coloured_videos), "train", "val", "")
     each = probe.build(c, 3)["pre-trained"]
-    clips = data.LabelledClips(videos, 0, config=c.data, augment=lambda frames, _: data.center_crop(frames, 32))
+    clips = data.LabelledClips(videos, 0, data_config=c.data, augment=lambda frames, _: data.center_crop(frames, 32))
     weight, bias = each.head.weight.detach().clone(), each.head.bias.detach().clone()
     velocity, expected = [torch.zeros_like(weight), torch.zeros_like(bias)], []
     for step in range(3):

@@ -1,20 +1,21 @@
-"""RandAugment's operations are timm's, to the bit, and are chosen as the authors choose them."""
+"""Fine-tuning's augmentation: RandAugment is timm's to the bit, the rest by its numbers."""
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import numbered_frame
 from PIL import Image, ImageChops
 from timm.data import auto_augment
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
+from videos import coordinates
 
+import finetune
 from data import sample_generator
 from support import randaugment
 
-INTERPOLATION = {InterpolationMode.BICUBIC: Image.BICUBIC, InterpolationMode.BILINEAR: Image.BILINEAR}
 AUTHORS = [  # "rand-m7-n4-mstd0.5-inc1" in the authors' rand_augment.py
     *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"),
     *("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"),
@@ -22,77 +23,145 @@ AUTHORS = [  # "rand-m7-n4-mstd0.5-inc1" in the authors' rand_augment.py
 ]
 
 
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    """An image of 113 x 70 with edges, gradients and noise."""
-    frame = torch.from_numpy(numbered_frame(1234, 113, 70).to_ndarray(format="rgb24").copy()).permute(2, 0, 1)
-    noise = torch.randint(0, 60, frame.shape, generator=torch.Generator().manual_seed(0))
-    return TF.to_pil_image((frame.int() * 0.7 + noise).byte())  # up to 220
-
-
-def test_the_operations_are_the_authors():
-    assert list(randaugment.operations(8, 8, 0.5, 1, InterpolationMode.BICUBIC)) == AUTHORS
+def noisy_frames(numbers: list[int], width: int = 96, height: int = 64) -> torch.Tensor:
+    """Frames uint8 (T, 3, H, W) with edges, gradients and noise, no pixel above 220."""
+    frames = [torch.from_numpy(numbered_frame(n, width, height).to_ndarray(format="rgb24").copy()) for n in numbers]
+    frames = torch.stack(frames).permute(0, 3, 1, 2)
+    noise = torch.randint(0, 60, frames.shape, generator=torch.Generator().manual_seed(0))
+    return (frames.int() * 0.7 + noise).byte()
 
 
 @pytest.mark.parametrize("name", AUTHORS)
-def test_each_operation_is_timms_to_the_bit(monkeypatch, image, name):
+def test_each_operation_is_timms_to_the_bit(monkeypatch, name):
+    image = Image.fromarray(noisy_frames([1234], 113, 70)[0].permute(1, 2, 0).contiguous().numpy())
+    options = dict(img_mean=(128, 128, 128), interpolation=Image.BICUBIC)  # as in all of 40,231 draws of the authors
     changed = False
     for level in (0.0, 1.3, 5.0, 6.7, 7.0, 7.4, 9.0, 9.9):
         for sign in (1, -1):
             monkeypatch.setattr(random, "random", lambda sign=sign: 0.1 if sign > 0 else 0.9)  # timm's _randomly_negate
-            for ours, theirs in INTERPOLATION.items():
-                options = dict(img_mean=(128, 128, 128), interpolation=theirs)
-                expected = auto_augment.AugmentOp(name, 1.0, level, options)(image)
-                found = randaugment.operations(*image.size, level / 10, sign, ours)[name](image)
-                # TF's inverse of a shear differs in the last bit, which can round otherwise.
-                extrema = ImageChops.difference(found, expected).getextrema()
-                assert max(high for _, high in extrema) <= (1 if name == "ShearY" else 0), (level, sign, ours)
-                changed |= found.tobytes() != image.tobytes()
+            expected = auto_augment.AugmentOp(name, 1.0, level, options)(image)
+            result = randaugment.operations(*image.size, level / 10, sign)[name](image)
+            # TF's inverse of a shear differs in the last bit, which can round otherwise.
+            extrema = ImageChops.difference(result, expected).getextrema()
+            assert max(high for _, high in extrema) <= (1 if name == "ShearY" else 0), (level, sign)
+            changed |= result.tobytes() != image.tobytes()
     assert changed
 
 
-def test_the_highest_level_keeps_one_bit(image):
+def test_the_highest_level_keeps_one_bit():
     """Pillow refuses none; the first versions that the authors used made the frame black."""
-    posterize = randaugment.operations(*image.size, 1.0, 1, InterpolationMode.BICUBIC)["PosterizeIncreasing"]
-    assert set(posterize(image).tobytes()) == {0, 128}
+    image = Image.linear_gradient("L").convert("RGB")
+    assert set(randaugment.operations(*image.size, 1.0, 1)["PosterizeIncreasing"](image).tobytes()) == {0, 128}
 
 
 def test_choices_by_their_numbers(monkeypatch):
-    """Four operations, each half the time, of magnitude 7 of 10 with std 0.5; all fifteen, both signs, both filters."""
-    chosen, per_clip, original = [], Counter(), randaugment.operations
+    """Four operations, each half the time, of magnitude 7 of 10 with std 0.5; all fifteen, both signs."""
+    chosen = []
 
-    def recorded(width, height, level, sign, interpolation):
-        def with_name(name, operation):
-            def recorded_operation(image):
-                chosen.append((level, sign, interpolation, name))
-                return operation(image)
+    class Recorded(dict):
+        """The operations of one level and sign, which do nothing but record that they are called."""
 
-            return recorded_operation
+        def __init__(self, width, height, level, sign):
+            for name in AUTHORS:
+                self[name] = lambda image, choice=(level, sign, name): chosen.append(choice) or image
 
-        table = original(width, height, level, sign, interpolation)
-        return {name: with_name(name, operation) for name, operation in table.items()}
-
-    monkeypatch.setattr(randaugment, "operations", recorded)
+    assert list(randaugment.operations(8, 8, 0.5, 1)) == AUTHORS
+    monkeypatch.setattr(randaugment, "operations", Recorded)
     frames = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
+    counts = Counter()
     for number in range(300):
         before = len(chosen)
         torch.manual_seed(number)
-        result = randaugment.rand_augment(frames, 4, 7.0, 0.5)
-        assert result.shape == frames.shape and result.dtype == torch.uint8
-        per_clip[len(chosen) - before] += 1
-    assert set(per_clip) == {0, 1, 2, 3, 4} and len(chosen) == pytest.approx(600, abs=60)
-    levels, *others = zip(*chosen, strict=True)
+        assert torch.equal(randaugment.rand_augment(frames, 4, 7.0, 0.5), frames)
+        counts[len(chosen) - before] += 1
+    assert set(counts) == {0, 1, 2, 3, 4} and len(chosen) == pytest.approx(600, abs=60)
+    levels, signs, names = zip(*chosen, strict=True)
     levels = torch.tensor(levels, dtype=torch.float64)
     assert float(levels.mean()) == pytest.approx(0.7, abs=0.01) and float(levels.std()) == pytest.approx(0.05, abs=0.01)
-    for values, number in zip(others, (2, 2, 15), strict=True):
+    for values, options in ((signs, (1, -1)), (names, AUTHORS)):
         counts = Counter(values)
-        assert len(counts) == number and min(counts.values()) > 0.5 * len(chosen) / number
+        assert set(counts) == set(options) and min(counts.values()) > 0.5 * len(chosen) / len(options)
 
 
-def test_all_frames_are_augmented_alike():
-    frame = torch.randint(0, 256, (1, 3, 30, 40), dtype=torch.uint8)
-    for number in range(40):
-        torch.manual_seed(sample_generator(0, 0, number).initial_seed())
-        clip = randaugment.rand_augment(frame.expand(3, -1, -1, -1), 4, 7.0, 0.5)
-        assert torch.equal(clip, clip[:1].expand_as(clip))
-    assert torch.equal(randaugment.rand_augment(frame, 0, 7.0, 0.5), frame)
+# ---- all of it ----
+
+
+def augmentation(**options) -> finetune.Augmentation:
+    nothing = dict(size=32, randaugment=(0, 0, 0), crop_area=(1, 1), crop_aspect=(1, 1), flip=False, erase=0.0)
+    return finetune.Augmentation(SimpleNamespace(**{**nothing, **options}))
+
+
+def test_without_augmentation_a_square_clip_stays_as_it_is():
+    square = noisy_frames([1, 2], 32, 32)
+    assert torch.equal(augmentation()(square, sample_generator(0, 0, 0)), square)
+
+
+def test_one_augmentation_for_all_frames():
+    """Each frame comes out as if it had been alone."""
+    augment = augmentation(randaugment=(4, 7, 0.5), crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333), flip=True)
+    moving, results = noisy_frames(list(range(6))), set()
+    state = torch.get_rng_state()
+    for number in range(60):
+        clip = augment(moving, sample_generator(0, 0, number))
+        assert clip.shape == (6, 3, 32, 32) and clip.dtype == torch.uint8
+        for t in range(6):
+            assert torch.equal(clip[t], augment(moving[t : t + 1], sample_generator(0, 0, number))[0])
+        results.add(clip.numpy().tobytes())
+    assert len(results) == 60
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+
+
+def test_randaugment_comes_first_with_the_configurations_numbers(monkeypatch):
+    calls = []
+    monkeypatch.setattr(finetune, "rand_augment", lambda *arguments: calls.append(arguments) or arguments[0])
+    frames = noisy_frames([1])
+    augmentation(randaugment=(4, 7, 0.5))(frames, sample_generator(0, 0, 0))
+    assert calls == [(frames, 4, 7, 0.5)]
+
+
+def test_flip_is_of_half_of_the_clips_and_whole_clips():
+    clip, augment, flipped = coordinates(32, 32), augmentation(flip=True), 0
+    for number in range(80):
+        result = augment(clip, sample_generator(0, 0, number))
+        assert torch.equal(result, clip) or torch.equal(result, clip.flip(-1))
+        flipped += not torch.equal(result, clip)
+    assert 25 < flipped < 55
+
+
+def test_random_resized_crop_by_its_numbers():
+    """Edges read off coordinates: area 8 to 100 %, sides between 3:4 and 4:3."""
+    clip, augment = coordinates(240, 240, 1), augmentation(crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.3333))
+    areas, aspects = [], []
+    for number in range(200):
+        result = augment(clip, sample_generator(0, 0, number))[0].float()
+        width, height = ((result[c].amax() - result[c].amin()).item() * 32 / 31 for c in (0, 1))
+        areas.append(width * height / 240**2)
+        aspects.append(width / height)
+    assert 0.06 < min(areas) < 0.15 and 0.85 < max(areas) < 1.05
+    assert 0.68 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.46
+
+
+def test_random_resized_crop_is_not_antialiased():
+    """As F.interpolate resizes in the authors' code: of stripes one pixel wide, every second column is left."""
+    stripes = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., 1::4], stripes[..., 2::4] = 200, 200
+    result = augmentation(size=16, crop_area=(1, 1), crop_aspect=(1, 1))(stripes, sample_generator(0, 0, 0))
+    expected = F.interpolate(stripes.float(), (16, 16), mode="bilinear")
+    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be grey
+
+
+def test_erasing_is_one_box_of_noise_in_all_frames():
+    clip, augment, erased = torch.full((5, 3, 32, 32), 7, dtype=torch.uint8), augmentation(erase=0.25), 0
+    for number in range(200):
+        result = augment(clip, sample_generator(0, 0, number))
+        changed = (result != 7).any(dim=1)  # (5, 32, 32)
+        if not changed.any():
+            continue
+        erased += 1
+        rows, columns = changed.any(dim=(0, 2)), changed.any(dim=(0, 1))
+        box = result[:, :, rows][..., columns].float()  # (5, 3, H, W)
+        assert 0.01 < box[0, 0].numel() / 32**2 <= 0.36
+        assert changed[:, rows][..., columns].float().mean(dim=(1, 2)).min() > 0.9  # some pixels of noise are 7
+        assert box.std(dim=(2, 3)).min() > 20 and not torch.equal(box[0], box[1])
+    assert 30 < erased < 70
+    assert (clip == 7).all()  # the decoded frames, which other repeats use too

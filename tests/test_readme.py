@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ name is there, what they promise is true, and their words are the field's."""
+"""What the README and the pages in docs/ name is there, and each command that they show can be started."""
 
 import importlib
 import re
@@ -16,13 +16,11 @@ from baselines import moco_v3
 from support.config import load_config, read_yaml
 
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = {
-    path.relative_to(ROOT): path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-}
-EVERYTHING = "\n".join(PAGES.values())
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT): path.read_text("utf-8") for path in FILES}
 STAGES = {stage.__name__.replace(".", "/"): stage for stage in (pretrain, finetune, probe, detect_ava, moco_v3)}
 FOLDERS = [stage.DEFAULT.parent for stage in STAGES.values()]
-KEYS = {key for stage in STAGES.values() for key in read_yaml(stage.DEFAULT)}
+KEYS = {key for folder in FOLDERS for key in read_yaml(folder / "defaults.yaml")}
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -32,37 +30,32 @@ def code_of(page: str, language: str) -> list[str]:
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """Words of the commands in blocks and between backticks that start Python: a stage, a module, a benchmark."""
+    """Words of the commands in blocks and between backticks that start a stage or a tool."""
     lines = "\n".join(code_of(page, "bash")).replace("\\\n", " ").split("\n")
     lines += re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
-    parts = [part for line in lines for part in line.split("&&")]
-    commands = [shlex.split(part, comments=True) for part in parts]
-    return [words for words in commands if len(words) > 1 and words[0].split("/")[-1] in ("python", "torchrun")]
+    commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    commands = [words for words in commands if len(words) > 1 and words[0].split("/")[-1] in ("python", "torchrun")]
+    return [words for words in commands if any(re.search(r"\.py$|^tools\.", word) for word in words)]
 
 
-ALL = {tuple(words) for page in PAGES.values() for words in commands_of(page)}
-COMMANDS = sorted(words for words in ALL if any(re.search(r"\.py$|^support\.", word) for word in words))
-
-
-# ---- the map ----
-
+COMMANDS = sorted({tuple(words) for page in PAGES.values() for words in commands_of(page)})
 SECTION = README[README.index("## From the paper to the code") :].split("\n## ")[0]
 MAP = re.findall(r"^\| ((?:Sec\.|Eq\.|Tables?|Figures?) [^|]+) \| ([^\n]+) \|$", SECTION, re.MULTILINE)
 
 
-def test_map_covers_the_paper():
+def test_the_map_covers_the_paper():
     """Every section, equation, table and figure, by number."""
-    found = {"Sec.": set(), "Eq.": set(), "Table": set(), "Figure": set()}
-    for of_paper, _ in MAP:
-        kind, numbers = of_paper.split(":")[0].split(" ", 1)
-        found[kind.removesuffix("s")] |= set(numbers.replace(" and ", ", ").split(", "))
+    seen = {"Sec.": set(), "Eq.": set(), "Table": set(), "Figure": set()}
+    for in_paper, _ in MAP:
+        kind, numbers = in_paper.split(":")[0].split(" ", 1)
+        seen[kind.removesuffix("s")] |= set(numbers.replace(" and ", ", ").split(", "))
     sections = {"1", "2", "3.1", "3.2", "3.3", "4.1", "4.2", "4.3", "4.4", "5", "A", "B", "C.1", "C.2", "D", "E", "F"}
     tables = {"1a", "1b", "1c", "1d", "1e", "1f", *map(str, range(2, 14))}
-    assert found == {"Sec.": sections, "Eq.": {"1"}, "Table": tables, "Figure": set(map(str, range(1, 12)))}
+    assert seen == {"Sec.": sections, "Eq.": {"1"}, "Table": tables, "Figure": set(map(str, range(1, 12)))}
 
 
-@pytest.mark.parametrize("of_paper, here", MAP)
-def test_every_name_in_the_map_exists(of_paper, here):
+@pytest.mark.parametrize("in_paper, here", MAP)
+def test_every_name_in_the_map_exists(in_paper, here):
     """`file.py` is followed by names in it; configuration files are in a stage's folder; keys are of some stage."""
     module, known = None, False
     for name in re.findall(r"`([^`]+)`", here):
@@ -71,75 +64,47 @@ def test_every_name_in_the_map_exists(of_paper, here):
         elif name.endswith((".yaml", "/")):
             assert any((folder / name).exists() for folder in (ROOT, *FOLDERS)), name
         elif name.startswith("--"):
-            assert f'"{name}"' in (ROOT / module.__file__).read_text("utf-8"), name
+            assert f'"{name}"' in Path(module.__file__).read_text("utf-8"), name
         elif name.split("=")[0] not in KEYS and name != "init=":
             value = module
             for part in name.split("."):
                 value = getattr(value, part)
         known = True
-    assert known or "not here" in here or "docs/" in here or "as Table 2" in here, of_paper
-
-
-# ---- files, links, keys, numbers ----
+    assert known or "not here" in here or "docs/" in here or "as Table 2" in here, in_paper
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_picture_and_file_exists(page):
+def test_every_link_file_and_key_exists(page):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
         assert ((ROOT / page).parent / link).exists(), link
     prose = BLOCK.sub("", PAGES[page])
-    written = {"config.yaml"}  # by runs
-    for name in set(re.findall(r"`([\w/]+\.(?:py|yaml))`", prose)) - written:
-        folders = [ROOT, *FOLDERS, ROOT / "configs/finetune/variations"]
+    folders = [ROOT, *FOLDERS, ROOT / "configs/finetune/variations"]
+    for name in set(re.findall(r"`([\w/]+\.(?:py|yaml))`", prose)) - {"config.yaml"}:  # which runs write
         assert any((folder / name).exists() for folder in folders), name
-
-
-def test_every_page_is_linked_from_the_readme():
-    links = set(re.findall(r"\]\((docs/\w+\.md)\)", README))
-    assert links == {page.as_posix() for page in PAGES} - {"README.md"}
-
-
-@pytest.mark.parametrize("folder", [folder.name for folder in FOLDERS])
-def test_every_recipe_is_in_a_table(folder):
-    """Of docs/reproduce.md, in the section that names the recipe's folder."""
-    page = (ROOT / "docs/reproduce.md").read_text("utf-8")
-    section = page[page.index(f": `configs/{folder}/`") :].split("\n## ")[0]
-    missing = [path.name for path in (ROOT / "configs" / folder).glob("*.yaml") if f"`{path.name}`" not in section]
-    missing += [path.name for path in (ROOT / "configs" / folder).glob("*/*.yaml") if path.name not in section]
-    assert not missing
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_key_exists(page):
     keys = set(re.findall(r"`((?:model|mask|moco|target|data|optim|run)\.\w+)(?=[`=])", PAGES[page]))
     assert keys <= KEYS | {"model.py", "data.py"}, keys - KEYS
+    for code in code_of(PAGES[page], "python"):
+        compile(code, str(page), "exec")
+        for module, names in re.findall(r"^from (\S+) import (.+)$", code, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), (module, name)
 
 
-def test_numbers_of_lines_are_true():
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", README, re.MULTILINE)
+def test_every_page_recipe_file_and_tool_is_named():
+    """Pages and files in the README, recipes in docs/reproduce.md in the section of their folder."""
+    links = set(re.findall(r"\]\((docs/\w+\.md)\)", README))
+    assert links == {page.as_posix() for page in PAGES} - {"README.md"}
+    page = PAGES[Path("docs/reproduce.md")]
+    for folder in FOLDERS:
+        section = page[page.index(f": `configs/{folder.name}/`") :].split("\n## ")[0]
+        recipes = {path.name for path in folder.rglob("*.yaml")} - {"defaults.yaml"}
+        assert not [name for name in recipes if name not in section]
     files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "baselines").glob("*.py")]
-    stated = {name: int(number.replace(",", "")) for name, number in rows}
-    true = {path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in files}
-    assert stated.keys() == {name for name, lines in true.items() if lines}
-    wrong = {name: (stated[name], true[name]) for name in stated if abs(stated[name] - true[name]) > 0.1 * true[name]}
-    assert not wrong, f"stated, true: {wrong}"
-
-
-@pytest.mark.parametrize(
-    "stage, pattern",
-    [
-        ("support/scores.py", r"\b(scores\.csv|classes\.csv|comparison\.png)\b"),
-        ("detect_ava.py", r"\b(detections\.csv|mAP\.json)\b"),
-    ],
-)
-def test_files_that_testing_writes_are_as_named(stage, pattern):
-    names = set(re.findall(pattern, EVERYTHING))
-    assert len(names) > 1
-    for name in names:
-        assert f'"{name}"' in (ROOT / stage).read_text("utf-8")
-
-
-# ---- commands ----
+    named = set(re.findall(r"^\| `([\w/]+\.py)` \|", README, re.MULTILINE))
+    assert named == {path.relative_to(ROOT).as_posix() for path in files if path.stat().st_size}
+    tools = {f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "def main" in path.read_text("utf-8")}
+    started = {word for words in COMMANDS for word in words}
+    assert tools <= started and {f"{stage}.py" for stage in STAGES} <= started
 
 
 def test_ci_finds_the_test_command():
@@ -151,65 +116,18 @@ def test_ci_finds_the_test_command():
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_real(words):
     """Scripts, modules, options and configuration files exist; every key=value is valid for what is started."""
-    start = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
-    if words[start] == "-m":
-        start += 1
+    start = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("tools."))
     name = words[start].removesuffix(".py")
-    script = ROOT / (f"{name}.py" if words[start].endswith(".py") else f"{name.replace('.', '/')}.py")
-    source = script.read_text("utf-8")
+    source = (ROOT / f"{name.replace('.', '/')}.py").read_text("utf-8")
+    if "--evaluate" in words:  # whose options are in another file
+        source += "".join(path.read_text("utf-8") for path in (ROOT / "support").glob("*.py"))
     assert '__name__ == "__main__"' in source
-    if "--evaluate" in words:  # whose options are those of support/ava.py
-        source += (ROOT / "support/ava.py").read_text("utf-8")
     arguments = words[start + 1 :]
     for option in (word for word in arguments if word.startswith("--")):
         assert f'"{option}"' in source, option
     settings = [word for word in arguments if re.match(r"\w+(\.\w+)?=|[^-].*\.yaml$", word)]
-    if name in ("support.datasets", "support.prepare", "support.study"):  # read recipes of several stages
-        name = next((Path(word).parent.name for word in settings if word.endswith(".yaml")), "finetune")
+    if name.startswith("tools.") and settings:  # read recipes of several stages
+        folders = [Path(word).parent.name for word in settings if word.endswith(".yaml")]
+        name = next((stage for stage in STAGES if STAGES[stage].DEFAULT.parent.name in folders), "finetune")
     if name in STAGES:
         load_config(STAGES[name].DEFAULT, settings)
-    else:
-        assert not settings
-
-
-def test_the_pages_have_commands_of_every_stage_and_module():
-    started = {word.removesuffix(".py") for words in COMMANDS for word in words}
-    modules = {
-        f"support.{path.stem}"
-        for path in (ROOT / "support").glob("*.py")
-        if '__name__ == "__main__"' in path.read_text("utf-8")
-    }
-    assert STAGES.keys() <= started
-    assert modules - {"support.toy"} <= started  # the stages render the toy videos
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_python_that_is_shown_compiles_and_imports_what_exists(page):
-    for code in code_of(PAGES[page], "python"):
-        compile(code, str(page), "exec")
-        for module, names in re.findall(r"^from (\S+) import (.+)$", code, re.MULTILINE):
-            for name in names.split(", "):
-                assert hasattr(importlib.import_module(module), name), (module, name)
-
-
-# ---- language ----
-
-NOT_OUR_WORDS = """goes on, go on, mend, mends, mended, anew, beside, by heart, hangs on, worth chance, so many, chief,
-    piece, pieces, hidden, hides, numerics, recompute, recomputed, deviation, colour, colours, centre, centred,
-    normalise, normalised, initialise, initialised, neighbour, neighbours, favour, favours, grey, licence"""
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_words_are_the_fields(page):
-    """design.md's table of words, and American spelling. Code is not prose: a key may be named run.recompute."""
-    prose = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", PAGES[page]))
-    words = "|".join(re.escape(word) for word in re.split(r",\s+", NOT_OUR_WORDS))
-    found = re.findall(rf"\b(?:{words})\b", " ".join(prose.split()), re.IGNORECASE)
-    assert not found
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_lines_are_short(page):
-    """At most 120 columns, but for tables. The study's page is generated, each paragraph in one line."""
-    long = [line for line in PAGES[page].splitlines() if len(line) > 120 and not line.startswith("|")]
-    assert not long or page.name == "study.md"

@@ -1,23 +1,27 @@
-"""The schedule is the paper's, randomness a function of its numbers, batches are split exactly; the folder survives."""
+"""What the loops rest on: schedule, random numbers, split of a batch, checkpoints, the log, how a command ends."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command
 
-from support.checkpoint import describe, load_checkpoint, open_folder, open_log, save_checkpoint
+from support.checkpoint import describe, load_checkpoint, write_checkpoint
 from support.config import UserError, as_dict, load_config
-from support.processes import find_device, has_fast_bf16, launch
-from support.run import Run, warmup_cosine
+from support.processes import Processes, compiler, find_device, has_fast_bf16, launch, start_processes
+from support.run import Log, check_writable, lock_folder, open_log, peak_memory, split_batch, warmup_cosine
 from support.seeds import random_below, sample_generator, seed_device
 
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
+ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
+VIDEOS = dict(count=2, digest="that of the test")
 
 
 def test_schedule_by_hand():
@@ -31,12 +35,11 @@ def test_schedule_by_hand():
     assert lr(0) == 0 and lr(warmup // 2) == pytest.approx(peak / 2) and lr(warmup) == pytest.approx(peak)
     assert lr((steps + warmup) // 2) == pytest.approx((peak + end) / 2)
     assert lr(steps - 1) == pytest.approx(end, rel=1e-4)
-    assert all(lr(s) >= lr(s + 1000) for s in range(warmup, steps - 1000, 1000))
     by_hand = end + (peak - end) * (1 + math.cos(math.pi * 1000 / (steps - warmup))) / 2
     assert lr(warmup + 1000) == pytest.approx(by_hand)
 
 
-def test_randomness_is_a_function_of_its_numbers():
+def test_random_numbers_are_a_function_of_what_they_are_for():
     seen = {}
     for seed in range(3):
         for epoch in (-1, 0, 1, 11):
@@ -45,127 +48,113 @@ def test_randomness_is_a_function_of_its_numbers():
                 assert value == random_below(2**62, sample_generator(seed, epoch, index))
                 assert seen.setdefault(value, (seed, epoch, index)) == (seed, epoch, index)
     assert sorted({random_below(3, sample_generator(0, 0, i)) for i in range(50)}) == [0, 1, 2]
-
-
-def test_what_is_drawn_on_the_device_depends_on_seed_micro_batch_and_rank():
-    drawn = set()
+    sampled = set()
     for seed, micro_step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         for _ in range(2):
             seed_device(seed, micro_step, rank)
-            drawn.add(float(torch.rand(())))
-    assert len(drawn) == 4
+            sampled.add(float(torch.rand(())))
+    assert len(sampled) == 4
 
 
-def test_each_micro_batch_of_a_run_draws_other_numbers_on_the_device(tmp_path):
-    settings = ["optim.batch_size=4", "optim.epochs=3", "run.batch_per_device=2", f"run.folder={tmp_path}"]
-    run = Run(load_config(TOY, settings), TOY)
-    run.plan(["a", "b", "c", "d", "e", "f", "g", "h"], 4)
-    run.open({})
-    batches = iter([(torch.zeros(2), [])] * 12)
-    seeds = [torch.initial_seed() for _ in run.steps() for _ in run.micro_batches(batches)]
-    assert len(seeds) == 3 * 2 * 2 == len(set(seeds))
+# ---- the split of a batch ----
 
 
 @pytest.mark.parametrize(
-    "batch, world_size, at_most, repeats, micro_batch",
+    "batch, world_size, at_most, micro_batch, note",
     [
-        (1024, 64, 64, 1, 16),
-        (1024, 8, 64, 1, 64),
-        (512, 8, 16, 2, 8),
-        (192, 8, 24, 1, 24),
-        (12, 1, 5, 1, 4),
-        (7, 1, 3, 1, 1),
+        (1024, 64, 64, 16, False),
+        (1024, 8, 64, 64, False),
+        (192, 8, 24, 24, False),
+        (12, 1, 5, 4, False),
+        (7, 1, 0, 1, False),
+        (7, 1, 3, 1, True),
+        (254, 2, 64, 1, True),
+        (254, 1, 64, 2, True),
     ],
 )
-def test_batches_are_split_exactly(batch, world_size, at_most, repeats, micro_batch):
-    settings = [
-        f"optim.batch_size={batch}",
-        f"run.batch_per_device={at_most}",
-        "optim.epochs=5",
-        "optim.warmup_epochs=2",
-    ]
-    run = Run(load_config(TOY, settings), TOY)
-    run.world_size = world_size
-    run.plan(range(10 * batch + 3), batch, repeats)
-    assert (run.per_device, run.per_device * run.accumulation * world_size) == (micro_batch, batch)
-    assert run.per_device * repeats <= max(at_most, repeats) and run.samples_per_step == batch * repeats
-    assert (run.steps_per_epoch, run.total, run.warmup) == (10, 50, 20)
+def test_a_batch_is_split_exactly(batch, world_size, at_most, micro_batch, note, capsys):
+    per_device, accumulation = split_batch(10 * batch, batch, world_size, at_most)
+    assert per_device == micro_batch and per_device * accumulation * world_size == batch
+    printed = capsys.readouterr().err
+    assert f"batch of {batch} videos = {world_size} processes x {accumulation} accumulated x {micro_batch}" in printed
+    assert ("can only be split into micro-batches" in printed) == note
 
 
-def test_a_batch_that_splits_badly_is_said(capsys):
-    run = Run(load_config(TOY, ["optim.batch_size=254", "run.batch_per_device=64"]), TOY)
-    run.world_size = 2
-    run.plan(range(1000), 254)
-    assert run.per_device == 1 and "can only be split into micro-batches of 1, though 64 fit" in capsys.readouterr().err
-    run.world_size = 1
-    run.plan(range(1000), 254)
-    assert run.per_device == 2
-    assert "micro-batches of 2" in capsys.readouterr().err
-    Run(load_config(TOY, ["optim.batch_size=256", "run.batch_per_device=64"]), TOY).plan(range(1000), 256)
-    assert not capsys.readouterr().err
+def test_a_batch_that_cannot_be_split_names_one_that_can():
+    with pytest.raises(
+        UserError, match="9 videos are fewer than one batch of 10: set optim.batch_size so that it is 9"
+    ):
+        split_batch(9, 10, 1, 8)
+    with pytest.raises(UserError, match="10 videos cannot be split equally over 3 processes: .* so that it is 9,"):
+        split_batch(100, 10, 3, 8)
 
 
-def test_batches_that_cannot_be_split_end_in_a_sentence():
-    run = Run(load_config(TOY, ["optim.batch_size=10"]), TOY)
-    with pytest.raises(UserError, match="9 videos are fewer than one batch: set optim.batch_size to 9 or less"):
-        run.plan(range(9), 10)
-    run.world_size = 3
-    with pytest.raises(UserError, match="optim.batch_size=10, 10 videos, cannot be split equally over 3 processes"):
-        run.plan(range(100), 10)
+# ---- the log ----
 
 
-def test_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
+def test_the_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
     open_log(path, 20).write('{"step": 30}\n')
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+    for line in ("no json", "[]", '{"loss": 1}'):
+        path.write_text(f"{line}\n")
+        with pytest.raises(UserError, match="holds a line that is not a log entry"):
+            open_log(path, 20)
+        assert path.read_text() == f"{line}\n"
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", '{"loss": 1}'])
-def test_a_foreign_log_ends_in_a_sentence(tmp_path, line):
-    (tmp_path / "log.jsonl").write_text(f"{line}\n")
-    with pytest.raises(UserError, match="holds a line that is not a log entry"):
-        open_log(tmp_path / "log.jsonl", 20)
-    assert (tmp_path / "log.jsonl").read_text() == f"{line}\n"
+def test_lines_have_the_speed_of_training_alone_and_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    log = Log(load_config(TOY, [f"run.folder={tmp_path}"]), ALONE, 0, 20, clips_per_step=8)
+    time.sleep(0.1)
+    with log.clock_stopped():
+        time.sleep(0.4)
+    log.write_step(10, 0.5, waited=0.05, epoch=0.12345, lr=0.1, grad_norm=2.0)
+    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert {"loss": 0.5, "step": 10, "epoch": 0.1235, "lr": 0.1, "grad_norm": 2.0}.items() <= line.items()
+    assert 400 < line["clips_per_second"] <= 800 and 0.2 < line["waiting_for_data"] <= 0.5
+    with pytest.raises(UserError, match="the loss is nan at step 20; a lower optim.base_lr may help"):
+        log.write_step(20, math.nan, waited=0.05, epoch=1.0)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
-    settings = [
-        f"run.folder={tmp_path}",
-        "optim.batch_size=2",
-        "optim.epochs=4",
-        "optim.warmup_epochs=0",
-        "run.log_every=1",
-    ]
-    run = Run(load_config(TOY, settings), TOY)
-    run.plan(range(2), 2)
-    run.open({})
-    with pytest.raises(UserError, match="the loss is nan at step 2; a lower optim.base_lr may help"):
-        for step in run.steps():
-            run.add_loss(torch.tensor(1.0 if step == 0 else math.nan))
-            run.end_step()
-    assert [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1.0]
+def test_a_system_without_resource_logs_no_memory(monkeypatch):
+    assert 0.05 < peak_memory(torch.device("cpu")) < 100
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) is None
 
 
-def test_a_checkpoint_is_replaced_whole_and_bound_to_its_configuration(tmp_path):
-    config = load_config(TOY, [])
-    assert load_checkpoint(tmp_path, config, TOY) is None
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_is_bound_to_its_configuration_and_videos(tmp_path):
+    def load(*settings: str, default: Path = TOY, videos: dict = VIDEOS) -> dict | None:
+        return load_checkpoint(load_config(default, [f"run.folder={tmp_path}", *settings]), default, videos=videos)
+
+    assert load() is None
     for step in (1, 2):
-        content = dict(step=step, weight=torch.ones(3), config=as_dict(config))
-        save_checkpoint(tmp_path / "checkpoint.pt", content)
-    assert load_checkpoint(tmp_path, config, TOY)["step"] == 2
-    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
-    tested = ROOT / "configs" / "finetune" / "toy.yaml"
-    (tmp_path / "finetune").mkdir()
-    content = dict(step=2, config=as_dict(load_config(tested, [])))
-    save_checkpoint(tmp_path / "finetune" / "checkpoint.pt", content)
-    views = load_config(tested, ["data.test_clips=7", "data.test_crops=3"])
-    assert load_checkpoint(tmp_path / "finetune", views, tested)["step"] == 2
-    moved = load_config(TOY, ["run.log_every=1", "data.workers=0", "data.root=elsewhere"])
-    assert load_checkpoint(tmp_path, moved, TOY)["step"] == 2
+        content = dict(step=step, weight=torch.ones(3), config=as_dict(load_config(TOY, [])), videos=VIDEOS)
+        write_checkpoint(tmp_path / "checkpoint.pt", content)
+    assert load()["step"] == 2 and list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
+    assert load("run.log_every=1", "data.workers=0", "data.root=elsewhere", "optim.base_lr=1e-3")["step"] == 2
     for setting, sentence in (("mask.ratio=0.9", "mask.ratio=0.75, not 0.9"), ("run.seed=1", "run.seed=0, not 1")):
         with pytest.raises(UserError, match=f"holds a run with {sentence}"):
-            load_checkpoint(tmp_path, load_config(TOY, [setting]), TOY)
+            load(setting)
+    with pytest.raises(UserError, match="2 training videos, which differ from today's 3"):
+        load(videos=dict(count=3, digest=""))
+    assert load("run.other_videos=true", videos=dict(count=3, digest=""))["step"] == 2
+    finetuning = ROOT / "configs" / "finetune" / "toy.yaml"
+    content = dict(step=3, config=as_dict(load_config(finetuning, [])), videos=VIDEOS)
+    write_checkpoint(tmp_path / "checkpoint.pt", content)
+    assert load("data.test_clips=7", "data.test_crops=3", default=finetuning)["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", [1], {"step": 1}, {"config": {"run": 3}}])
+def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="is not a whole checkpoint of a run .*: delete it"):
+        load_checkpoint(load_config(TOY, [f"run.folder={tmp_path}"]), TOY, videos=VIDEOS)
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
@@ -173,10 +162,10 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
     code = f"""
 import resource, torch
 from pathlib import Path
-from support.checkpoint import save_checkpoint
+from support.checkpoint import write_checkpoint
 from support.processes import launch
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file may have
-save = lambda n: save_checkpoint(Path({str(path)!r}), dict(weight=torch.ones(n)))
+save = lambda n: write_checkpoint(Path({str(path)!r}), dict(weight=torch.ones(n)))
 launch(lambda: (save(10), save(100_000)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
@@ -185,70 +174,27 @@ launch(lambda: (save(10), save(100_000)))
     assert list(tmp_path.iterdir()) == [path] and len(torch.load(path, weights_only=True)["weight"]) == 10
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", [1], {"step": 1}, {"config": {"run": 3}}])
-def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_sentence(tmp_path, content):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(UserError, match="is not a whole checkpoint of a run .*: delete it"):
-        load_checkpoint(tmp_path, load_config(TOY, []), TOY)
+def test_training_videos_are_described_by_names_labels_and_order():
+    a, b = Path("old/a.avi"), Path("old/b.avi")
+    assert describe([a, b]) == describe([Path("new/a.mp4"), Path("new/b.mp4")])  # moved, or prepared
+    assert describe([(a, 1)]) == describe([(Path("new/a.mp4"), 1)])
+    others = [[b, a], [a], [a, a], [(a, 0)], [(a, 1)], [(("a", 902), "rows")], [(("a", 903), "rows")]]
+    assert len({describe(videos)["digest"] for videos in [[a, b], *others]}) == 8
+    assert describe([Path(os.fsdecode(b"\xff.mp4"))])["count"] == 1
 
 
-def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr("sys.argv", ["stage.py"])
-    with pytest.raises(SystemExit, match="^stage.py: .*File exists: .*; set another run.folder, or fix this one$"):
-        launch(lambda: open_folder(tmp_path / "file", load_config(TOY, [])))
-
-
-def test_every_module_imports_where_a_system_lacks_fcntl_and_resource():
-    files = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("support/[a-z]*.py"))]
-    names = [".".join(path.with_suffix("").parts) for path in files]
-    blocked = "import importlib, sys; sys.modules |= dict.fromkeys(['fcntl', 'resource'])"  # None: ImportError
-    code = f"import torch, filelock, av; {blocked}; [importlib.import_module(name) for name in {names}]"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert len(names) > 15 and done.returncode == 0, done.stderr
-
-
-def test_a_system_without_resource_logs_no_memory(monkeypatch):
-    from support.run import peak_memory
-
-    assert 0.05 < peak_memory(torch.device("cpu")) < 100
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert peak_memory(torch.device("cpu")) is None
-
-
-def test_a_sentence_from_a_loader_worker_is_the_last_line_of_its_report(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["stage.py"])
-
-    def main() -> None:
-        raise UserError(
-            "Caught UserError in DataLoader worker process 0.\nTraceback\nsupport.config.UserError: do this\n"
-        )
-
-    with pytest.raises(SystemExit, match="^stage.py: do this$"):
-        launch(main)
+# ---- devices ----
 
 
 def test_precision_and_compilation_follow_the_device():
-    for setting, wanted in (("auto", False), ("bf16", True), ("float32", False)):
-        run = Run(load_config(TOY, [f"run.precision={setting}"]), TOY)
+    for setting, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16), ("float32", torch.float32)):
+        processes = start_processes(setting)
         if not torch.cuda.is_available():
-            assert run.bf16 == wanted and run.compile(print) is print
-        with run.autocast():
-            product = torch.ones(2, 2, device=run.device) @ torch.ones(2, 2, device=run.device)
-        assert (product.dtype == torch.bfloat16) == run.bf16
-
-
-def test_a_line_of_the_log_holds_whatever_a_stage_measures_also_on_the_device(tmp_path):
-    words = [f"run.folder={tmp_path}", "optim.batch_size=2", "optim.epochs=1", "optim.warmup_epochs=0"]
-    run, model = Run(load_config(TOY, [*words, "run.log_every=1"]), TOY), torch.nn.Linear(1, 1)
-    run.plan(range(2), 2)
-    run.open(dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)))
-    for _ in run.steps():
-        run.add_loss(torch.tensor(0.5))
-        run.end_step(lr=0.1, grad_norm=torch.tensor(2.0, requires_grad=True))
-    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert (line["loss"], line["lr"], line["grad_norm"]) == (0.5, 0.1, 2.0)
+            assert processes == Processes(0, 1, torch.device("cpu"), dtype)
+            assert compiler("auto", processes.device)(print) is print
+        with processes.autocast():
+            product = torch.ones(2, 2, device=processes.device) @ torch.ones(2, 2, device=processes.device)
+        assert product.dtype == processes.dtype
 
 
 @pytest.mark.parametrize("kind, count, rank", [("cuda", 2, 1), ("mps", 1, 0), ("xpu", 2, 0)])
@@ -265,23 +211,56 @@ def test_a_process_takes_the_accelerator_of_its_rank(kind, count, rank, monkeypa
     assert find_device() == torch.device("cpu") and not has_fast_bf16(find_device())
 
 
-def test_training_videos_are_described_by_names_labels_and_order(tmp_path):
-    a, b = Path("old/a.avi"), Path("old/b.avi")
-    assert describe([a, b]) == describe([Path("new/a.mp4"), Path("new/b.mp4")])  # moved, or prepared
-    assert describe([(a, 1)]) == describe([(Path("new/a.mp4"), 1)])
-    others = [[b, a], [a], [a, a], [(a, 0)], [(a, 1)], [(("a", 902), "rows")], [(("a", 903), "rows")]]
-    assert len({describe(videos)["digest"] for videos in [[a, b], *others]}) == 8
-    assert describe([Path(os.fsdecode(b"\xff.mp4"))])["count"] == 1
+def test_every_module_imports_where_a_system_lacks_fcntl_and_resource():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("support/[a-z]*.py"), *ROOT.glob("tools/[a-z]*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    blocked = "import importlib, sys; sys.modules |= dict.fromkeys(['fcntl', 'resource'])"  # None: ImportError
+    code = f"import torch, filelock, av; {blocked}; [importlib.import_module(name) for name in {names}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert len(names) > 20 and done.returncode == 0, done.stderr
 
 
-def test_an_oserror_that_is_not_about_a_path_is_shown_whole(monkeypatch, capsys):
-    def main():
-        raise OSError(5, "Input/output error")
+# ---- how a command ends ----
 
-    monkeypatch.setattr("sys.argv", ["pretrain.py"])
-    with pytest.raises(SystemExit, match=r"pretrain.py: \[Errno 5\] Input/output error$"):
-        launch(main)
-    assert "Traceback" in capsys.readouterr().err
+
+def raising(error: Exception):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+WORKER = "Caught UserError in DataLoader worker process 0.\nTraceback\nsupport.config.UserError: do this\n"
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+ENDINGS = [
+    (UserError(WORKER), "do this$"),
+    (FileExistsError(17, "File exists", "folder"), ".*File exists: 'folder'; give another path, or fix this one$"),
+    (OSError(5, "Input/output error"), r"\[Errno 5\] Input/output error$"),
+    (RuntimeError(KILLED), "a loader worker was killed, perhaps for lack of memory: set data.workers lower"),
+    (RuntimeError("unable to open shared memory object"), "the loader's workers lack shared memory or open files"),
+]
+
+
+@pytest.mark.parametrize("error, sentence", ENDINGS)
+def test_what_a_user_can_fix_ends_in_a_sentence(error, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit, match=f"^stage.py: {sentence}"):
+        launch(raising(error))
+    assert ("Traceback" in capsys.readouterr().err) == (isinstance(error, OSError) and not error.filename)
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (RuntimeError("shapes do not match"), KeyError("x")):
+        with pytest.raises(type(error)):
+            launch(raising(error))
+
+
+def test_a_folder_that_cannot_be_used_ends_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="File exists: .*; set another run.folder, or fix this one$"):
+        lock_folder(tmp_path / "file")
+    with pytest.raises(UserError, match="results cannot be written into .*: name another folder with --out"):
+        check_writable(tmp_path / "file")
 
 
 SMALL_SHM = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]
@@ -297,3 +276,42 @@ def test_a_loader_without_shared_memory_or_open_files_ends_in_a_sentence(limited
     done = subprocess.run([*limited, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "workers lack shared memory or open files" in last and "ulimit -n" in last, last
+
+
+# ---- --help, and options that are keys ----
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "probe", "detect_ava", "baselines.moco_v3"])
+def test_help_names_the_file_of_all_keys_and_an_option_that_is_a_key_says_so(stage, monkeypatch, capsys):
+    main = importlib.import_module(stage).main
+    monkeypatch.setattr("sys.argv", [f"{stage}.py", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "defaults.yaml lists all keys" in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr("sys.argv", [f"{stage}.py", "--epochs", "3"])
+    with pytest.raises(UserError, match="there is no option --epochs; keys are given as optim.epochs=3"):
+        main()
+
+
+def test_micro_batches_have_their_own_random_numbers_on_the_device(settings, tmp_path, monkeypatch):
+    import pretrain
+
+    seeds = []
+    monkeypatch.setattr(pretrain, "seed_device", lambda *numbers: seeds.append(numbers))
+    words = [*settings["pretrain"], "run.batch_per_device=2", f"run.folder={tmp_path}", "data.workers=0"]
+    pretrain.train(load_config(TOY, words))
+    assert seeds == [(0, micro_step, 0) for micro_step in range(9 * 4)]
+
+
+def test_only_settings_are_taken_from_the_command_line(monkeypatch, tmp_path):
+    import argparse
+
+    from support.config import parse
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=1.mp4").touch()
+    monkeypatch.setattr("sys.argv", ["stage.py", "--predict", "x=1.mp4", "y=2.mp4", "run.seed=1"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--predict", nargs="+")
+    arguments = parse(parser)
+    assert arguments.predict == ["x=1.mp4"] and arguments.settings == ["y=2.mp4", "run.seed=1"]

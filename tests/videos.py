@@ -37,6 +37,13 @@ def number_of(frame: torch.Tensor) -> int:
     return sum(int(bit) << place for place, bit in enumerate(bits))
 
 
+def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
+    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
+    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
+    return clip
+
+
 def write_numbered(
     path: Path,
     count: int,
@@ -60,6 +67,15 @@ def write_numbered(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def frame_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
+    """A folder of extracted frames, as SlowFast has: NAME/NAME_000001.jpg, each showing its number from 0."""
+    folder.mkdir()
+    for number in range(count):
+        picture = numbered_frame(number, *size).to_image()
+        picture.save(folder / f"{folder.name}_{number + 1:06d}.jpg", quality=95)
+    return folder
 
 
 def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masking
 from baselines import moco_v3
-from model import SIZES, VideoClassifier, VideoMAE, encoder_size, recompute_blocks
+from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations, encoder_size
 from support.config import load_config
 from support.processes import launch
 
@@ -118,7 +118,7 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         model.to_empty(device="cpu")
         plain = total()
-        recompute_blocks(model)
+        checkpoint_activations(model)
         return plain, total()
 
 

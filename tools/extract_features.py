@@ -1,0 +1,152 @@
+"""Write features of long videos: a frozen encoder applied to windows along each video (docs/features.md).
+
+python -m tools.extract_features movie.mp4 videos/ --weights runs/finetune/toy/checkpoint.pt --out features
+"""
+
+import argparse
+import os
+import sys
+import zlib
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import reduce
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+import data
+from model import Encoder, VideoClassifier, cube_grid
+from probe import DEFAULT, LinearProbe
+from support.config import UserError, as_dict, flatten, load_config, parse, say
+from support.datasets import named_videos
+from support.processes import gather, launch, start_processes
+from support.video import BrokenVideo
+from support.weights import load_weights, read_checkpoint, read_options, stored_config
+from tools.windows import windows
+
+# --keep: the mean over all tokens of a window, the means over those of each time, or every token
+KEEP = {"mean": "B (t n) D -> B D", "time": "B (t n) D -> B t D", "tokens": "B (t n) D -> B (t n) D"}
+
+
+def configure(weights: Path, settings: list[str]) -> SimpleNamespace:
+    """Return the probe's configuration with the values of the weights' training, and `settings` over them."""
+    trained = flatten(read_checkpoint(weights)[1].get("config", {}))  # in any stage
+    if not trained:
+        return stored_config(weights, DEFAULT, settings)
+    stored = flatten(as_dict(load_config(DEFAULT, [])))
+    return load_config(DEFAULT, settings, {key: trained.get(key, value) for key, value in stored.items()})
+
+
+def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.Module]:
+    """Return the encoder with its last norm, or the one of fine-tuned weights, which has none, and their `fc_norm`."""
+    state, options = read_checkpoint(weights)[0], read_options(weights, config.model.pretrained_clip)
+    sizes = {key: options[key] for key in ("width", "depth", "heads", "clip_size", "eps") if key in options}
+    kind = VideoClassifier if "fc_norm.weight" in state else LinearProbe
+    model = kind(**sizes, cube=config.model.cube, classes=1).eval()
+    model.head = nn.Identity()
+    load_weights(model, weights)
+    return model.encoder, getattr(model, "fc_norm", nn.Identity())
+
+
+def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
+    """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
+    videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
+    above = os.path.commonpath([video.parent for video in videos])
+    files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
+    if len(files) < len(videos):
+        raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
+    return files
+
+
+def check_settings(file: Path, settings: dict) -> None:
+    """Raise UserError if a file of features was made with other settings."""
+    try:
+        with np.load(file) as stored:
+            then = {key: str(stored[key]) for key in settings}
+    except Exception as error:  # many types for one mistake
+        raise UserError(f"{file} holds no features ({type(error).__name__}): delete it or give another --out") from None
+    if differ := [f"{key}={then[key]}, not {now}" for key, now in settings.items() if then[key] != str(now)]:
+        raise UserError(f"{file} was made with {'; '.join(differ)}: delete it or give another --out")
+
+
+@torch.inference_mode()
+def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
+    """Write the features of each video, unless they exist already."""
+    if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    processes = start_processes(config.run.precision, config.data.workers)
+    device = processes.device
+    options, keep = config.data, arguments.keep
+    slots, _, _ = cube_grid((options.frames, options.size, options.size), config.model.cube)
+    encoder, norm = build_encoder(arguments.weights, config)
+    parameters = parameters_to_vector([*encoder.parameters(), encoder.pos_embed, *norm.parameters()])
+    windowing = dict(frames=options.frames, stride=options.stride, size=options.size, last=arguments.last)
+    windowing["window_stride"] = arguments.window_stride or options.frames * options.stride
+    bf16 = processes.dtype == torch.bfloat16
+    settings = windowing | dict(keep=keep, bf16=bf16, checksum_of_weights=zlib.crc32(parameters.numpy()))
+    encoder, norm = encoder.to(device), norm.to(device)
+
+    def encode(clips: list[Tensor]) -> Tensor:
+        clip = data.normalize(torch.stack(clips).to(device))  # (B, 3, T, H, W)
+        with processes.autocast():
+            x = reduce(encoder(clip), KEEP[keep], "mean", t=slots)  # from (B, N, D)
+            return norm(x).float().cpu()  # (B, D), (B, T/2, D) or (B, N, D)
+
+    files = result_files(named_videos(arguments.videos), arguments.out)
+    done = [file for file in files if file.exists()]
+    for file in done:
+        check_settings(file, settings | dict(video=files[file]))
+    say(f"{len(files):,} videos, {len(done):,} of them done; {settings}")
+    todo = [file for file in list(files)[processes.rank :: processes.world_size] if file not in done]
+    bar = tqdm(unit=" windows", disable=processes.rank > 0)
+    broken = []
+    for file in todo:
+        clips = windows(files[file], **windowing)
+        features, times = [], []
+        try:
+            while batch := list(islice(clips, config.run.batch_per_device)):
+                features.append(encode([clip for clip, _ in batch]))
+                times += [(shown[0], shown[-1]) for _, shown in batch]
+                bar.update(len(batch))
+            names = dict(video=str(files[file]), weights=str(arguments.weights))
+            write(file, torch.cat(features), times, settings | names)
+        except BrokenVideo as error:
+            broken.append(file)
+            tqdm.write(f"cannot be read: {error}", file=sys.stderr)
+    if len(gather(broken)) == len(files):
+        raise UserError("none of the videos can be read; see above")
+
+
+def write(file: Path, features: Tensor, times: list[tuple[float, float]], settings: dict) -> None:
+    """Write a temporary file and rename it, so that the file is always complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    start, end = np.array(times).T
+    part = file.with_suffix(".part")
+    with open(part, "wb") as opened:
+        np.savez(opened, features=features.numpy(), start=start, end=end, **settings)
+    os.replace(part, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("videos", nargs="+", type=Path, metavar="VIDEO", help="videos, folders or lists")
+    add("--weights", type=Path, required=True, help="pre-trained or fine-tuned, of any source, see docs/weights.md")
+    add("--out", type=Path, required=True, help="folder for the features, one .npz file for each video")
+    add("--window-stride", type=int, help="frames from window to window; default: data.frames x data.stride")
+    add("--keep", choices=KEEP, default="mean", help="of a window's tokens: the mean, the mean over space, or all")
+    add("--last", choices=("repeat", "drop"), default="repeat", help="what to do if the last window is not full")
+    arguments = parse(parser, DEFAULT)
+    if arguments.window_stride is not None and arguments.window_stride < 1:
+        raise UserError(f"--window-stride {arguments.window_stride} has to be at least 1")
+    extract(arguments, configure(arguments.weights, arguments.settings))
+
+
+if __name__ == "__main__":
+    launch(main)
