@@ -79,7 +79,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 )
 def test_frames_of_each_window_are_exact(tmp_path, monkeypatch, suffix, count, options, starts, last):
     """B-frames, several key frames, and in AVI no times. Crops keep a frame as it is, so that its number is read."""
-    monkeypatch.setattr(data, "test_crops", lambda frames, size, crops: frames.clone()[None])
+    monkeypatch.setattr(data, "crop_views", lambda frames, size, crops: frames.clone()[None])
     path, options = write_numbered(tmp_path / f"a.{suffix}", count, options={"g": "10", "bf": "2"}), PLAIN | options
     expected = [[start + i * options["stride"] for i in range(options["frames"])] for start in starts]
     if last or starts:
