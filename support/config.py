@@ -28,6 +28,7 @@ LIMITS = {  # of numbers; those of other keys are 0 and infinity
     **dict.fromkeys(["data.scales", "data.crop_area"], (0.01, 1)),
     **dict.fromkeys(["data.crop_aspect", "data.rate"], (0.01, 1000)),
     **dict.fromkeys(["mask.ratio", "data.erase", "moco.momentum"], (0, 1)),
+    "data.workers": (-1, math.inf),
     "moco.temperature": (0.001, math.inf),
     "run.seed": (0, 2**32 - 1),
 }

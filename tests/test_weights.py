@@ -478,7 +478,7 @@ def test_a_config_json_counts_only_if_it_is_that_of_the_weights(tmp_path, capsys
     assert (content["config.json"], content["clip_size"]) == (({}, None) if is_other else (hub, content["clip_size"]))
     if is_other:
         build_from_checkpoint(tmp_path / "three.pth", m.VideoClassifier)
-        assert "head loaded; config.json, which is of another model, not used" in capsys.readouterr().err
+        assert "head loaded; config.json, which does not describe these weights, not used" in capsys.readouterr().err
 
 
 def test_weights_in_several_files(tmp_path):
