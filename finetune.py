@@ -179,7 +179,7 @@ def train(config: SimpleNamespace) -> None:
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
         f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=batch * repeats)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch * repeats)
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -218,11 +218,12 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            validating = validation_due(done, steps_per_epoch, config.run.validate_every) and done < total
-            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            validating = log.epoch_ends(done, config.run.validate_every) and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:
@@ -290,11 +291,6 @@ def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     ranked = scores.nan_to_num(-1).topk(min(5, scores.shape[1]), dim=1).indices  # (videos, 5)
     right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)  # (videos, 5)
     return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
-
-
-def validation_due(step: int, steps_per_epoch: int, validate_every: int) -> bool:
-    """Return whether a step ends an epoch after which `run.validate_every` asks for validation."""
-    return validate_every > 0 and step % (validate_every * steps_per_epoch) == 0
 
 
 def validate(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def save_checkpoint(log: Log, config: SimpleNamespace, **content: Any) -> None:
         raise UserError(f"{what}: the same command resumes from it, with a lower optim.base_lr if this happens again")
     with log.clock_stopped():
         write_checkpoint(path, content | dict(config=as_dict(config)))
+        if log.epoch_ends(content["step"], config.run.keep_every):
+            shutil.copyfile(path, path.with_name(f"checkpoint_{content['step'] // log.epoch:04d}.pt"))
         log.draw()
 
 

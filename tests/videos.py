@@ -25,16 +25,12 @@ def numbered_frame(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> 
 
 def number_of(frame: torch.Tensor) -> int:
     """The number that a decoded frame (3, H, W) shows."""
-    grey = frame.float().mean(0)
-    columns = frame.shape[2] // 16
-    bits = (
-        grey[
-            bit // columns * 16 + 4 : bit // columns * 16 + 12, bit % columns * 16 + 4 : bit % columns * 16 + 12
-        ].mean()
-        > 125
-        for bit in range(12)
-    )
-    return sum(int(bit) << place for place, bit in enumerate(bits))
+    gray, columns, number = frame.float().mean(0), frame.shape[2] // 16, 0
+    for bit in range(12):
+        row, column = divmod(bit, columns)
+        square = gray[row * 16 + 4 : row * 16 + 12, column * 16 + 4 : column * 16 + 12]
+        number += int(square.mean() > 125) << bit
+    return number
 
 
 def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
@@ -45,13 +41,7 @@ def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
 
 
 def write_numbered(
-    path: Path,
-    count: int,
-    codec: str = "libx264",
-    options: dict | None = None,
-    times: list[int] | None = None,
-    pixel_format: str = "yuv420p",
-    size: tuple[int, int] = SIZE,
+    path: Path, count: int, codec: str = "libx264", options=None, times=None, pixel_format="yuv420p", size=SIZE
 ) -> Path:
     """A video whose every frame shows its own number; `times` are presentation times in 1/1000 s."""
     with av.open(str(path), "w") as container:
