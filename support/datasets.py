@@ -172,7 +172,7 @@ def _read_classes(file: Path) -> list[tuple[int, str]]:
 
 def _number_first(line: str) -> tuple[str, str]:
     """Split `number name` or `number,name`, each perhaps quoted."""
-    number = line.replace(",", " ").split()[0]
+    number = line.replace(",", " ").partition(" ")[0].partition("\t")[0]
     return number.strip('"'), line.removeprefix(number).strip(' \t,"')
 
 
