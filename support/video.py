@@ -51,12 +51,12 @@ class Video(AbstractContextManager):
             start = math.floor(origin + begin / self.time_base) if begin > 0 else START
             last = math.inf if end is None else origin + end / self.time_base
             container = self.stream.container.format.name
-            packets = _until(_packets(self.stream, start), last)
+            packets = _packets(self.stream, start, last)
             short = begin <= 0 and end is None and os.path.getsize(path) <= KEPT
             self.packets = list(packets) if short else []
             times, keys, key = _list_frames(self.packets or packets, container in TIMED)
             if start != START and not (keys and keys[0] <= start):
-                times, keys, key = _list_frames(_until(_packets(_open(path), START), last), container in TIMED)
+                times, keys, key = _list_frames(_packets(_open(path), START, last), container in TIMED)
             if not times:
                 raise BrokenVideo(f"{path}: no frames")
             shown = _decodable(times, _first_pts(path, self.stream, key) if start == START else key.pts)
@@ -111,8 +111,9 @@ class Video(AbstractContextManager):
         if key == START and not self.packets:
             self.stream.container.close()
             self.stream = _open(self.path)
-        packets = dropwhile(lambda packet: key not in (START, packet.pts), self.packets or _packets(self.stream, key))
-        packets = _until(packets, math.inf if key == START else max(wanted))
+        packets = self.packets or _packets(self.stream, key)
+        if key != START:
+            packets = _needed(packets, key, wanted)
         codec = self.stream.codec_context
         codec.flush_buffers()
         number = 0
@@ -173,23 +174,28 @@ def _open(path: str | Path) -> av.VideoStream:
     return stream
 
 
-def _packets(stream: av.VideoStream, start: int) -> Iterator[av.Packet]:
-    """Yield packets from the key frame at or before `start` on; at START, the stream has to be new."""
+def _packets(stream: av.VideoStream, start: int, end: float = math.inf) -> Iterator[av.Packet]:
+    """Yield packets from the key frame before `start` to the frame after `end`; at START, the stream has to be new."""
     if start != START:
         stream.container.seek(start, stream=stream)
-    packets = (packet for packet in stream.container.demux(stream) if packet.size)
-    return dropwhile(lambda packet: not packet.is_keyframe, packets)
-
-
-def _until(packets: Iterable[av.Packet], end: float) -> Iterator[av.Packet]:
-    """Yield packets to the nearest frame that is shown at or after `end`."""
     nearest = math.inf
-    for packet in packets:
+    packets = (packet for packet in stream.container.demux(stream) if packet.size)
+    for packet in dropwhile(lambda packet: not packet.is_keyframe, packets):
         if packet.dts is not None and packet.dts >= nearest:  # nothing is shown before it is decoded
             return
         yield packet
         if packet.pts is not None and packet.pts >= end:
             nearest = min(nearest, packet.pts)
+
+
+def _needed(packets: Iterable[av.Packet], key: int, wanted: set[int]) -> Iterator[av.Packet]:
+    """Yield the packets from a key frame to the last of the wanted frames."""
+    missing = set(wanted)
+    for packet in dropwhile(lambda packet: packet.pts != key, packets):
+        yield packet
+        missing.discard(packet.pts)
+        if not missing:
+            return
 
 
 def _list_frames(packets: Iterable[av.Packet], timed: bool) -> tuple[list[float], list[int], av.Packet]:
