@@ -160,7 +160,7 @@ LINES = {  # a line, its path and its label
     '"a b.mp4" jump': ("a b.mp4", "jump"),
     '"a.mp4 b.mp4","1"': ("a.mp4 b.mp4", 1),
     'a b.mp4,"jump"': ("a b.mp4", "jump"),
-    "a b.mp4 , jump up": ("a b.mp4", "jump up"),
+    "a b.mp4 , jump.mp4": ("a b.mp4", "jump.mp4"),
     "a.MP4\t-1 ": ("a.MP4", -1),
     "x/a.mp4b.webm": ("x/a.mp4b.webm", "x"),
     "a.mp4 \u00b20": ("a.mp4", "\u00b20"),
@@ -180,6 +180,9 @@ def test_pretraining_ignores_labels(tmp_path):
     tree(tmp_path, train_txt='a.mp4 0 -1\nb c.mp4 -1\nd.mp4,3\ne.mp4 12 0\n./f.mp4\n"g h.mp4" 0 -1\n')
     names = "a.mp4", "b c.mp4", "d.mp4", "e.mp4", "f.mp4", "g h.mp4"
     assert list(list_videos(str(tmp_path), "train.txt")) == [tmp_path / name for name in names]
+    tree(tmp_path, twice_txt="a.mp4 0\nb.mp4 0\n./a.mp4 1\n")
+    with pytest.raises(UserError, match="line 3: .*a.mp4 is named a second time, after .*twice.txt, line 1"):
+        list_videos(str(tmp_path), "twice.txt")
 
 
 READ = """
@@ -206,10 +209,8 @@ def test_a_long_list_is_small_and_shared_with_loader_workers(tmp_path):
     with pytest.raises(IndexError):
         videos[100_000]
     assert len(videos.text) == sum(len(str(path)) for path in videos)
-    kilobytes = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    assert int(kilobytes) < 4000
+    words = [sys.executable, "-c", READ, str(tmp_path)]
+    assert int(subprocess.run(words, cwd=ROOT, capture_output=True).stdout) < 4000  # kilobytes
 
 
 # ---- where lists and videos are ----
@@ -223,8 +224,8 @@ def test_videos_of_a_tree_a_list_from_elsewhere_and_a_command_line(tmp_path, mon
     selections = {"": [y, x], "b": [x], "../mine.txt": [y], "mine.txt": [y], f"{tmp_path}/mine.txt": [y]}
     for selection, videos in selections.items():
         assert list(list_videos(str(root), selection)) == videos
-    (root / "list.txt").write_text("a/y.AVI 0\n")
-    assert list(named_videos([x, root / "b", root / "list.txt"])) == [x, x, y]
+    (root / "list=a.txt").write_text("a/y.AVI 0\n")
+    assert list(named_videos([x, root / "b", root / "list=a.txt"])) == [x, x, y]
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path):
