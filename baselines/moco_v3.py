@@ -170,7 +170,7 @@ def ema_update(f_k: QueryNetwork, f_q: QueryNetwork, momentum: float) -> None:
 def feature_std(features: Tensor) -> Tensor:
     """Return the std of normalized features (B, D): 1 / sqrt(D) if they fill the sphere, 0 if they collapse."""
     # the encoder's: after batch norm, which gives every column a variance of 1, no collapse would show
-    _, variance = moments(F.normalize(features.float(), dim=1))
+    _, variance = moments(F.normalize(features.float(), dim=1))  # (D,)
     return variance.sqrt().mean()
 
 
