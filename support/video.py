@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, dropwhile, groupby, pairwise, takewhile
+from itertools import chain, count, dropwhile, groupby, pairwise, takewhile
 from pathlib import Path
 
 import av
@@ -118,18 +118,15 @@ class Video(AbstractContextManager):
             packets = _needed(packets, key, wanted)
         codec = self.stream.codec_context
         codec.flush_buffers()
-        number = 0
+        numbers = count()
+        exact = key == START
         for packet in chain(packets, [None]):
             if packet and key != START and codec.name in SKIPPING:
                 codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in codec.decode(packet):
-                if number == 0 and frame.pts is not None and frame.pts < key:
-                    continue
-                if number == 0 and key != START and not (frame.key_frame and frame.pts == key):
-                    return  # it depends on frames before the one that the file calls a key frame
-                pts = number if self.counted else frame.pts
-                number += 1
-                if pts in wanted:
+                pts = next(numbers) if self.counted else frame.pts
+                exact = exact or (pts == key and frame.key_frame)  # files may flag others as key frames, too
+                if exact and pts in wanted:
                     wanted.remove(pts)
                     yield pts, frame
                 if not wanted:

@@ -79,7 +79,7 @@ def times_of(path: Path) -> list[Fraction]:
 
 def rate_of(path: Path) -> Fraction:
     with av.open(str(path)) as container:
-        return container.streams.best("video").average_rate
+        return Fraction(container.streams.best("video").average_rate)  # PyAV 19 has a type of its own
 
 
 def test_frames_and_times_stay_and_the_printed_psnr_is_all_that_differs(tmp_path):
