@@ -25,6 +25,7 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -52,9 +53,10 @@ from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.pictures import draw_persons, side_by_side
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
-from support.run import Log, split_batch, warmup_cosine
+from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
+from support.weight_files import weights_file
 from support.weights import build_from_checkpoint, check_init, encoder_options, load_weights, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "detect" / "toy.yaml"
@@ -256,7 +258,7 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
 
 
 def check(config: SimpleNamespace) -> None:
-    """Find most mistakes in a configuration before any work. Raises UserError."""
+    """Raise UserError if a clip is not made of whole cubes, or cannot be cropped from the frames."""
     options = config.data
     cube_grid((options.frames, options.size, options.size), config.model.cube)
     if options.size > options.short_side:
@@ -307,7 +309,7 @@ def train(config: SimpleNamespace) -> None:
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
         f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=batch)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch)
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -341,12 +343,12 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            every = config.run.validate_every * steps_per_epoch
-            validating = every > 0 and done % every == 0 and done < total
-            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            validating = log.epoch_ends(done, config.run.validate_every) and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:
@@ -396,7 +398,7 @@ def detect(
     results = gather([(scores, probabilities.cpu()) for scores, probabilities in results])
     broken = sorted(set(gather(broken)))
     if not results:
-        raise UserError(f"none of the {len(persons)} key frames with persons can be read; the first: {broken[0]}")
+        raise UserError(f"none of the {len(persons)} key frames with boxes can be read; the first: {broken[0]}")
     rows = []
     if processes.rank == 0:
         for scores, probabilities in results:
@@ -428,53 +430,56 @@ def test(
     folder: Path | None = None,
     as_json: bool = False,
 ) -> float:
-    """Return the mAP, on every process. With a folder, print it and write detections.csv, mAP.json and pictures.
+    """Return the mAP, on every process; with a folder, report it and write detections there.
 
     A key frame that cannot be read has no detections; its ground truth still counts.
     """
     rows, broken = detect(model, validation.persons, validation.movies, processes, config, title)
     rows = [row for row in rows if row.action in validation.actions]
-    if processes.rank > 0:
-        return gather([])[0]
-    precisions = average_precisions(validation.ground_truth, rows, validation.actions)
-    summary = summarize(precisions, validation.actions)
-    if folder:
-        for reason in broken:
-            say(f"no detections: {reason}")
-        folder.mkdir(parents=True, exist_ok=True)
-        report(summary, folder / "mAP.json", as_json)
-        ava.write_rows(folder / "detections.csv", rows)
-        draw_key_frames(rows, validation, config, folder / "pictures")
-        persons, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
-        note = say if as_json else print
-        note(f"{len(persons):,} persons in {len(frames):,} frames: {folder / 'detections.csv'}")
-    return gather([summary["mAP"]])[0]
+    results = []
+    if processes.rank == 0:
+        summary = summarize(average_precisions(validation.ground_truth, rows, validation.actions), validation.actions)
+        results = [summary["mAP"]]
+        if folder:
+            for reason in broken:
+                say(f"no detections: {reason}")
+            folder.mkdir(parents=True, exist_ok=True)
+            report(summary, folder / "mAP.json", as_json)
+            write_detections(rows, validation, config, folder, note=say if as_json else print)
+    return gather(results)[0]
 
 
-def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path) -> None:
-    """Draw `run.pictures` of the key frames, evenly spaced: what was detected, and the ground truth."""
+def write_detections(
+    rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path, note: Callable[[str], None]
+) -> None:
+    """Write detections.csv, and pictures of `run.pictures` key frames, evenly spaced, next to their ground truth."""
+    ava.write_rows(folder / "detections.csv", rows)
+    detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
+    boxes = {(row.frame, row.box) for row in rows}
+    note(f"{len(boxes):,} boxes in {len(detected):,} key frames: {folder / 'detections.csv'}")
     actions = config.data.actions
     names = {number: name for number, (name, _) in validation.actions.items()}
-    detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
-    for index in torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long().tolist():
-        video, second = frame = list(detected)[index]
+    chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
+    for video, second in [list(detected)[index] for index in chosen]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
-        left = draw_persons(image, *ava.to_persons(detected[frame], actions), names, "orange")
-        right = draw_persons(image, *ava.to_persons(truth.get(frame, []), actions), names, "lime")
+        left = draw_persons(image, *ava.to_persons(detected[video, second], actions), names, "orange")
+        right = draw_persons(image, *ava.to_persons(truth.get((video, second), []), actions), names, "lime")
         pictures = {f"detected, {video}, second {second}": left, "ground truth": right}
-        side_by_side(pictures, folder / f"{video}_{second:04.15g}.png")
+        side_by_side(pictures, folder / "pictures" / f"{video}_{second:04.15g}.png")
 
 
 def run_test(arguments: argparse.Namespace) -> None:
     """Test any checkpoint of action detection on the validation set: `--test`."""
     weights, config = arguments.weights, stored_config(arguments.weights, DEFAULT, arguments.settings)
     check(config)
+    folder = arguments.out or weights_file(weights).parent
+    check_writable(folder)
     processes = start_processes(config.run.precision, config.data.workers)
     model = build_from_checkpoint(weights, ActionDetector, config.model.pretrained_clip).to(processes.device)
     if (classes := model.options["classes"]) != config.data.actions:
         raise UserError(f"{weights} knows {classes} actions, the dataset {config.data.actions}: set data.actions")
     validation = ava.find_validation(config.data, toy_ava.find(config.data))
-    test(model, validation, processes, config, "testing", arguments.out or weights.parent, arguments.json)
+    test(model, validation, processes, config, "testing", folder, arguments.json)
 
 
 def main() -> None:

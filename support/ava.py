@@ -71,11 +71,17 @@ def read_person_boxes(path: Path, threshold: float, file_list: Path | None, movi
 
     path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it. This
     numbers movies by AVA's `file_list` and measures in pixels of the `movies`; boxes of others are left out.
-    Raises UserError.
+    Ground truth can be given too: its persons have a score of 1. Raises UserError.
     """
     if path.suffix in (".pkl", ".pickle"):
         raise UserError(f"{path} is a pickle, which could run any code: convert it to csv as docs/ava.md says")
-    rows = _read_aia(path, file_list, movies) if path.suffix == ".json" else _read_rows(path, "score")
+    if path.suffix == ".json":
+        rows = _read_aia(path, file_list, movies)
+    elif _is_ground_truth(path):
+        say(f"{path} is ground truth, with persons' numbers in place of scores: each person has a score of 1")
+        rows = _read_rows(path, "person")
+    else:
+        rows = _read_rows(path, "score")
     kept = [row for row in rows if row.score >= threshold]
     if not kept:
         highest = f"the highest is {max(row.score for row in rows):.3f}"
@@ -110,6 +116,15 @@ def _read_rows(path: Path, last: str, actions: int = 0, any_box: bool = False) -
     if not rows:
         raise UserError(f"{path} holds no rows")
     return rows
+
+
+def _is_ground_truth(path: Path) -> bool:
+    """Return whether all rows have an action, which a detector of persons does not know, and a whole number last."""
+
+    def parse(columns: list[str]) -> bool:
+        return not any(columns[2:]) or (columns[6:7] != [""] and columns[-1].isdecimal())
+
+    return all(_parse(path, parse, "a row is video,second,x1,y1,x2,y2,action,score"))
 
 
 def _read_aia(path: Path, file_list: Path | None, movies: Movies) -> Rows:
@@ -332,7 +347,7 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     found = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
     persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
     if not persons:
-        raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with persons")
+        raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with boxes")
     if not any(row.action in actions for row in rows):
         raise UserError(f"{root / options.val} holds no row of an action in {options.labels} outside excluded frames")
     return ValidationSet(movies, persons, rows, actions)

@@ -223,6 +223,7 @@ def test_command_says_what_is_wrong(evaluate, tmp_path):
     ]
     for done, sentence in cases:
         assert done.returncode and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "100.00  mAP at IoU 0.5" in done.stdout  # printed before it is written
 
 
 # ---- readers ----
@@ -345,12 +346,22 @@ def test_lists_of_actions(tmp_path):
 def test_person_boxes_of_slowfast(tmp_path):
     (tmp_path / "boxes.csv").write_text(
         "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
-        "v,0902,0.5,0.1,0.7,0.8,14,0.8\nw,0902,0,0,1,1,,0.7\n"
+        "v,0902,0.5,0.1,0.7,0.8,914,0.8\nw,0902,0,0,1,1,,0.7\n"  # action 914 is of a larger list
     )
     frames = PERSONS(tmp_path / "boxes.csv")
     scores = {frame: [(row.action, row.score) for row in rows] for frame, rows in frames.items()}
     assert scores == {("v", 902): [(0, 0.8), (0, 0.8)], ("v", 903): [(0, 0.95)]}  # actions are not needed
     assert [len(ava.to_persons(rows, 80)[0]) for rows in frames.values()] == [1, 1]
+
+
+def test_persons_of_ground_truth_have_a_score_of_1(tmp_path, capsys):
+    """Their numbers are no scores."""
+    path = tmp_path / "gt.csv"
+    path.write_text("v,0902,0,0,1,1,12,0\nv,0902,0,0,1,1,95,0\nk,2.5\nv,0902,0.5,0,1,1,3,71\n")
+    assert {row[1:] for row in PERSONS(path)["v", 902]} == {((0, 0, 1, 1), 0, 1), ((0.5, 0, 1, 1), 0, 1)}
+    assert "is ground truth, with persons' numbers in place of scores" in capsys.readouterr().err
+    path.write_text("v,0902,0,0,1,1,,1\nv,0902,0.5,0,1,1,,0\n")  # without actions, they are scores
+    assert [row.box for row in PERSONS(path)["v", 902]] == [(0, 0, 1, 1)]
 
 
 @pytest.fixture

@@ -358,20 +358,6 @@ def test_the_last_norm_and_the_head_have_the_full_learning_rate():
 # ---- weights from elsewhere ----
 
 
-def test_weights_of_the_official_action_detection_repository(tmp_path):
-    ours = randomized(detect_ava.ActionDetector(**m.encoder_size("tiny"), classes=80, clip_size=(4, 32, 32))).eval()
-    clip, rois = torch.randn(1, 3, 4, 32, 48), torch.tensor([[0.0, 3, 3, 40, 30]])
-    for head in ("head", "roi_heads.action.predictor.cls_score"):
-        names = {"encoder.": "backbone.", "head.": f"{head}."}
-        state = {}
-        for key, value in ours.state_dict().items():
-            start = next(start for start in names if key.startswith(start))
-            state[names[start] + key.removeprefix(start)] = value
-        torch.save({"module": state}, tmp_path / "official.pth")
-        theirs = build_from_checkpoint(tmp_path / "official.pth", detect_ava.ActionDetector, (4, 32, 32)).eval()
-        assert torch.equal(theirs(clip, rois), ours(clip, rois))
-
-
 @pytest.mark.parametrize("stage", ["pre-training", "fine-tuning"])
 def test_training_starts_from_weights(tmp_path, capfd, stage):
     if stage == "pre-training":
@@ -405,39 +391,30 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
 # ---- test ----
 
 
-def detections(config: SimpleNamespace, detector: nn.Module) -> dict[tuple, dict[int, float]]:
-    """Each person's probabilities by action, as `detect` finds them in the validation set."""
+def detected(config: SimpleNamespace, detector: nn.Module) -> torch.Tensor:
+    """The probabilities (persons, 12) of the persons in the validation set."""
     validation = ava.find_validation(config.data, Path(config.data.root))
     processes = start_processes("float32")
     rows, broken = detect_ava.detect(detector, validation.persons, validation.movies, processes, config, "test")
-    assert not broken and rows == sorted(rows)
-    found: dict[tuple, dict[int, float]] = {}
-    for row in rows:
-        found.setdefault(row[:2], {})[row.action] = row.score
-    assert list(found) == [row[:2] for rows in validation.persons.values() for row in rows]  # every person
-    assert all(list(person) == list(range(1, 13)) for person in found.values())
-    return found
-
-
-def alike(one: dict[tuple, dict[int, float]], other: dict[tuple, dict[int, float]], scale: dict | None = None) -> bool:
-    scale = scale or dict.fromkeys(one, 1.0)
-    return all(other[key] == pytest.approx({a: p * scale[key] for a, p in one[key].items()}, abs=1e-5) for key in one)
+    persons = sum(validation.persons.values(), [])
+    expected = [(person.frame, person.box, action) for person in persons for action in range(1, 13)]
+    assert not broken and [row[:3] for row in rows] == expected
+    return torch.tensor([row.score for row in rows]).reshape(len(persons), 12)
 
 
 def test_detections_do_not_depend_on_batches(toy_ava):
     config = configured("init=scratch", f"data.root={toy_ava}", "run.batch_per_device=1")
     detector = randomized(detect_ava.build(config, NO_PERSONS))
-    alone = detections(config, detector)
+    alone = detected(config, detector)
     config.run.batch_per_device = 3
-    assert alike(alone, detections(config, detector))
+    assert torch.allclose(detected(config, detector), alone, atol=1e-5)
     persons = ava.find_validation(config.data, toy_ava).persons
-    scores = {row[:2]: row.score for rows in persons.values() for row in rows}
-    assert min(scores.values()) >= 0.8
+    scores = torch.tensor([row.score for row in sum(persons.values(), [])])
+    assert scores.min() >= 0.8
     config.data.person_score = True
-    assert alike(alone, detections(config, detector), scores)
+    assert torch.allclose(detected(config, detector), alone * scores[:, None], atol=1e-5)
     config.data.person_score, config.data.widen_boxes = False, True
-    wider = detections(config, detector)  # pools from wider boxes, writes the original ones
-    assert wider.keys() == alone.keys() and not alike(alone, wider)
+    assert not torch.allclose(detected(config, detector), alone, atol=1e-5)  # from wider boxes, for the original ones
     # Movies may have different sizes, which no batch could hold together.
     batches = detect_ava.KeyFrameBatches(persons, {}, config.data, 2).batches
     assert [frame for batch in batches for frame, _ in batch] == list(persons)
@@ -481,7 +458,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     assert {row.frame[0] for row in validation.ground_truth} == {"val_00000", "val_00001", "val_00002"}
     for path in folder.glob("videos/*_0000[2-9].mp4"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the .* key frames with persons can be read"):
+    with pytest.raises(UserError, match="none of the .* key frames with boxes can be read"):
         detect_ava.test(detector, validation, processes, config, "test")
     for path in folder.glob("videos/train_*.mp4"):
         path.unlink()
@@ -560,21 +537,22 @@ def test_four_clips_are_memorized(toy_ava, tmp_path):
 MISTAKES = [
     (["--test"], "--test needs --weights FILE"),
     (["--weights", "y.pt"], "--test needs --weights FILE"),
-    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "leaves out all 9 key frames with persons"),
+    (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
+    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "leaves out all 9 key frames with boxes"),
     (["init=scratch", "data.val={tmp}/other.csv"], "holds no row of an action in .* outside excluded frames"),
     (["init=scratch", "data.labels={tmp}/more.pbtxt"], "more.pbtxt lists action 13, more than data.actions=12"),
 ]
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_mistakes_end_in_a_sentence(toy_ava, tmp_path, words, sentence):
+def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path, words, sentence):
     keys = [row.split(",")[:2] for row in (toy_ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()]
     (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
     excluded = (toy_ava / "annotations/ava_val_excluded_timestamps_v2.2.csv").read_text().split()
     (tmp_path / "other.csv").write_text(f"{excluded[0]},0.1,0.1,0.5,0.5,1,0\n")
     (tmp_path / "more.pbtxt").write_text('item { name: "sitting" id: 13 }')
-    words = [word.format(tmp=tmp_path) for word in words]
+    words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
     done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
     with pytest.raises(UserError, match=sentence):
         raise UserError(done.stderr)
-    assert done.returncode and "Traceback" not in done.stderr
+    assert done.returncode and "Traceback" not in done.stderr and "testing" not in done.stderr

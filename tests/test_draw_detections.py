@@ -9,7 +9,8 @@ from conftest import number_of, run, write_numbered
 from test_detect_ava import NO_PERSONS, configured, randomized
 
 import detect_ava
-from support import ava, toy
+from support import ava
+from support import toy_ava as toy
 from support.config import UserError, as_dict
 from tools import draw_detections
 
@@ -80,7 +81,7 @@ def test_persons_from_a_file(finished, toy_ava, tmp_path):
     options += ["--weights", finished("detect_ava") / "checkpoint.pt"]
     done = run("tools.draw_detections", videos / "val_00001.mp4", *options, "--out", out)
     orange = orange_in(out)
-    assert len(orange) == toy.AVA_FRAMES and orange.any() and "key frames: " in done.stdout
+    assert len(orange) == toy.FRAMES and orange.any() and "key frames: " in done.stdout
     rows = ava.read_detections(out.with_suffix(".csv"), 12)
     assert {row.frame[0] for row in rows} == {"val_00001"} and {row.action for row in rows} == set(range(1, 13))
     done = run("tools.draw_detections", videos / "train_00001.mp4", *options, ok=False)

@@ -85,7 +85,7 @@ def draw_video(path: Path, out: Path, rows: ava.Rows, names: dict[int, str], cla
     with Video(path) as movie:
         write_mp4(out, drawn(movie), movie.rate)
     count = len({(row.frame, row.box) for row in rows})
-    print(f"{count} persons in {len(frames)} key frames: {out}", flush=True)
+    print(f"{count} boxes in {len(frames)} key frames: {out}", flush=True)
 
 
 def draw_detections(arguments: argparse.Namespace) -> None:
