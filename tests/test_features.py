@@ -192,7 +192,8 @@ def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
     """One file per video, below --out as below the folder; the same by two processes; no second time."""
     words = ["--weights", pretrained, "data.stride=1", "--out"]
     run(TOOL, videos, *words, tmp_path / "one")
-    run(TOOL, videos, *words, tmp_path / "two", processes=2)
+    done = run(TOOL, videos, *words, tmp_path / "two", processes=2)
+    assert "8 windows [" in done.stderr and "9 windows [" not in done.stderr  # rank 0: the first and the third video
     counts = {"a/x.npz": 5, "b/short.npz": 1, "b/x.npz": 3}
     for name, count in counts.items():
         one, two = read(tmp_path / "one" / name), read(tmp_path / "two" / name)
