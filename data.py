@@ -1,7 +1,7 @@
-"""From a video to a clip to a batch: temporal sampling (Sec. 3.3), crops and augmentation, datasets, batches.
+"""From a video to a clip to a batch: temporal sampling (Sec. 3.3), crops, datasets, batches.
 
-All randomness of a sample is a function of (seed, epoch, index). So it does not depend on the number of processes or
-loader workers, and a resumed run sees what it would have seen. For mixup, drop path and dropout see support/run.py.
+All randomness of a sample is a function of (seed, epoch, index). It does not depend on the number of processes or
+loader workers, and a resumed run sees what it would have seen (support/seeds.py).
 """
 
 import functools
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.v2 import functional as TF
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from masking import split
 from support.config import UserError
-from support.processes import Processes, ignore_signals
+from support.processes import Processes, ignore_signals, loader_workers
 from support.seeds import random_below, sample_generator
 from support.video import BrokenVideo, Video
 
@@ -37,7 +36,7 @@ TRIES = 100  # give up after this many unreadable videos in a row
 def dense_clip(length: int, frames: int, stride: int, generator: Generator | None = None) -> list[int]:
     """Return the indices of `frames` frames, `stride` apart, from a random start (Sec. 3.3, "Temporal downsampling").
 
-    Without a generator the clip is in the middle. A clip that runs past the end of the video starts at 0.
+    Without a generator the clip is in the middle. In a video that is too short it starts at 0.
     """
     spare = max(length - frames * stride, 0)
     start = random_below(spare + 1, generator) if generator else spare // 2
@@ -83,7 +82,7 @@ def uniform_training_clip(length: int, frames: int, stride: int, generator: Gene
 
 def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
     """Return `clips` clips of frames exactly `stride` apart, from the first that fits to the last."""
-    last = max((length - 1) // stride - (frames - 1), 0)  # in strides
+    last = max((length - 1) // stride - (frames - 1), 0)  # start of the last clip, in strides
     return [_strided(start * stride, length, frames, stride) for start in _starts(last, clips)]
 
 
@@ -98,8 +97,8 @@ def uniform_test_clips(length: int, frames: int, stride: int, clips: int) -> lis
 
 
 def _strided(start: int, length: int, frames: int, stride: int) -> list[int]:
-    """Return indices from `start` on, `stride` apart. Past the end of the video, repeat the last one."""
-    indices = list(range(start, length, stride))[:frames]  # the authors' code never reaches length - 1
+    """Return indices from `start` on, `stride` apart. If the video is too short, the last index is repeated."""
+    indices = list(range(start, length, stride))[:frames]  # the authors' code leaves out a video's last frame
     return indices + [indices[-1]] * (frames - len(indices))
 
 
@@ -119,7 +118,7 @@ def _starts(last: int, count: int) -> list[int]:
 SAMPLING = {"dense": (dense_training_clip, dense_test_clips), "uniform": (uniform_training_clip, uniform_test_clips)}
 
 
-# ---- crops and augmentation: which pixels ----
+# ---- crops: which pixels of a frame ----
 
 
 def crop_views(frames: Tensor, size: int, crops: int) -> Tensor:
@@ -153,7 +152,7 @@ def multi_scale_crop(height: int, width: int, size: int, scales: list[float], ge
 
 
 def resized_multi_scale_crop(frames: Tensor, generator: Generator, size: int, scales: list, flip: bool) -> Tensor:
-    """Crop all frames (T, 3, H, W) alike; if `flip`, flip half of the clips. Returns (T, 3, size, size)."""
+    """Crop frames (T, 3, H, W) by one MultiScaleCrop; if `flip`, flip half of the clips. Returns (T, 3, size, size)."""
     box = multi_scale_crop(*frames.shape[-2:], size, scales, generator)
     clip = TF.resized_crop(frames, *box, [size, size], antialias=True)
     if flip and random_below(2, generator):
@@ -224,9 +223,9 @@ class PretrainingClips(TrainingVideos):
     size: int  # H = W
     scales: list[float]  # of multi_scale_crop
     flip: bool
-    draw_mask: Callable[[Generator], Tensor]
+    draw_mask: Callable[[Generator], Tensor]  # one of masking.MASKS
     repeats: int = 1
-    choose_reconstructed: Callable[..., Tensor] | None = None  # which masked ones: masking.running_cells
+    choose_reconstructed: Callable[..., Tensor] | None = None  # from the masked cubes: masking.running_cells
 
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor, ...]:
         with Video(video) as opened:
@@ -234,8 +233,7 @@ class PretrainingClips(TrainingVideos):
             numbers, places = torch.unique(torch.tensor(clips), return_inverse=True)  # (F,), (R, T)
             frames = opened.frames(numbers.tolist())  # (F, 3, H_video, W_video)
         samples = []
-        for place in places:
-            clip = frames[place]  # (T, 3, H_video, W_video)
+        for clip in frames[places]:  # (T, 3, H_video, W_video)
             clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
             visible, masked = split(self.draw_mask(generator))
             if self.choose_reconstructed:
@@ -293,7 +291,7 @@ class TestViews(Dataset):
         except BrokenVideo as error:
             return index, None, str(error)
         crops = crop_views(frames, self.size, self.crops)  # (crops, F, 3, H, W)
-        views = rearrange(crops[:, places], "crops clips T c H W -> (clips crops) T c H W")
+        views = torch.cat([crops[:, place] for place in places])  # (clips * crops, T, 3, H, W)
         return index, views, ""
 
 
@@ -310,7 +308,7 @@ def collate(samples: list[tuple]) -> tuple:
 
 
 def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor | None, list]:
-    """Indices and views (B, V, T, 3, H, W) of readable videos, None without any; (index, reason) of the others."""
+    """Return indices and views (B, V, T, 3, H, W) of readable videos, None without any; (index, reason) of others."""
     readable = [(index, views) for index, views, _ in items if views is not None]
     broken = [(index, reason) for index, views, reason in items if views is None]
     views = default_collate([views for _, views in readable]) if readable else None
@@ -318,11 +316,10 @@ def collate_views(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int
 
 
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """Return a DataLoader with `workers` processes, 0 for none; it pins memory if there is a GPU."""
-    if workers:
-        options |= dict(num_workers=workers, prefetch_factor=4, worker_init_fn=ignore_signals)
+    """Return a DataLoader with as many processes as data.workers says; it pins memory if there is a GPU."""
     pinned = torch.cuda.is_available() or torch.xpu.is_available()
-    return DataLoader(dataset, pin_memory=pinned, **options)
+    workers = loader_workers(workers)
+    return DataLoader(dataset, num_workers=workers, pin_memory=pinned, worker_init_fn=ignore_signals, **options)
 
 
 @dataclass(eq=False)
@@ -382,5 +379,6 @@ def note_broken(file: Path, sentences: list[str]) -> None:
     for sentence in dict.fromkeys(sentences):
         if sentence not in known:
             tqdm.write(f"replaced by another video: {sentence}", file=sys.stderr)
+            file.parent.mkdir(parents=True, exist_ok=True)  # rank 0 makes it, perhaps on another machine
             with open(file, "a", encoding="utf-8", errors="surrogateescape") as opened:
                 opened.write(f"{sentence}\n")

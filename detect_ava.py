@@ -309,7 +309,7 @@ def train(config: SimpleNamespace) -> None:
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
         f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=batch)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch)
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -343,12 +343,12 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            every = config.run.validate_every * steps_per_epoch
-            validating = every > 0 and done % every == 0 and done < total
-            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            validating = log.epoch_ends(done, config.run.validate_every) and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:

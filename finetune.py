@@ -35,7 +35,7 @@ from support.datasets import Classes, LabelledVideos, labelled_videos, named_vid
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, split_batch, warmup_cosine
-from support.scores import compare, most_probable, write_predictions, write_scores
+from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
 from support.seeds import random_below, seed_device
 from support.weights import (
     build_from_checkpoint,
@@ -179,7 +179,7 @@ def train(config: SimpleNamespace) -> None:
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
         f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=batch * repeats)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch * repeats)
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -218,11 +218,12 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            validating = validation_due(done, steps_per_epoch, config.run.validate_every) and done < total
-            if stopped or validating or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            validating = log.epoch_ends(done, config.run.validate_every) and done < total
+            if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:
@@ -285,16 +286,14 @@ def test(
     return scores, [reason for _, reason in sorted(gather(broken))]
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 in percent. A video that could not be read, its row nan, counts as wrong."""
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return top-1, its mean over the classes that occur, and top-5, in percent. Unreadable videos (nan) are wrong."""
     ranked = scores.nan_to_num(-1).topk(min(5, scores.shape[1]), dim=1).indices  # (videos, 5)
     right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)  # (videos, 5)
-    return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
-
-
-def validation_due(step: int, steps_per_epoch: int, validate_every: int) -> bool:
-    """Return whether a step ends an epoch after which `run.validate_every` asks for validation."""
-    return validate_every > 0 and step % (validate_every * steps_per_epoch) == 0
+    right = right.double()
+    by_class = torch.stack([right[labels == label, 0].mean() for label in labels.unique()])  # (classes,)
+    rates = dict(top1=right[:, 0].mean(), class_mean=by_class.mean(), top5=right.sum(dim=1).mean())
+    return {name: 100 * rate.item() for name, rate in rates.items()}
 
 
 def validate(
@@ -302,10 +301,9 @@ def validate(
 ) -> dict[str, float]:
     """Print and return the accuracy from one view of each video."""
     scores, broken = test(model, [path for path, _ in videos], processes, config, 1, 1, f"epoch {epoch}, one view")
-    top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
-    unreadable = f", {len(broken)} of them unreadable" if broken else ""
-    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, one view")
-    return dict(epoch=epoch, top1=top1, top5=top5)
+    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
+    say(f"epoch {epoch}: {describe_accuracy(rates, len(videos), len(broken), scores.shape[1])}, one view")
+    return dict(epoch=epoch, **rates)
 
 
 def test_and_write(
@@ -321,17 +319,16 @@ def test_and_write(
     clips, crops = config.data.test_clips, config.data.test_crops
     paths = [path for path, _ in videos]
     scores, broken = test(model, paths, processes, config, clips, crops, f"testing {clips} x {crops} views")
-    top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
+    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
     if processes.rank == 0:
         for reason in broken:
             say(f"counted as wrong: {reason}")
-        result = dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
-        unreadable = f", {len(broken)} of them unreadable" if broken else ""
-        text = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, {clips} x {crops} views"
+        result = rates | dict(videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
+        text = f"{describe_accuracy(rates, len(videos), len(broken), len(names))}, {clips} x {crops} views"
         print(json.dumps(result) if as_json else f"{text}: {folder / 'scores.csv'}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder, videos, scores, names)
-    return top1
+    return rates["top1"]
 
 
 def test_weights(arguments: argparse.Namespace) -> None:

@@ -243,7 +243,7 @@ def interpolate_positions(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Gather from tokens (B, N, D) those at positions (B, M): (B, M, D)."""
+    """Select from tokens (B, N, D) those at `positions` (B, M). Returns (B, M, D)."""
     return tokens.gather(1, repeat(positions, "B M -> B M D", D=tokens.shape[2]))
 
 

@@ -60,7 +60,7 @@ class Objective:
 
         masked (B, N_mask): the positions of the predicted cubes.
         """
-        index, has_target = self.target_index(masked)
+        index, has_target = self.target_index(masked)  # both (B, N_mask)
         cubes = to_cubes(target_frames, self.target.cube)  # (B, N, p0 p1 p2, 3), uint8
         cubes = gather_tokens(cubes.flatten(2), index)  # I(p): (B, N_mask, pixels)
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
@@ -79,7 +79,7 @@ class Objective:
         return frames[:, :: self.target.input_step], frames[:, self.target.predicted]
 
     def target_index(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the index of each masked token's cube in the target, and whether it has one: both (B, N_mask)."""
+        """Return the index of each masked token's cube in the target, and whether it has one."""
         index = masked - self.target.tokens.start
         has_target = (index >= 0) & (index < len(self.target.tokens))
         return index.clamp(0, len(self.target.tokens) - 1), has_target
@@ -115,7 +115,7 @@ class Target(NamedTuple):
     tokens: range  # positions that have a target
     input_step: int = 1  # the encoder sees every frame, or every other one
     predicted: slice = slice(None)  # the frames to predict
-    fraction: float = 1.0  # how many of all positions these are
+    fraction: float = 1.0  # of all positions, those that have a target
 
 
 def predict_input(config: SimpleNamespace, grid: masking.Grid) -> Target:
@@ -218,7 +218,7 @@ def train(config: SimpleNamespace) -> None:
         f"{cubes:,} cubes masked, {visible.shape[-1]:,} visible, {masked.shape[-1]:,} reconstructed\n"
         f"peak learning rate {config.optim.base_lr:g} x {config.optim.batch_size} / 256 = {peak_lr:.4g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=config.optim.batch_size)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=config.optim.batch_size)
     network = compiled(model)
     loss_of = compiled(objective.loss)
     if world_size > 1:
@@ -253,10 +253,11 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:
@@ -267,7 +268,8 @@ def train(config: SimpleNamespace) -> None:
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
             path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl and pictures/")
+        pictures = " and pictures/" if config.run.pictures else ""
+        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl{pictures}")
 
 
 @torch.no_grad()
@@ -286,25 +288,25 @@ def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Ten
     index, has_target = objective.target_index(masked[0])
     index, prediction = index[has_target], prediction[has_target]
 
-    def with_masked(pixels: Tensor) -> Tensor:
-        """Return the target with other pixels in its masked cubes."""
+    def with_pixels(pixels: Tensor) -> Tensor:
+        """Return the target with these pixels in its masked cubes."""
         changed = cubes.index_put((index,), pixels)[None]
         video = from_cubes(changed, objective.target.cube, target_frames.shape[-1])[0]
         return (video.clamp(0, 1) * 255).round().byte().cpu()
 
-    views = {"original": with_masked(cubes[index]), "masked": with_masked(torch.full_like(prediction, 0.5))}
+    views = {"original": with_pixels(cubes[index]), "masked": with_pixels(torch.full_like(prediction, 0.5))}
     if objective.normalize:
         mean, std = cube_statistics(cubes)  # (N, 1, 3)
         near_mean, near_std = estimate_statistics(mean, std, index, model.grid[1:])  # (N_mask, 1, 3)
-        views["estimated"] = with_masked(prediction * near_std + near_mean)
-        views["oracle"] = with_masked(prediction * std[index] + mean[index])
+        views["estimated"] = with_pixels(prediction * near_std + near_mean)
+        views["oracle"] = with_pixels(prediction * std[index] + mean[index])
     else:
-        views["reconstruction"] = with_masked(prediction)
+        views["reconstruction"] = with_pixels(prediction)
     return views
 
 
 def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, ratios: list[float], path: Path) -> bool:
-    """Draw the middle clip of a video, its central square, at each mask ratio. If it cannot be read, say why: False."""
+    """Draw the middle clip of a video, its central square, at each mask ratio. Return whether it could be read."""
     objective = Objective(config)
     try:
         with Video(video) as opened:

@@ -115,7 +115,7 @@ def train(config: SimpleNamespace) -> None:
         f"{len(videos):,} videos for training, {len(val_videos):,} for the test, {len(names)} classes\n"
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=batch)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch)
     features = {name: compiled(probe.features) for name, probe in probes.items()}
     networks = dict(heads)
     if world_size > 1:
@@ -149,10 +149,11 @@ def train(config: SimpleNamespace) -> None:
             done = step + 1
             if done % config.run.log_every == 0 or done == total:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
-                log.write_step(done, mean_loss.item(), batches.waited, epoch=done / steps_per_epoch, lr=lr)
+                log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
             stopped = stop.requested()
-            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(heads=heads.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 save_checkpoint(log, config, **state, **identity)
             if stopped and done < total:

@@ -254,7 +254,7 @@ def train(config: SimpleNamespace) -> None:
         f"{config.data.size} x {config.data.size} pixels\n"
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}"
     )
-    log = Log(config, processes, start, total, clips_per_step=2 * batch)
+    log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=2 * batch)
     queries, keys = compiled(f_q), compiled(f_k)
     if world_size > 1:
         queries = DistributedDataParallel(queries, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -290,10 +290,11 @@ def train(config: SimpleNamespace) -> None:
                 mean_loss = average(loss_sum) / (done - log.step)  # since the last line
                 mean_loss, std = torch.stack([mean_loss, feature_std(features)]).tolist()
                 values = dict(lr=lr, momentum=momentum, feature_std=std, uniform_std=f_q.options["width"] ** -0.5)
-                log.write_step(done, mean_loss, batches.waited, epoch=done / steps_per_epoch, **values)
+                log.write_step(done, mean_loss, batches.waited, **values)
                 loss_sum.zero_()
             stopped = stop.requested()
-            if stopped or done % config.run.checkpoint_every == 0 or done == total:
+            kept = log.epoch_ends(done, config.run.keep_every)
+            if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=f_q.state_dict(), key_network=f_k.state_dict(), optimizer=optimizer.state_dict())
                 save_checkpoint(log, config, **state, step=done, **identity)
             if stopped and done < total:

@@ -1,4 +1,4 @@
-"""Everything that draws: videos in rows, boxes with labels, charts."""
+"""Draw videos in rows, boxes with labels, and charts of a run."""
 
 import json
 import textwrap
@@ -15,6 +15,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from support.config import UserError, say
 from support.video import write_mp4
+
+ACCURACIES = ("top1", "top5", "test_top1", "mAP", "test_mAP")  # in log.jsonl
 
 
 def save_videos(rows: dict[str, Tensor], path: Path) -> None:
@@ -73,53 +75,32 @@ def side_by_side(images: dict[str, Tensor], path: Path) -> None:
     TF.to_pil_image(_titled({title: image[None] for title, image in images.items()})[0]).save(path)
 
 
-def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, str], colour: str) -> Tensor:
-    """A frame uint8 (3, H, W) with the box of each person and up to four of its actions, those most probable above 0.3.
+def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, str], color: str) -> Tensor:
+    """Draw each person's box and up to four of its most probable actions, over 0.3, on a frame uint8 (3, H, W).
 
     boxes: (P, 4), x1, y1, x2, y2 in fractions of width and height. labels: (P, actions), probabilities of the actions
-    1, 2, ..., whose names are `names`. Returns uint8 (3, H', W'), enlarged if the frame is small.
+    1, 2, ..., whose names are `names`. Return uint8 (3, H', W'), enlarged if the frame is small.
     """
     image = _enlarge(image, 400)
     height, width = image.shape[1:]
     corners = boxes.reshape(-1, 4).cpu() * torch.tensor([width, height] * 2)
     if len(boxes):
-        image = draw_bounding_boxes(image, corners, colors=colour, width=2)
-    picture, font = TF.to_pil_image(image), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(picture)
+        image = draw_bounding_boxes(image, corners, colors=color, width=2)
+    picture = TF.to_pil_image(image)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for (left, top, *_), probabilities in zip(corners.tolist(), labels, strict=True):
-        scores, actions = probabilities.topk(min(4, len(probabilities)))
-        found = [
-            (names.get(i + 1, i + 1), p) for p, i in zip(scores.tolist(), actions.tolist(), strict=True) if p > 0.3
-        ]
-        if found:
-            text = "\n".join(f"{name} {p:.2f}" if p < 1 else f"{name}" for name, p in found)
-            # within the frame, whose edge would cut off the labels of draw_bounding_boxes
+        lines = []
+        for i in probabilities.argsort(descending=True)[:4].tolist():
+            name, p = names.get(i + 1, i + 1), float(probabilities[i])
+            if p > 0.3:
+                lines.append(f"{name} {p:.2f}" if p < 1 else f"{name}")
+        if lines:  # keep them inside the frame, unlike the labels of draw_bounding_boxes
+            text = "\n".join(lines)
             _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font)
             place = max(0, int(min(left + 3, width - right - 1))), max(0, int(min(top + 2, height - bottom - 1)))
             draw.rectangle(draw.multiline_textbbox(place, text, font), fill="black")
-            draw.multiline_text(place, text, colour, font)
+            draw.multiline_text(place, text, color, font)
     return TF.pil_to_tensor(picture)
-
-
-def draw_comparison(rows: list[tuple[float, str]], names: tuple[str, str], path: Path) -> None:
-    """Chart by how many percentage points the second of two models, `names`, is ahead of the first in each class.
-
-    rows: (points, class), in the order from top to bottom. Raises UserError if matplotlib is not installed.
-    """
-    figure = new_figure(8, 1.5 + 0.22 * len(rows))
-    axes = figure.subplots()
-    for sign, colour, name in ((1, "steelblue", names[1]), (-1, "orange", names[0])):
-        ahead = [points if points * sign > 0 else 0 for points, _ in rows]
-        bars = axes.barh(range(len(rows)), ahead, color=colour, label=f"{name} is ahead")
-        axes.bar_label(bars, [f"{points:+.1f}" if points else "" for points in ahead], padding=3)
-    axes.set_yticks(range(len(rows)), [name if len(name) <= 40 else f"{name[:39]}…" for _, name in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.margins(x=0.15)  # room for the numbers
-    axes.set_xlabel("difference in top-1, percentage points")
-    figure.legend(loc="outside upper left", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    say(f"{path}")
 
 
 def draw_log(folder: Path) -> None:
@@ -127,24 +108,25 @@ def draw_log(folder: Path) -> None:
     if not find_spec("matplotlib"):
         return
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    for name, keys in (("loss", ["loss"]), ("accuracy", ["top1", "top5", "test_top1", "mAP", "test_mAP"])):
-        encoders = dict.fromkeys(line.get("encoder", "") for line in lines)  # a probe has two
-        curves = {f"{encoder} {key}".strip(): (encoder, key) for encoder in encoders for key in keys}
-        figure = new_figure(7, 4)
-        axes = figure.subplots()
-        for label, (encoder, key) in curves.items():
-            points = [(x["step"], x[key]) for x in lines if x.get("encoder", "") == encoder and key in x]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="" if key == "loss" else ".", label=label)
-        if axes.lines:
-            axes.set_xlabel("step")
-            axes.set_ylabel("loss" if name == "loss" else "percent")
+    for name, unit, keys in (("loss", "loss", ("loss",)), ("accuracy", "percent", ACCURACIES)):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            for key in keys:
+                if key in line:
+                    label = f"{line.get('encoder', '')} {key}".strip()  # a probe has two encoders
+                    curves.setdefault(label, []).append((line["step"], line[key]))
+        if curves:
+            figure = new_figure(7, 4)
+            axes = figure.subplots()
+            for label, points in curves.items():
+                axes.plot(*zip(*points, strict=True), marker="" if name == "loss" else ".", label=label)
+            axes.set(xlabel="step", ylabel=unit)
             axes.legend(frameon=False)
             figure.savefig(folder / f"{name}.png", dpi=100)
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches, that keeps all labels inside. Raises UserError without matplotlib."""
+    """Return an empty matplotlib figure, in inches, that keeps labels inside. Raises UserError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -155,13 +137,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _enlarge(images: Tensor, height: int) -> Tensor:
-    """Images (..., H, W) a whole number of times as large, about `height` pixels high if they were smaller."""
+    """Enlarge images (..., H, W) by a whole number, to about `height` pixels if they are smaller."""
     zoom = max(1, round(height / images.shape[-2]))
     return TF.resize(images, [zoom * side for side in images.shape[-2:]], TF.InterpolationMode.NEAREST)
 
 
 def _titled(videos: dict[str, Tensor]) -> Tensor:
-    """Videos uint8 (T, 3, H, W) next to each other, each below its title: (T, 3, H', W'), H' and W' even for H.264."""
+    """Put videos uint8 (T, 3, H, W) next to each other, each below its title: (T, 3, H', W'), even for H.264."""
     font, size = ImageFont.load_default(12), next(iter(videos.values())).shape
     titles = [textwrap.fill(title, max(1, int(size[3] / font.getlength("n")))) for title in videos]
     head = torch.full((3, 6 + 16 * max(1 + title.count("\n") for title in titles), size[3]), 255, dtype=torch.uint8)

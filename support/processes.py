@@ -45,7 +45,7 @@ class Processes:
 def start_processes(precision: str, workers: int = 0) -> Processes:
     """Join the processes that torchrun has started, one per device; `python` starts a single one.
 
-    precision: run.precision. workers: loader processes, to which a process without GPU leaves cores.
+    precision: run.precision. workers: data.workers; a process without GPU leaves cores to them.
     """
     device = find_device()
     fast = torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -54,7 +54,7 @@ def start_processes(precision: str, workers: int = 0) -> Processes:
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")  # TF32
     elif "OMP_NUM_THREADS" not in os.environ:  # 15 to 20 % more clips/s on two cores
-        torch.set_num_threads(max(1, torch.get_num_threads() - workers))
+        torch.set_num_threads(max(1, torch.get_num_threads() - loader_workers(workers)))
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "gloo"
         if device.type != "cpu":
@@ -87,6 +87,19 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "cpu"
+
+
+def loader_workers(workers: int) -> int:
+    """Return data.workers or, if it is -1, one less than the cores of the machine for each of its processes.
+
+    Without a GPU it is 1: computing, not loading, is what takes time.
+    """
+    if workers >= 0:
+        return workers
+    if not torch.accelerator.is_available():
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 def compiler(setting: str, device: torch.device) -> Callable[[Any], Any]:

@@ -69,16 +69,17 @@ def peak_memory(device: torch.device) -> float | None:
 class Log:
     """A run's folder on rank 0, locked for this run alone, with its log.jsonl, and the progress bar.
 
-    clips_per_step: of all processes. start: the step at which the run starts or resumes. Raises UserError, on all
-    processes, if another run is at work in the folder or if it cannot be written.
+    start: the step at which the run starts or resumes. epoch: its steps. clips_per_step: of all processes. Raises
+    UserError, on all processes, if another run is at work in the folder or if it cannot be written.
     """
 
     def __init__(
-        self, config: SimpleNamespace, processes: Processes, start: int, total: int, clips_per_step: int
+        self, config: SimpleNamespace, processes: Processes, start: int, total: int, epoch: int, clips_per_step: int
     ) -> None:
         self.folder = Path(config.run.folder)
         self.rank = processes.rank
         self.device = processes.device
+        self.epoch = epoch
         self.clips_per_step = clips_per_step
         self.lock: filelock.BaseFileLock | None = None
         self.file: TextIO | None = None
@@ -117,7 +118,7 @@ class Log:
         if (broken := self.folder / "broken_videos.txt").exists():
             say(f"{len(broken.read_bytes().splitlines())} broken videos were replaced by others: {broken}")
 
-    def write_step(self, step: int, loss: float, waited: float, epoch: float, **values: Any) -> None:
+    def write_step(self, step: int, loss: float, waited: float, **values: Any) -> None:
         """Write a line about the steps since the last one: the mean loss, speed, memory, and `values`.
 
         waited: seconds that loading has cost since the start. Raises UserError if the loss is not finite.
@@ -130,7 +131,7 @@ class Log:
         waiting = round((waited - self.waited) / seconds, 4)
         self.step, self.waited, self.since = step, waited, now
         values |= dict(clips_per_second=speed, waiting_for_data=waiting, memory_gb=peak_memory(self.device))
-        self.write(loss=loss, step=step, epoch=round(epoch, 4), **values)
+        self.write(loss=loss, step=step, epoch=round(step / self.epoch, 4), **values)
         self.bar.set_postfix({"loss": f"{loss:.4f}", "clips/s": speed}, refresh=False)
 
     def write(self, **values: Any) -> None:
@@ -143,6 +144,10 @@ class Log:
                 if isinstance(value, (int, float)):
                     group = [values["encoder"]] if "encoder" in values else []
                     self.board.add_scalar("/".join([*group, name]), value, values["step"])
+
+    def epoch_ends(self, step: int, every: int) -> bool:
+        """Return whether a step ends an epoch of which every `every`-th counts; 0: none."""
+        return every > 0 and step % (every * self.epoch) == 0
 
     def draw(self) -> None:
         """Draw charts of the log."""

@@ -17,25 +17,32 @@ def write_csv(file: Path, rows: Iterable[list]) -> None:
         csv.writer(opened).writerows(rows)
 
 
+def describe_accuracy(rates: dict[str, float], videos: int, unreadable: int, classes: int) -> str:
+    """Return a sentence on the rates in percent of a test. Top-5 says little about fewer than ten classes."""
+    text = f"top-1 {rates['top1']:.2f} % (mean over classes {rates['class_mean']:.2f} %)"
+    if classes >= 10:
+        text += f", top-5 {rates['top5']:.2f} %"
+    text += f" of {videos:,} videos"
+    return text + (f", {unreadable} of them unreadable" if unreadable else "")
+
+
 def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
     """Write scores.csv: class, prediction and probabilities of each video; classes.csv: videos and top-1 of each class.
 
     The scores of a video that cannot be read are NaN.
     """
-    rows = [["video", "class", "prediction", *names]]
-    correct: dict[str, list[bool]] = {name: [] for name in names}
+    rows, hits = [["video", "class", "prediction", *names]], {name: [] for name in names}
     for (path, label), row in zip(videos, scores, strict=True):
         prediction, probabilities = "unreadable", [""] * len(names)
         if not row.isnan().any():
             prediction, probabilities = names[int(row.argmax())], [f"{p:.5f}" for p in row.tolist()]
         rows.append([path, names[label], prediction, *probabilities])
-        correct[names[label]].append(prediction == names[label])
+        hits[names[label]].append(prediction == names[label])
     write_csv(folder / "scores.csv", rows)
-    classes = [["class", "videos", "top1"]]
-    for name, videos_of_class in correct.items():
-        top1 = f"{100 * sum(videos_of_class) / len(videos_of_class):.2f}" if videos_of_class else ""
-        classes.append([name, len(videos_of_class), top1])
-    write_csv(folder / "classes.csv", classes)
+    rows = [["class", "videos", "top1"]]
+    for name, correct in hits.items():
+        rows.append([name, len(correct), f"{100 * sum(correct) / len(correct):.2f}" if correct else ""])
+    write_csv(folder / "classes.csv", rows)
 
 
 def most_probable(videos: list[Path], scores: Tensor, names: list[str]) -> dict[str, dict[str, float]]:
@@ -61,10 +68,7 @@ def write_predictions(file: Path, predictions: dict[str, dict[str, float]]) -> N
 
 
 def compare(files: list[Path], out: Path, most: int = 20) -> None:
-    """Print and draw the classes in which one of two tested models is most ahead (Sec. D, Figures 7 and 8).
-
-    files: the scores.csv of both.
-    """
+    """Print and draw in which classes one of two scores.csv is most ahead of the other (Sec. D, Figures 7 and 8)."""
     first, second = map(class_accuracy, files)
     shared = first.keys() & second.keys()
     if not shared:
@@ -79,21 +83,17 @@ def compare(files: list[Path], out: Path, most: int = 20) -> None:
 
 
 def draw_comparison(rows: list[tuple[float, str]], files: list[Path], path: Path) -> None:
-    """Chart by how many percentage points the second of two models is ahead of the first in each class.
-
-    rows: (points, class), in the order from top to bottom. Raises UserError if matplotlib is not installed.
-    """
+    """Chart rows of points and class, from top to bottom. Raises UserError if matplotlib is not installed."""
+    points = [ahead for ahead, _ in rows]
+    names = [name[:40] for _, name in rows]
     figure = new_figure(8, 1.5 + 0.22 * len(rows))
     axes = figure.subplots()
-    for sign, color, file in ((1, "steelblue", files[1]), (-1, "orange", files[0])):
-        ahead = [points if points * sign > 0 else 0 for points, _ in rows]
-        bars = axes.barh(range(len(rows)), ahead, color=color, label=f"{file} is ahead")
-        axes.bar_label(bars, [f"{points:+.1f}" if points else "" for points in ahead], padding=3)
-    axes.set_yticks(range(len(rows)), [name if len(name) <= 40 else f"{name[:39]}…" for _, name in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.margins(x=0.15)  # room for the numbers
-    axes.set_xlabel("difference in top-1, percentage points")
-    figure.legend(loc="outside upper left", frameon=False)
+    bars = axes.barh(range(len(rows)), points, color=["steelblue" if ahead > 0 else "orange" for ahead in points])
+    axes.bar_label(bars, fmt="%+.1f", padding=3)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15, y=0.01)  # room for the numbers
+    axes.set_xlabel(f"top-1 of {files[1]}\nless that of {files[0]}, percentage points")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     say(f"{path}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.config import UserError
+from support.datasets import find_splits
 from support.seeds import random_below
 from support.video import write_mp4
 
@@ -37,7 +38,8 @@ FOLDER, VIDEOS = Path("toy_videos"), {"train": 4000, "val": 800}
 def find(data: SimpleNamespace) -> tuple[str, str, str, str]:
     """Return a configuration's root, train, val and classes; without a root, those of the toy videos."""
     if data.root:
-        return data.root, data.train, getattr(data, "val", ""), getattr(data, "classes", "")
+        train, val = find_splits(data.root, data.train, getattr(data, "val", ""))
+        return data.root, train, val, getattr(data, "classes", "")
     return str(render(FOLDER)), "train", "val", "classes.txt"
 
 

@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         state["encoder.pos_embed"] = content["positions"]
 
     if hub and not describes(hub, state):
-        unused.append("config.json, which is of another model,")
+        unused.append("config.json, which does not describe these weights,")
         hub = {}
     clip_size = content.get("model_options", {}).get("clip_size")
     if not clip_size and hub:

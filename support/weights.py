@@ -30,12 +30,13 @@ def load_weights(
     facebookresearch/mae, are inflated (Table 1e). Raises UserError.
     """
     state, content = read_checkpoint(path)
-    cube, grid = model.encoder.patch_embed.cube, model.encoder.grid
-    if state.get("encoder.patch_embed.proj.weight", torch.empty(0)).ndim == 4:
+    embedding, grid = model.encoder.patch_embed, model.encoder.grid
+    kernel = state.get("encoder.patch_embed.proj.weight", embedding.proj.weight)
+    if kernel.ndim == 4:
         say(f"{path}: weights of an image model, inflated to cubes")
-        state = inflate(state, cube[0], grid)
+        state = inflate(state, embedding.cube[0], grid)
     elif content["clip_size"]:
-        grid = cube_grid(content["clip_size"], cube)
+        grid = cube_grid(content["clip_size"], kernel.shape[2:])
     own = model.state_dict() | dict(model.named_buffers())  # with the position tables
     state |= fit_positions(state, own, grid, model.encoder.grid)
 

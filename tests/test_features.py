@@ -1,6 +1,7 @@
 """tools/extract_features.py: frames of a window, what is kept of its tokens, files, processes, kills, mistakes."""
 
 import gc
+import ntpath
 import os
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from videos import SIZE, broken_files, number_of, write_numbered
 import data
 import model as m
 import support.video
+from support.config import UserError
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint
 from tools.export_hugging_face import export
+from tools.extract_features import result_files
 from tools.windows import windows
 
 TOOL = "tools.extract_features"
@@ -76,7 +79,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 )
 def test_frames_of_each_window_are_exact(tmp_path, monkeypatch, suffix, count, options, starts, last):
     """B-frames, several key frames, and in AVI no times. Crops keep a frame as it is, so that its number is read."""
-    monkeypatch.setattr(data, "test_crops", lambda frames, size, crops: frames.clone()[None])
+    monkeypatch.setattr(data, "crop_views", lambda frames, size, crops: frames.clone()[None])
     path, options = write_numbered(tmp_path / f"a.{suffix}", count, options={"g": "10", "bf": "2"}), PLAIN | options
     expected = [[start + i * options["stride"] for i in range(options["frames"])] for start in starts]
     if last or starts:
@@ -222,14 +225,17 @@ def test_a_killed_run_resumes_at_the_next_video(pretrained, tmp_path):
 
 
 def test_broken_videos_are_named_and_the_others_done(pretrained, tmp_path):
-    """Names need not be UTF-8, and the second time all is done."""
+    """Names need not be UTF-8 and may have 255 bytes, and the second time all is done."""
     files = broken_files(tmp_path / "videos").values()
-    good = write_numbered(tmp_path / "a.mp4", 30).rename(tmp_path / "videos" / os.fsdecode(b"caf\xe9.b.mp4"))
+    name = os.fsdecode(b"caf\xe9.b" + 245 * b"x")
+    good = write_numbered(tmp_path / "a.mp4", 30).rename(tmp_path / "videos" / f"{name}.mp4")
     words = ["--weights", pretrained, "data.stride=2", *files]
     for _ in range(2):
         done = run(TOOL, *words, good, "--out", tmp_path / "out")
         assert all(f"cannot be read: {path}: " in done.stderr for path in files)
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [os.fsdecode(b"caf\xe9.b.npz")]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.npz"]
+        last = f"1 files of features below {tmp_path / 'out'}; {len(files)} videos cannot be read"
+        assert done.stderr.splitlines()[-1] == last
     done = run(TOOL, *words, "--out", tmp_path / "none", ok=False)
     assert done.returncode == 1 and "none of the videos can be read" in done.stderr
 
@@ -256,6 +262,12 @@ def test_mistakes_end_in_a_sentence(videos, pretrained, tmp_path, words, sentenc
     done = run(TOOL, *(part for word in words for part in places.get(word, [word])), ok=False)
     assert done.returncode in (1, 2) and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_on_several_drives_have_no_common_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(os.path, "commonpath", lambda paths: ntpath.commonpath(["C:\\a", "D:\\b"]))
+    with pytest.raises(UserError, match="on several drives"):
+        result_files([tmp_path / "a.mp4"], tmp_path)
 
 
 def test_other_settings_weights_or_videos_are_not_mixed_into_a_folder(videos, pretrained, fine_tuned, tmp_path):

@@ -147,7 +147,7 @@ def test_random_resized_crop_is_not_antialiased():
     stripes[..., 1::4], stripes[..., 2::4] = 200, 200
     result = augmentation(size=16, crop_area=(1, 1), crop_aspect=(1, 1))(stripes, sample_generator(0, 0, 0))
     expected = F.interpolate(stripes.float(), (16, 16), mode="bilinear")
-    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be grey
+    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be gray
 
 
 def test_erasing_is_one_box_of_noise_in_all_frames():

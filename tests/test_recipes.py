@@ -95,8 +95,8 @@ FROM_SCRATCH = {  # Sec. B says MViT and the epochs of the first two; MViT's set
     "optim.epochs": {"scratch": {"ssv2": 100, "k400": 200}},
     "model.drop_path": {"scratch": 0.2},
     "model.dropout": {"scratch": 0.5},
-    "optim.base_lr": {"scratch": 8e-4},
-    "optim.min_lr": {"scratch": 5e-7},
+    "optim.base_lr": {"scratch": 1.6e-3},
+    "optim.min_lr": {"scratch": 1.6e-5},
     "optim.layer_decay": {"scratch": 1.0},
     "optim.warmup_epochs": {"scratch": 30},
 }
@@ -219,7 +219,7 @@ finetune/k400_huge | k400 H | 0.002 | pretrain/k400_huge | 86.6 97.1
 finetune/k700_large | k700 k400 L | 0.002 | pretrain/k700_large |
 finetune/k400_large_320 | 32x320 k400 L | 0.002 | finetune/k400_large | 86.1 97.3
 finetune/k400_huge_320 | 32x320 k400 H | 0.002 | finetune/k400_huge | 87.4 97.6
-finetune/k400_base_scratch | scratch k400 B | 0.0016 | scratch | 68.8
+finetune/k400_base_scratch | scratch k400 B | 0.0032 | scratch | 68.8
 finetune/ssv2_small | ssv2 S | 0.002 | pretrain/ssv2_small | 66.8 90.3
 finetune/ssv2_base | ssv2 B | 0.001 | pretrain/ssv2_base | 70.8 92.4 69.6
 finetune/ssv2_large | ssv2 L | 0.001 | pretrain/ssv2_large | 74.3 94.6
@@ -227,13 +227,13 @@ finetune/ssv2_large_32 | 32f ssv2 L | 0.001 | pretrain/ssv2_large | 75.4 95.2
 finetune/ssv2_base_from_k400 | ssv2 B | 0.001 | pretrain/k400_base | 69.7 92.3
 finetune/ssv2_large_from_k400 | ssv2 L | 0.001 | pretrain/k400_large | 74.0 94.6
 finetune/ssv2_base_from_k400_800 | ablation ssv2 B | 0.001 | pretrain/k400_base_800 | 68.5
-finetune/ssv2_base_scratch | scratch ssv2 B | 0.0016 | scratch | 32.6
+finetune/ssv2_base_scratch | scratch ssv2 B | 0.0032 | scratch | 32.6
 finetune/ucf101_base | ucf101 k400 B | 0.00025 | pretrain/ucf101_base | 91.3
 finetune/ucf101_base_from_k400 | ucf101 k400 B | 0.00025 | pretrain/k400_base | 96.1
-finetune/ucf101_base_scratch | scratch ucf101 k400 B | 0.0004 | scratch | 51.4
+finetune/ucf101_base_scratch | scratch ucf101 k400 B | 0.0008 | scratch | 51.4
 finetune/hmdb51_base | hmdb51 k400 B | 0.0005 | pretrain/hmdb51_base | 62.6
 finetune/hmdb51_base_from_k400 | hmdb51 k400 B | 0.0005 | pretrain/k400_base | 73.3
-finetune/hmdb51_base_scratch | scratch hmdb51 k400 B | 0.0004 | scratch | 18.0
+finetune/hmdb51_base_scratch | scratch hmdb51 k400 B | 0.0008 | scratch | 18.0
 finetune/own* | ucf101 k400 B | 6.25e-05 | pytorch_model.bin |
 finetune/toy* | k400 B | 0.001875 | pretrain/toy |
 probe/ssv2_base | ssv2 B | 0.4 | pretrain/ssv2_base | 38.9 34.7

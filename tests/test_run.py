@@ -105,16 +105,16 @@ def test_the_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path):
 
 
 def test_lines_have_the_speed_of_training_alone_and_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    log = Log(load_config(TOY, [f"run.folder={tmp_path}"]), ALONE, 0, 20, clips_per_step=8)
+    log = Log(load_config(TOY, [f"run.folder={tmp_path}"]), ALONE, 0, 20, epoch=81, clips_per_step=8)
     time.sleep(0.1)
     with log.clock_stopped():
         time.sleep(0.4)
-    log.write_step(10, 0.5, waited=0.05, epoch=0.12345, lr=0.1, grad_norm=2.0)
+    log.write_step(10, 0.5, waited=0.05, lr=0.1, grad_norm=2.0)
     (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert {"loss": 0.5, "step": 10, "epoch": 0.1235, "lr": 0.1, "grad_norm": 2.0}.items() <= line.items()
     assert 400 < line["clips_per_second"] <= 800 and 0.2 < line["waiting_for_data"] <= 0.5
     with pytest.raises(UserError, match="the loss is nan at step 20; a lower optim.base_lr may help"):
-        log.write_step(20, math.nan, waited=0.05, epoch=1.0)
+        log.write_step(20, math.nan, waited=0.05)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
@@ -181,6 +181,29 @@ def test_training_videos_are_described_by_names_labels_and_order():
     others = [[b, a], [a], [a, a], [(a, 0)], [(a, 1)], [(("a", 902), "rows")], [(("a", 903), "rows")]]
     assert len({describe(videos)["digest"] for videos in [[a, b], *others]}) == 8
     assert describe([Path(os.fsdecode(b"\xff.mp4"))])["count"] == 1
+
+
+def test_other_videos_with_the_same_names_are_refused_and_prepared_copies_are_not(tmp_path):
+    folders = {name: tmp_path / name for name in ("first", "moved", "other", "prepared")}
+    for folder, size in zip(folders.values(), (5, 5, 6, 7), strict=True):
+        folder.mkdir()
+        (folder / "a.mp4").write_bytes(b"x" * size)
+    (folders["prepared"] / "prepared.json").touch()
+    videos = {name: describe([folder / "a.mp4"]) for name, folder in folders.items()}
+
+    def load(name: str, *settings: str) -> dict | None:
+        config = load_config(TOY, [f"run.folder={tmp_path}", *settings])
+        return load_checkpoint(config, TOY, videos=videos[name])
+
+    for began in (videos["first"], dict(count=1, digest=videos["first"]["digest"])):  # before sizes were stored
+        content = dict(step=240, config=as_dict(load_config(TOY, [])), videos=began)
+        write_checkpoint(tmp_path / "checkpoint.pt", content)
+        assert load("moved")["step"] == load("prepared")["step"] == 240
+    assert load("other")["step"] == 240
+    write_checkpoint(tmp_path / "checkpoint.pt", content | dict(videos=videos["first"]))
+    with pytest.raises(UserError, match="a run, 240 steps of it done, of other videos with the same names: the sizes"):
+        load("other")
+    assert load("other", "run.other_videos=true")["step"] == 240
 
 
 # ---- devices ----

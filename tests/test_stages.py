@@ -180,8 +180,10 @@ def test_activation_checkpointing_changes_nothing(stage, settings, tmp_path):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def test_a_trace_names_the_work_of_three_steps_and_changes_nothing(settings, finished, tmp_path):
-    run("pretrain.py", *settings["pretrain"], "run.profile=true", f"run.folder={tmp_path}")
+def test_a_trace_and_kept_checkpoints_change_nothing(settings, finished, tmp_path):
+    run("pretrain.py", *settings["pretrain"], "run.profile=true", "run.keep_every=2", f"run.folder={tmp_path}")
+    kept = {path.name: torch.load(path, weights_only=True)["step"] for path in tmp_path.glob("checkpoint*.pt")}
+    assert kept == {"checkpoint.pt": 9, "checkpoint_0002.pt": 6}
     events = [event.get("name", "") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
     steps = {name for name in events if name.startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#3", "ProfilerStep#4", "ProfilerStep#5"}

@@ -89,7 +89,7 @@ def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
     for count in (8, 16, 24):
         study.write_subset(str(toy_videos), tmp_path / "new" / f"{count}.txt", count)
         entries = datasets.list_entries(str(toy_videos), str(tmp_path / "new" / f"{count}.txt"))
-        names = {entry.path.name for entry in entries}
+        names = {Path(entry.path).name for entry in entries}
         # the first of each class, as those that fine-tuning takes with data.per_class: numbers follow the classes
         assert names == {f"{number:05d}.mp4" for number in range(count)}
 

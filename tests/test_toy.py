@@ -26,39 +26,32 @@ def seeded(seed: int) -> torch.Generator:
 # ---- files ----
 
 
-def test_toy_videos_are_reproducible_and_finished_after_an_interruption(toy_videos, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(toy_videos, again)
-    (again / "classes.txt").unlink()
-    videos = datasets.list_videos(str(again), "train")
-    assert len(videos) == 24 and {path.parent.name for path in videos} == set(toy.CLASSES)
-    videos[0].unlink()
-    toy.render(again, {"train": 24, "val": 8})
-    for path in (*videos, again / "classes.txt"):
-        assert path.read_bytes() == (toy_videos / path.relative_to(again)).read_bytes()
+KINDS = {
+    "toy_videos": (toy.render, 8, ["classes.txt", "train/moving right/00008.mp4"]),
+    "toy_ava": (support.toy_ava.render, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_videos_are_reproducible_and_finished_after_an_interruption(kind, request, tmp_path):
+    original, again, (render, count, lost) = request.getfixturevalue(kind), tmp_path / "again", KINDS[kind]
+    files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
+    assert len(files) == {"toy_videos": 32 + 3, "toy_ava": 9 + 2 * 3 + 3}[kind]
+    shutil.copytree(original, again)
+    for name in lost:
+        (again / name).unlink()
+    videos = {"train": 24 if kind == "toy_videos" else 6, "val": count}
+    render(again, videos)
+    assert all((again / path).read_bytes() == (original / path).read_bytes() for path in files)
     before = {path: path.stat().st_mtime_ns for path in again.rglob("*")}
-    toy.render(again, {"train": 24, "val": 8})
+    render(again, videos)
     assert before == {path: path.stat().st_mtime_ns for path in again.rglob("*")}
-    for others in (({"train": 32, "val": 8}, 0), ({"train": 24, "val": 8}, 1)):
+    for others in ((videos | {"val": 16}, 0), (videos, 1)):
         with pytest.raises(UserError, match="other settings"):
-            toy.render(again, *others)
-    other = toy.render(tmp_path / "other", {"train": 8, "val": 0}, seed=1)
+            render(again, *others)
+    other = render(tmp_path / "other", {"train": 3, "val": 0}, seed=1)
     for path in other.rglob("*.mp4"):
-        assert path.read_bytes() != (toy_videos / path.relative_to(other)).read_bytes()
-
-
-def test_toy_ava_is_reproducible_and_finished_after_an_interruption(toy_ava, tmp_path):
-    again = tmp_path / "videos"
-    shutil.copytree(toy_ava, again)
-    (again / "annotations" / "ava_action_list_v2.2.pbtxt").unlink()
-    (again / "annotations" / "ava_val_v2.2.csv").write_text("cut off")
-    (again / "videos" / "val_00002.mp4").unlink()
-    support.toy_ava.render(again, {"train": 6, "val": 3})
-    files = [path.relative_to(toy_ava) for path in toy_ava.rglob("*") if path.is_file()]
-    assert len(files) == 9 + 2 * 3 + 3
-    assert all((again / path).read_bytes() == (toy_ava / path).read_bytes() for path in files)
-    with pytest.raises(UserError, match="other settings"):
-        support.toy_ava.render(again, {"train": 7, "val": 3})
+        assert path.read_bytes() != (original / path.relative_to(other)).read_bytes()
 
 
 def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
@@ -214,17 +207,3 @@ def test_toy_boxes_follow_the_motions_that_the_labels_say():
                         checked.add(name)
                         assert way >= 4  # at least 1 pixel per frame; an outline that turns or grows shifts its box too
     assert checked == {"left", "right", "up", "down"}
-
-
-def test_boxes_are_around_what_is_painted():
-    """The frame differs from the background inside the box of every shape that is seen."""
-    clip, shapes = support.toy_ava.render_scene(seeded(5))
-    x, y = toy.pixels(72, 96)
-    background = toy.gradient(x / 96, y / 72, torch.rand(4, 3, generator=seeded(5)))
-    different = (clip - background).abs().amax(-1) > 0.02  # (60, H, W)
-    boxes = torch.stack([boxes for _, boxes in shapes])  # (shapes, 60, 4)
-    seen = [*zip(*(~boxes.isnan().any(-1)).nonzero(as_tuple=True), strict=True)]
-    for shape, frame in seen:
-        x1, y1, x2, y2 = (boxes[shape, frame] * torch.tensor([96, 72] * 2)).round().int().tolist()
-        assert different[frame, y1:y2, x1:x2].float().mean() > 0.3
-    assert len(seen) > 60

@@ -25,16 +25,12 @@ def numbered_frame(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> 
 
 def number_of(frame: torch.Tensor) -> int:
     """The number that a decoded frame (3, H, W) shows."""
-    grey = frame.float().mean(0)
-    columns = frame.shape[2] // 16
-    bits = (
-        grey[
-            bit // columns * 16 + 4 : bit // columns * 16 + 12, bit % columns * 16 + 4 : bit % columns * 16 + 12
-        ].mean()
-        > 125
-        for bit in range(12)
-    )
-    return sum(int(bit) << place for place, bit in enumerate(bits))
+    gray, columns, number = frame.float().mean(0), frame.shape[2] // 16, 0
+    for bit in range(12):
+        row, column = divmod(bit, columns)
+        square = gray[row * 16 + 4 : row * 16 + 12, column * 16 + 4 : column * 16 + 12]
+        number += int(square.mean() > 125) << bit
+    return number
 
 
 def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
@@ -45,13 +41,7 @@ def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
 
 
 def write_numbered(
-    path: Path,
-    count: int,
-    codec: str = "libx264",
-    options: dict | None = None,
-    times: list[int] | None = None,
-    pixel_format: str = "yuv420p",
-    size: tuple[int, int] = SIZE,
+    path: Path, count: int, codec: str = "libx264", options=None, times=None, pixel_format="yuv420p", size=SIZE
 ) -> Path:
     """A video whose every frame shows its own number; `times` are presentation times in 1/1000 s."""
     with av.open(str(path), "w") as container:
@@ -120,14 +110,12 @@ def audio_only(path: Path) -> Path:
     return path
 
 
-def remux(
-    source: Path, path: Path, first: int = 0, last: int | None = None, shift: int = 0, options: dict | None = None
-) -> Path:
-    """Copy packets `first` to `last` of a video as they are, `shift` later in units of the source's time base."""
-    with av.open(str(source)) as original, av.open(str(path), "w", options=options or {}) as container:
+def remux(source: Path, path: Path, first: int = 0, shift: int = 0, **options: str) -> Path:
+    """Copy the packets of a video from the one numbered `first` on, `shift` later in units of its time base."""
+    with av.open(str(source)) as original, av.open(str(path), "w", options=options) as container:
         stream = original.streams.best("video")
         copy = container.add_stream_from_template(stream)
-        for packet in [packet for packet in original.demux(stream) if packet.size][first:last]:
+        for packet in [packet for packet in original.demux(stream) if packet.size][first:]:
             packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, copy
             container.mux(packet)
     return path
@@ -135,13 +123,12 @@ def remux(
 
 def broken_files(folder: Path) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
-    whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
-    (folder / "whole.mp4").unlink()
-    contents = {"truncated.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"not a video\n" * 50}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    audio_only(folder / "audio.mp4")
+    whole = write_numbered(folder / "truncated.mp4", 40).read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_bytes(b"not a video\n" * 50)
     (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
+    audio_only(folder / "audio.mp4")
     damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
     damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
     (folder / "damaged.mkv").write_bytes(damaged)

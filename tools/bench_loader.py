@@ -28,6 +28,7 @@ import data
 from support.config import UserError
 from support.processes import launch
 from support.seeds import sample_generator
+from support.video import Video
 from tools.bench_step import measure, require, speedup
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
@@ -123,6 +124,9 @@ def compare(title: str, way: Callable[[int], float], other: Callable[[int], floa
 
 def bench(path: Path, prepared: Path, rounds: int) -> None:
     """Print all comparisons for one video."""
+    size = prepared.stat().st_size / path.stat().st_size
+    quality = statistics.mean(psnr(path, prepared, seed) for seed in range(20))
+    print(f"{path.name}, prepared: {size:.2f} times the size, PSNR of clips {quality:.1f} dB")
     original, encoded, authors = our_clips(path), our_clips(prepared), AuthorsClips(path)
     peer = "decord + PIL on the original"
     compare(f"{path.name}, a clip against {peer}", partial(samples, original), partial(samples, authors), rounds)
@@ -138,6 +142,19 @@ def bench(path: Path, prepared: Path, rounds: int) -> None:
     compare(f"{path.name}, 5 x 3 test views against 15 views one by one", *views, rounds // 8)
 
 
+def psnr(original: Path, prepared: Path, seed: int) -> float:
+    """Return the peak signal-to-noise ratio, in dB, of a clip of the prepared file against the original's."""
+    clips, size = [], None
+    for path in (prepared, original):
+        generator = sample_generator(0, seed, 0)
+        with Video(path) as video:
+            frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
+        size = size or list(frames.shape[-2:])
+        frames = data.TF.resize(frames, size, antialias=True)
+        clips.append(data.resized_multi_scale_crop(frames, generator, 224, SCALES, False).float())
+    return float(-10 * ((clips[0] - clips[1]) / 255).square().mean().log10())
+
+
 def prepare(path: Path, folder: Path, short: int) -> Path:
     """Encode a video as a dataset's are."""
     source = folder / "original" / path.name
@@ -147,7 +164,6 @@ def prepare(path: Path, folder: Path, short: int) -> Path:
     done = subprocess.run([sys.executable, "-m", "tools.prepare", *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{path} cannot be prepared: {done.stderr.splitlines()[-1]}")
-    print(done.stdout, end="")  # sizes and PSNR
     return (folder / "prepared" / path.name).with_suffix(".mp4")
 
 

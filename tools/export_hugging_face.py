@@ -77,7 +77,7 @@ def export(model: VideoMAE | VideoClassifier, folder: Path, normalize_target: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="pre-trained or fine-tuned, of any source that --weights reads")
     parser.add_argument("folder", type=Path)
     path, folder = vars(parser.parse_args()).values()

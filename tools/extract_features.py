@@ -57,7 +57,12 @@ def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.M
 def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
     """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
     videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
-    above = os.path.commonpath([video.parent for video in videos])
+    try:
+        above = os.path.commonpath([video.parent for video in videos])
+    except ValueError:
+        raise UserError(
+            "the videos are on several drives, with no common folder: give those of one at a time"
+        ) from None
     files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
     if len(files) < len(videos):
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
@@ -93,17 +98,20 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     encoder, norm = encoder.to(device), norm.to(device)
 
     def encode(clips: list[Tensor]) -> Tensor:
-        clip = data.normalize(torch.stack(clips).to(device))  # (B, 3, T, H, W)
+        clip = torch.stack(clips).to(device)  # (B, T, 3, H, W)
+        clip = data.normalize(clip)  # (B, 3, T, H, W)
         with processes.autocast():
             x = reduce(encoder(clip), KEEP[keep], "mean", t=slots)  # from (B, N, D)
             return norm(x).float().cpu()  # (B, D), (B, T/2, D) or (B, N, D)
 
     files = result_files(named_videos(arguments.videos), arguments.out)
-    done = [file for file in files if file.exists()]
-    for file in done:
-        check_settings(file, settings | dict(video=files[file]))
-    say(f"{len(files):,} videos, {len(done):,} of them done; {settings}")
-    todo = [file for file in list(files)[processes.rank :: processes.world_size] if file not in done]
+    say(f"{len(files):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
+    todo = []
+    for file in list(files)[processes.rank :: processes.world_size]:
+        if file.exists():
+            check_settings(file, settings | dict(video=files[file]))
+        else:
+            todo.append(file)
     bar = tqdm(unit=" windows", disable=processes.rank > 0)
     broken = []
     for file in todo:
@@ -119,22 +127,25 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
         except BrokenVideo as error:
             broken.append(file)
             tqdm.write(f"cannot be read: {error}", file=sys.stderr)
-    if len(gather(broken)) == len(files):
+    bar.close()
+    unreadable = len(gather(broken))
+    if unreadable == len(files):
         raise UserError("none of the videos can be read; see above")
+    say(f"{len(files) - unreadable:,} files of features below {arguments.out}; {unreadable:,} videos cannot be read")
 
 
 def write(file: Path, features: Tensor, times: list[tuple[float, float]], settings: dict) -> None:
     """Write a temporary file and rename it, so that the file is always complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
     start, end = np.array(times).T
-    part = file.with_suffix(".part")
+    part = file.with_name(f"{zlib.crc32(os.fsencode(file.name)):08x}.part")  # the name may be as long as is possible
     with open(part, "wb") as opened:
         np.savez(opened, features=features.numpy(), start=start, end=end, **settings)
     os.replace(part, file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("videos", nargs="+", type=Path, metavar="VIDEO", help="videos, folders or lists")
     add("--weights", type=Path, required=True, help="pre-trained or fine-tuned, of any source, see docs/weights.md")

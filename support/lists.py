@@ -1,0 +1,188 @@
+"""Read the lists of videos that datasets are distributed with."""
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from support.config import UserError
+
+KNOWN = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv"
+SUFFIXES = tuple(KNOWN.split())
+SYSTEM_NAMES = "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"
+PREPARED = "prepared.json"  # marks a folder that tools/prepare.py filled
+
+
+class Entry(NamedTuple):
+    """One video of a dataset."""
+
+    path: str
+    label: str | int  # the name or the number of its class; "" if the dataset gives none
+    where: str  # the file and line that name the video
+
+
+def read_list(root: str, selection: str, labels: bool = True) -> Iterator[Entry]:
+    """Yield the videos that a configuration names.
+
+    selection: empty for everything below `root`, or the name, below `root`, of
+    - a folder: every video below it; its own folder's name is its label (Kinetics, UCF101 and HMDB51 unpacked);
+    - a list file: lines `path [label]` or `path,label`, paths relative to `root` (UCF101's trainlist and testlist);
+    - a .json list of objects with `id` and `template` or `label` (Something-Something V2);
+    - a .csv file with the columns label, youtube_id, time_start, time_end (Kinetics);
+    - files with lines `name flag`, one for each class, as `*_test_split1.txt=FLAG`: those with this flag (HMDB51).
+    An `id` means the video of this name, whatever its suffix, anywhere below `root`.
+    In a folder of tools/prepare.py, lists of the original videos mean those that were made of them.
+    labels: False to ignore what follows the paths in a list.
+    Raises UserError, with the line, for what cannot be read.
+    """
+    pattern, flag = split_flag(selection)
+    files = find_files(root, pattern)
+    if not files or (len(files) > 1 and not flag):
+        what = f"there is no folder or list file {pattern or root}"
+        raise UserError(f"{what}: set data.root, and data.train or data.val below it")
+    for file in files:
+        try:
+            if flag:
+                entries = _read_flagged(root, file, pattern, int(flag))
+            elif file.is_dir():
+                entries = _read_folder(file)
+            elif file.suffix == ".json":
+                entries = _read_json(root, file)
+            elif "youtube_id" in _cells(next(text_lines(file), ("", ""))[1]):
+                entries = _read_kinetics(root, file)
+            else:
+                entries = _read_lines(root, file, labels)
+            yield from _in_prepared_folder(root, entries)
+        except UserError:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+            what = f"{file} is not a list of videos in a form that support/lists.py describes"
+            raise UserError(f"{what} ({type(error).__name__}: {error})") from None
+
+
+def _read_folder(folder: Path) -> Iterator[Entry]:
+    for path in files_below(folder):
+        parent = os.path.dirname(path)
+        yield Entry(path, "" if parent == str(folder) else os.path.basename(parent), parent)
+
+
+def _read_json(root: str, file: Path) -> Iterator[Entry]:
+    paths = {Path(path).stem: path for path in files_below(root)}
+    for item in json.loads(file.read_text("utf-8-sig")):
+        name = str(item["id"])
+        label = item.get("template") or item.get("label") or ""  # a template has its placeholders in brackets
+        path = paths.get(name, os.path.join(root, name))
+        yield Entry(path, label.replace("[", "").replace("]", ""), f"{file}: id {name}")
+
+
+def _read_kinetics(root: str, file: Path) -> Iterator[Entry]:
+    paths = {Path(path).stem: path for path in files_below(root)}
+    (_, header), *lines = text_lines(file)
+    for where, line in lines:
+        row = dict(zip(_cells(header), _cells(line), strict=False))
+        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+        yield Entry(paths.get(name, os.path.join(root, name)), row.get("label", ""), where)
+
+
+def _read_flagged(root: str, file: Path, pattern: str, flag: int) -> Iterator[Entry]:
+    """Read HMDB51's CLASS_test_split1.txt. What the pattern's * stands for is the class."""
+    name = file.name.removesuffix(pattern.rpartition("*")[2])
+    for entry in _read_lines(os.path.join(root, name), file):
+        if not isinstance(entry.label, int):
+            raise UserError(f"{entry.where}: expected 'name flag' for {entry.path}")
+        if entry.label == flag:
+            yield entry._replace(label=name)
+
+
+def _read_lines(root: str, file: Path, labels: bool = True) -> Iterator[Entry]:
+    for where, line in text_lines(file):
+        path, label = _split_line(line)
+        if not path.lower().endswith(SUFFIXES) and not os.path.isfile(os.path.join(root, path)):
+            raise UserError(f"{where}: '{line}' does not start with the path of a video")
+        words = label.replace(",", " ").replace(";", " ").split()
+        if labels and len(words) > 1 and _is_number(words[0]):
+            what = f"{where}: '{label}' is more than a label"
+            raise UserError(f"{what}; lines are 'path label', not 'path frames label' as for folders of frames")
+        if _is_number(label):
+            label = int(label)
+        elif not label:
+            label = os.path.basename(os.path.dirname(path))
+        yield Entry(os.path.join(root, path), label, where)
+
+
+def text_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a text file that are not blank, each after its place."""
+    with open(file, encoding="utf-8-sig") as opened:
+        for number, line in enumerate(opened, 1):
+            if line := line.strip():
+                yield f"{file}, line {number}", line
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True), [])]
+
+
+def _split_line(line: str) -> tuple[str, str]:
+    """Split a line into a path, perhaps quoted, and a label or "". The first suffix of a video ends a path."""
+    if line.startswith('"'):
+        path, _, label = line[1:].partition('"')
+        return path, label.strip(' \t,"')
+    words = line.replace(",", " ").replace("\t", " ").split(" ")
+    ends = [count for count, word in enumerate(words, 1) if word.lower().endswith(SUFFIXES)]
+    if ends:
+        words = words[: ends[0]]
+    while not ends and len(words) > 1 and (not words[-1] or _is_number(words[-1])):  # a name without a suffix
+        words.pop()
+    end = len(" ".join(words))
+    return line[:end], line[end:].strip(' \t,"')
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _in_prepared_folder(root: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Replace the original videos by those that tools/prepare.py made of them, if `root` is its folder."""
+    mark = Path(root, PREPARED)
+    original = json.loads(mark.read_text("utf-8"))["root"] if mark.exists() else None
+    for entry in entries:
+        if original:
+            path = Path(entry.path)
+            if path.is_relative_to(original):  # an absolute path in a list
+                path = Path(root, path.relative_to(original))
+            entry = entry._replace(path=str(path.with_suffix(".mp4")))
+        yield entry
+
+
+def split_flag(selection: str) -> tuple[str, str]:
+    """Split PATTERN=FLAG, as HMDB51 needs it. The flag is "" without one."""
+    pattern, equals, flag = selection.rpartition("=")
+    return (pattern, flag) if equals and flag.isdecimal() else (selection, "")
+
+
+def find_files(root: str, name: str) -> list[Path]:
+    """Find a file or a pattern's files: below `root`, from the current folder, or as tools/prepare.py copied them."""
+    places = [(root, name), ("", name)] if name else [(root, "")]
+    if Path(root, PREPARED).exists():
+        places.append((root, Path(name).name))
+    for folder, pattern in places:
+        exists = Path(folder, pattern).exists()
+        if matches := [pattern] if exists else glob.glob(pattern, root_dir=folder or None, recursive=True):
+            return [Path(folder, match) for match in sorted(matches)]
+    return []
+
+
+def files_below(folder: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """Yield the files below a folder in sorted order. Follow links, but not in circles; skip what is hidden."""
+    for item in sorted(os.scandir(folder), key=lambda item: item.name):
+        if item.name.startswith(".") or item.name in SYSTEM_NAMES:
+            continue
+        is_link = item.is_symlink()
+        is_folder = os.path.isdir(item) if is_link else item.is_dir()  # a link may be broken
+        if is_folder and not (is_link and any(map(Path(item).samefile, Path(item).absolute().parents))):
+            yield from files_below(item.path, suffixes)
+        elif not is_folder and item.name.lower().endswith(suffixes):
+            yield item.path

@@ -1,0 +1,104 @@
+"""Check a dataset before training: its classes, wrong labels, unreadable videos, and videos in both of its lists.
+
+python -m tools.check_dataset configs/finetune/ucf101_base.yaml data.root=/data/ucf101
+python -m tools.check_dataset VIDEO... FOLDER... LIST...    # can they be read?
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm.contrib.concurrent import thread_map
+
+from support.config import UserError, load_config, parse
+from support.datasets import Classes, find_splits, list_entries, named_videos
+from support.lists import Entry
+from support.processes import launch
+from support.video import BrokenVideo, Video
+
+
+def check(config: SimpleNamespace) -> bool:
+    """Print the lists of the group `data` of a configuration and their problems. Return whether there are none."""
+    has_labels = hasattr(config, "classes")  # pre-training has none
+    train, val = find_splits(config.root, config.train, config.val)
+    entries = list_entries(config.root, train, has_labels)
+    classes = Classes(config.root, config.classes, entries) if has_labels else None
+    problems = check_list(f"training in {train or config.root}", entries, classes, config.workers)
+    if classes and len(classes.names) == 1:
+        problems.append("there is only one class: a classifier needs two")
+    if val:
+        val_entries = list_entries(config.root, val, has_labels)
+        problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
+        both = {entry.path for entry in entries} & {entry.path for entry in val_entries}
+        if both:
+            problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
+    for problem in problems:
+        print(f"  {problem}")
+    return not problems
+
+
+def check_list(title: str, entries: list[Entry], classes: Classes | None, workers: int) -> list[str]:
+    """Print a list's number of videos of each class. Return its problems."""
+    wrong = []
+    count = Counter()
+    if classes:
+        for entry in entries:
+            try:
+                count[classes.index(entry)] += 1
+            except UserError as error:
+                wrong.append(str(error))
+    names = classes.names if classes else []
+    broken = find_unreadable([Path(entry.path) for entry in entries], workers)
+    print(f"{len(entries):,} videos for {title}, {len(names)} classes, ", end="")
+    print(f"{len(wrong)} wrong labels, {len(broken)} unreadable")
+    for index, name in enumerate(names):
+        print(f"{count[index]:8,}  {name}")
+    return wrong + broken
+
+
+def find_unreadable(videos: list[Path], workers: int) -> list[str]:
+    """Decode the first, middle and last frame of each video. Return why some of them cannot be read."""
+
+    def read(path: Path) -> str:
+        try:
+            with Video(path) as video:
+                video.frames([0, len(video) // 2, len(video) - 1])
+        except BrokenVideo as error:
+            return str(error)
+        return ""
+
+    errors = thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
+    return [error for error in errors if error]
+
+
+def load_data_config(settings: list[str]) -> SimpleNamespace:
+    """Return the group `data` of a configuration of any stage but detection."""
+    stages = [Path(word).parent.name for word in settings if word.endswith((".yaml", ".yml"))]
+    stage = stages[0] if stages and stages[0] in ("pretrain", "probe", "baselines") else "finetune"
+    config = load_config(Path(__file__).parents[1] / "configs" / stage / "toy.yaml", settings).data
+    config.val = getattr(config, "val", "")  # MoCo v3 has no validation
+    if not config.root:
+        raise UserError("which dataset? Name a configuration file or give data.root, data.train and data.val")
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = parse(parser).settings
+    settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
+    if settings or not words:
+        all_well = check(load_data_config(words))
+    else:
+        videos = named_videos([Path(word) for word in words])
+        broken = find_unreadable(videos, os.cpu_count() or 1)
+        print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
+        all_well = not broken
+    if not all_well:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    launch(main)
