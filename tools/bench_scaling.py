@@ -1,7 +1,6 @@
 """Time pre-training steps of one process against two, each with one thread and its own clips, through torchrun.
 
-    python -m tools.bench_scaling                        # ViT-S, 16 x 224 x 224, two clips per process, gloo
-    python -m tools.bench_scaling --size B --batch 4
+    python -m tools.bench_scaling configs/pretrain/k400_small.yaml run.batch_per_device=2
 
 Efficiency is the time of one process's step over that of two, which do twice the work: 1 would be perfect. Two
 processes that exchange no gradients tell what the machine itself costs. Every round starts new processes.
@@ -16,41 +15,39 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import data
-from model import SIZES
-from support.processes import launch
-from tools.bench_step import make_batch, measure, pretraining, speedup
+from support.config import parse
+from support.processes import launch, start_processes
+from tools.bench_step import measure, ours, read_recipe, speedup
 
 WAYS = {"one": 1, "two": 2, "two, no exchange": 2}  # processes
 
 
-def train(options: argparse.Namespace) -> None:
+def train(config: SimpleNamespace, way: str, steps: int) -> None:
     """Train in one of the processes. Rank 0 prints the median seconds of a step."""
-    dist.init_process_group("gloo")
+    processes = start_processes(config.run.precision)
     torch.manual_seed(0)
-    model, objective = pretraining(options.size)
+    model, loss = ours(config, processes.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    network = model
-    if options.way != "one":
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    frames, _, visible, masked, _ = make_batch(options.batch)
+    network = model if way == "one" else DistributedDataParallel(model, gradient_as_bucket_view=True)
     seconds = []
-    for _ in range(options.steps + 1):
+    for _ in range(steps + 1):
         dist.barrier()
         start = time.perf_counter()
-        with network.no_sync() if options.way == "two, no exchange" else nullcontext():
-            prediction = network(data.normalize(frames), visible, masked)
-            objective.loss(prediction, frames, masked).backward()
+        with network.no_sync() if way == "two, no exchange" else nullcontext():
+            with processes.autocast():
+                value = loss(network)
+            value.backward()
         optimizer.step()
         optimizer.zero_grad()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    if dist.get_rank() == 0:
+    if processes.rank == 0:
         print(json.dumps(statistics.median(seconds[1:])))  # the first is for warming up
 
 
@@ -65,20 +62,18 @@ def run_processes(way: str, number: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=list(SIZES))
-    parser.add_argument("--batch", type=int, default=2, help="clips in each process")
     parser.add_argument("--steps", type=int, default=4, help="in each round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser)
+    config = read_recipe(options.settings)
     if options.way:
-        return train(options)
+        return train(config, options.way, options.steps)
     seconds = measure({way: partial(run_processes, way) for way in WAYS}, options.rounds)
     for way, processes in WAYS.items():
-        median = statistics.median(seconds[way])
-        clips = processes * options.batch
+        median, clips = statistics.median(seconds[way]), processes * config.run.batch_per_device
         print(
-            f"ViT-{options.size}, {way}: {median:.3f} s a step of {clips} clips, {clips / median:.2f} clips/s; "
+            f"ViT-{config.model.size}, {way}: {median:.3f} s a step of {clips} clips, {clips / median:.2f} clips/s; "
             f"efficiency {speedup(seconds, way, 'one')}"
         )
 

@@ -8,8 +8,7 @@ FLOPs count a multiply-accumulate twice, backward twice as much as forward, and 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,29 +44,28 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> SimpleNamespace:
     return load_config(path.with_name("toy.yaml"), [str(path), *settings])
 
 
-def empty_batch(clips: int, clip_size: Sequence[int], positions: Sequence[int] = ()) -> list[Tensor]:
-    """Return a model's inputs: clips and, in pre-training, so many positions of visible and of masked tokens."""
-    return [torch.empty(clips, 3, *clip_size), *(torch.empty(clips, count, dtype=torch.long) for count in positions)]
+def build(config: SimpleNamespace, device: torch.device | str = "meta") -> tuple[nn.Module, list[int]]:
+    """Return a recipe's model, and how many positions of visible and masked tokens a clip has in pre-training.
 
-
-def build_empty(config: SimpleNamespace) -> tuple[nn.Module, Callable[[int], list[Tensor]]]:
-    """Return the model that a recipe trains, without memory for its weights, and a function from clips to inputs."""
+    On the device "meta" a model has no memory for its weights.
+    """
     clip_size = (config.data.frames, config.data.size, config.data.size)
     encoder = encoder_size(config.model.size) | dict(clip_size=clip_size)
-    with torch.device("meta"):
+    with torch.device(device):
         if hasattr(config, "moco"):
-            model = moco_v3.QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder)
-        elif not hasattr(config, "mask"):
-            model = VideoClassifier(**encoder, classes=400)
-        else:
-            depth = config.model.decoder_depth
-            model = VideoMAE(**SIZES[config.model.size], decoder_depth=depth, clip_size=clip_size)
-    positions = ()
-    if hasattr(config, "mask"):
-        visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
-        masked = masking.running_cells(masked, model.grid, config.mask.decoder_ratio)
-        positions = (len(visible), len(masked))
-    return model, partial(empty_batch, clip_size=clip_size, positions=positions)
+            return moco_v3.QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder), []
+        if not hasattr(config, "mask"):
+            return VideoClassifier(**encoder, classes=400), []
+        sizes = SIZES[config.model.size]
+        model = VideoMAE(**sizes, decoder_depth=config.model.decoder_depth, clip_size=clip_size)
+    visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
+    return model, [len(visible), len(masking.running_cells(masked, model.grid, config.mask.decoder_ratio))]
+
+
+def empty_batch(config: SimpleNamespace, positions: list[int], clips: int) -> list[Tensor]:
+    """Return inputs of a recipe's model."""
+    clip = torch.empty(clips, 3, config.data.frames, config.data.size, config.data.size)
+    return [clip, *(torch.empty(clips, count, dtype=torch.long) for count in positions)]
 
 
 def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
@@ -79,11 +77,12 @@ def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
 
 def step_flops(config: SimpleNamespace) -> int:
     """Return a recipe's FLOPs of a step per clip; with MoCo v3 per video: two clips, also forward as keys."""
-    model, batch = build_empty(config)
+    model, positions = build(config)
     with torch.device("meta"):
         if hasattr(config, "moco"):
-            return 3 * forward_flops(model, *batch(2)) + forward_flops(moco_v3.key_network(model), *batch(2))
-        return 3 * forward_flops(model, *batch(1))
+            clips = empty_batch(config, [], 2)
+            return 3 * forward_flops(model, *clips) + forward_flops(moco_v3.key_network(model), *clips)
+        return 3 * forward_flops(model, *empty_batch(config, positions, 1))
 
 
 def kept_for_backward(model: nn.Module, *inputs: Tensor) -> int:
@@ -107,12 +106,11 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
     Counted are weights, gradients and AdamW's two moments in float32, MoCo v3's second weights, bf16 copies of the
     weights, and what each clip keeps for the backward pass; not what lives for a moment only.
     """
-    model, batch = build_empty(config)
+    model, positions = build(config)
     state = (20 if hasattr(config, "moco") else 16) * sum(parameter.numel() for parameter in model.parameters())
 
     def total() -> float:
-        one = kept_for_backward(model, *batch(1))
-        two = kept_for_backward(model, *batch(2))
+        one, two = (kept_for_backward(model, *empty_batch(config, positions, clips)) for clips in (1, 2))
         return (state + one + (config.run.batch_per_device - 1) * (two - one)) / 1e9
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +123,7 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
 def print_pretraining(path: Path, options: argparse.Namespace) -> None:
     """Print one line of the table of recipes for pre-training."""
     config = load_recipe(path, [f"mask.decoder_ratio={options.decoder_ratio}"])
-    parameters = sum(parameter.numel() for parameter in build_empty(config)[0].parameters())
+    parameters = sum(parameter.numel() for parameter in build(config)[0].parameters())
     flops = step_flops(config)
     clips_per_second = options.share * GPUS[options.gpu] / flops
     hours = config.optim.epochs * VIDEOS[path.stem.split("_")[0]] / clips_per_second / 3600
