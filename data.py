@@ -379,5 +379,6 @@ def note_broken(file: Path, sentences: list[str]) -> None:
     for sentence in dict.fromkeys(sentences):
         if sentence not in known:
             tqdm.write(f"replaced by another video: {sentence}", file=sys.stderr)
+            file.parent.mkdir(parents=True, exist_ok=True)  # rank 0 makes it, perhaps on another machine
             with open(file, "a", encoding="utf-8", errors="surrogateescape") as opened:
                 opened.write(f"{sentence}\n")

@@ -35,7 +35,7 @@ from support.datasets import Classes, LabelledVideos, labelled_videos, named_vid
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, split_batch, warmup_cosine
-from support.scores import compare, most_probable, write_predictions, write_scores
+from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
 from support.seeds import random_below, seed_device
 from support.weights import (
     build_from_checkpoint,
@@ -286,11 +286,14 @@ def test(
     return scores, [reason for _, reason in sorted(gather(broken))]
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 in percent. A video that could not be read, its row nan, counts as wrong."""
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return top-1, its mean over the classes that occur, and top-5, in percent. Unreadable videos (nan) are wrong."""
     ranked = scores.nan_to_num(-1).topk(min(5, scores.shape[1]), dim=1).indices  # (videos, 5)
     right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)  # (videos, 5)
-    return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
+    right = right.double()
+    by_class = torch.stack([right[labels == label, 0].mean() for label in labels.unique()])  # (classes,)
+    rates = dict(top1=right[:, 0].mean(), class_mean=by_class.mean(), top5=right.sum(dim=1).mean())
+    return {name: 100 * rate.item() for name, rate in rates.items()}
 
 
 def validate(
@@ -298,10 +301,9 @@ def validate(
 ) -> dict[str, float]:
     """Print and return the accuracy from one view of each video."""
     scores, broken = test(model, [path for path, _ in videos], processes, config, 1, 1, f"epoch {epoch}, one view")
-    top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
-    unreadable = f", {len(broken)} of them unreadable" if broken else ""
-    say(f"epoch {epoch}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, one view")
-    return dict(epoch=epoch, top1=top1, top5=top5)
+    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
+    say(f"epoch {epoch}: {describe_accuracy(rates, len(videos), len(broken), scores.shape[1])}, one view")
+    return dict(epoch=epoch, **rates)
 
 
 def test_and_write(
@@ -317,17 +319,16 @@ def test_and_write(
     clips, crops = config.data.test_clips, config.data.test_crops
     paths = [path for path, _ in videos]
     scores, broken = test(model, paths, processes, config, clips, crops, f"testing {clips} x {crops} views")
-    top1, top5 = accuracy(scores, torch.tensor([label for _, label in videos]))
+    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
     if processes.rank == 0:
         for reason in broken:
             say(f"counted as wrong: {reason}")
-        result = dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
-        unreadable = f", {len(broken)} of them unreadable" if broken else ""
-        text = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos):,} videos{unreadable}, {clips} x {crops} views"
+        result = rates | dict(videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
+        text = f"{describe_accuracy(rates, len(videos), len(broken), len(names))}, {clips} x {crops} views"
         print(json.dumps(result) if as_json else f"{text}: {folder / 'scores.csv'}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder, videos, scores, names)
-    return top1
+    return rates["top1"]
 
 
 def test_weights(arguments: argparse.Namespace) -> None:

@@ -268,10 +268,8 @@ def train(config: SimpleNamespace) -> None:
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
             path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        say(
-            f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl"
-            + " and pictures/" * bool(config.run.pictures)
-        )
+        pictures = " and pictures/" if config.run.pictures else ""
+        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl{pictures}")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import argparse
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which holds all that follows
 
 import data
-from model import Encoder, checkpoint_activations, encoder_size, initialize
+from model import Encoder, checkpoint_activations, initialize
 from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
@@ -39,27 +40,20 @@ from support.processes import StopSignals, average, compiler, launch, start_proc
 from support.run import Log, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import Video
+from support.weights import encoder_options
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "baselines" / "toy.yaml"
 
 
-# ---- two views of a video ----
-
-
-def augmentation(options: SimpleNamespace, blur: float, solarize: float) -> v2.Transform:
-    """MoCo v3's augmentation: uint8 (T, 3, H, W) to (T, 3, size, size). Each choice holds for all frames of a clip.
-
-    options: the group `data` of a configuration. blur, solarize: how often.
-    """
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(options.size, options.crop_area),
-            v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=blur),  # the kernel ends at 3 sigma
-            v2.RandomSolarize(threshold=128, p=solarize),
-            v2.RandomHorizontalFlip(p=0.5 if options.flip else 0.0),
-        ]
+def augmentation(config: SimpleNamespace, blur: float, solarize: float) -> nn.Sequential:
+    """Return MoCo v3's augmentation of uint8 (T, 3, H, W), alike for all frames. blur, solarize: how often."""
+    return nn.Sequential(
+        v2.RandomResizedCrop(config.size, config.crop_area),
+        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=blur),  # the kernel ends at 3 sigma
+        v2.RandomSolarize(threshold=128, p=solarize),
+        v2.RandomHorizontalFlip(p=0.5 if config.flip else 0.0),
     )
 
 
@@ -70,12 +64,10 @@ class TwoViews(data.TrainingVideos):
     config: SimpleNamespace  # the group `data` of a configuration
 
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor]:
-        frames, stride = self.config.frames, self.config.stride
         with Video(video) as opened:
-            clips = [data.dense_clip(len(opened), frames, stride, generator) for _ in range(2)]
-            wanted = sorted({index for clip in clips for index in clip})
-            decoded = opened.frames(wanted)  # (len(wanted), 3, H_video, W_video)
-        one, two = (decoded[[wanted.index(i) for i in clip]] for clip in clips)  # (T, 3, H_video, W_video)
+            first = data.dense_clip(len(opened), self.config.frames, self.config.stride, generator)
+            second = data.dense_clip(len(opened), self.config.frames, self.config.stride, generator)
+            one, two = opened.frames(first + second).chunk(2)  # (T, 3, H_video, W_video)
         with torch.random.fork_rng(devices=[]):  # torchvision samples from PyTorch's global generator
             torch.manual_seed(random_below(2**62, generator))
             one = augmentation(self.config, blur=1.0, solarize=0.0)(one)  # (T, 3, H, W)
@@ -83,75 +75,59 @@ class TwoViews(data.TrainingVideos):
         return (torch.stack([one, two]),)
 
 
-# ---- batch norm, keys and negatives: over the clips of all processes ----
-
-
 class Average(torch.autograd.Function):
-    """The mean of a tensor over all processes, and of its gradient: all processes' losses depend on it."""
+    """Averages a tensor over all processes, and its gradient, since the losses of all processes depend on it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
+        return average(x)
 
     backward = forward
 
 
 @torch.compiler.disable
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the columns of x (B, width), over the clips of all processes: twice (width,)."""
-    average = Average.apply if dist.is_initialized() else nn.Identity()
-    mean = average(x.mean(dim=0))
-    return mean, average((x - mean).square().mean(dim=0))
+    """Return mean and variance, both (width,), of the columns of x (B, width), over the clips of all processes."""
+    mean = Average.apply(x.mean(dim=0))
+    return mean, Average.apply((x - mean).square().mean(dim=0))
 
 
-class BatchNorm(nn.Module):
-    """Batch norm of x (B, width), with the statistics of all processes.
-
-    torch.nn.SyncBatchNorm is for GPUs alone. This one is the same on every device, so tests on CPUs check what GPUs do.
-    It keeps no running statistics: projector and predictor are not used after training.
-    """
-
-    def __init__(self, width: int, affine: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm with the statistics of all processes, on any device; torch.nn.SyncBatchNorm needs GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, variance = moments(x := x.float())
-        x = (x - mean) * (variance + 1e-5).rsqrt()
-        return x if self.weight is None else x * self.weight + self.bias
+        x = x.float()  # (B, width)
+        mean, variance = moments(x)
+        x = (x - mean) * (variance + self.eps).rsqrt()
+        return x * self.weight + self.bias if self.affine else x
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """MoCo v3's Eq. 1, InfoNCE, times 2 tau: queries (B, dim) find their keys (B, dim) among those of all processes."""
-    q, k, first = F.normalize(q, dim=1), F.normalize(k, dim=1), 0
+    """Return MoCo v3's Eq. 1, InfoNCE, times 2 tau, for q and k (B, dim). Negatives are the keys of all processes."""
+    q = F.normalize(q, dim=1)
+    k = F.normalize(k, dim=1)
+    labels = torch.arange(len(q), device=q.device)
     if dist.is_initialized():
-        keys, first = [torch.empty_like(k) for _ in range(dist.get_world_size())], dist.get_rank() * len(q)
-        dist.all_gather(keys, k)  # in the order of ranks; they have no gradient
+        keys = [torch.empty_like(k) for _ in range(dist.get_world_size())]
+        dist.all_gather(keys, k)  # in the order of ranks, without gradients
         k = torch.cat(keys)  # (B x processes, dim)
+        labels += dist.get_rank() * len(q)
     logits = q @ k.T / temperature  # (B, B x processes)
-    return 2 * temperature * F.cross_entropy(logits, first + torch.arange(len(q), device=q.device))
-
-
-# ---- networks ----
+    return 2 * temperature * F.cross_entropy(logits, labels)
 
 
 def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers without biases, each followed by batch norm, with ReLU between; the last norm has no parameters."""
-    *inner, last = zip(widths, widths[1:], strict=False)
+    """Return linear layers without biases, each with batch norm, and ReLU between; the last norm has no parameters."""
     layers = []
-    for before, after in inner:
-        layers += [nn.Linear(before, after, bias=False), BatchNorm(after, affine=True), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(*last, bias=False), BatchNorm(last[1], affine=False))
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after, bias=False), BatchNorm(after, track_running_stats=False), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False, track_running_stats=False))
 
 
 class QueryNetwork(nn.Module):
-    """f_q of MoCo v3's Algorithm 1: encoder, mean over all tokens, projector, predictor.
+    """f_q of MoCo v3's Algorithm 1: encoder, mean over all tokens, projector, predictor. Weights start as in its code.
 
-    The cube embedding is random and fixed, which keeps the training of a ViT stable (MoCo v3, Sec. 4.2). Weights are
-    initialized as in MoCo v3's code. encoder: arguments of `Encoder`.
+    The cube embedding is random and fixed, which keeps the training of a ViT stable (MoCo v3, Sec. 4.2).
     """
 
     def __init__(self, *, mlp_dim: int, dim: int, **encoder: Any) -> None:
@@ -162,14 +138,14 @@ class QueryNetwork(nn.Module):
         self.predictor = perceptron(dim, mlp_dim, dim)
         initialize(self.encoder.blocks, nn.init.xavier_uniform_)
         embedding = self.encoder.patch_embed.requires_grad_(False).proj
-        with torch.no_grad():
-            nn.init.xavier_uniform_(embedding.weight.flatten(1)), nn.init.zeros_(embedding.bias)
-            for block in self.encoder.blocks:
-                for matrix in block.attn.qkv.weight.chunk(3):  # queries, keys and values each
-                    nn.init.xavier_uniform_(matrix)
+        nn.init.xavier_uniform_(embedding.weight.flatten(1))
+        nn.init.zeros_(embedding.bias)
+        for block in self.encoder.blocks:
+            for matrix in block.attn.qkv.weight.data.chunk(3):  # queries, keys and values each
+                nn.init.xavier_uniform_(matrix)
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized clips (2 B, 3, T, H, W), first views, then second ones, to q (2 B, dim) and features (2 B, D)."""
+        """Turn normalized clips (2 B, 3, T, H, W), first views first, into q (2 B, dim) and features (2 B, D)."""
         features = self.encoder(clips).mean(dim=1)  # (2 B, N, D) to (2 B, D)
         views = features.chunk(2)  # batch norm sees one view at a time, as in MoCo v3's code
         q = torch.cat([self.predictor(self.projector(view)) for view in views])  # (2 B, dim)
@@ -177,7 +153,7 @@ class QueryNetwork(nn.Module):
 
 
 def key_network(f_q: QueryNetwork) -> QueryNetwork:
-    """f_k, the momentum encoder: a copy without predictor and gradients."""
+    """Return f_k, the momentum encoder: a copy without predictor and gradients."""
     f_k = deepcopy(f_q).requires_grad_(False)
     f_k.predictor = nn.Identity()
     return f_k
@@ -185,29 +161,27 @@ def key_network(f_q: QueryNetwork) -> QueryNetwork:
 
 @torch.no_grad()
 def ema_update(f_k: QueryNetwork, f_q: QueryNetwork, momentum: float) -> None:
-    """f_k = m f_k + (1 - m) f_q."""
-    for slow, fast in zip(f_k.parameters(), f_q.parameters(), strict=False):  # f_q's predictor, left over, comes last
-        slow.lerp_(fast, 1 - momentum)
+    """Compute f_k = m f_k + (1 - m) f_q."""
+    learned = dict(f_q.named_parameters())
+    for name, parameter in f_k.named_parameters():
+        parameter.lerp_(learned[name], 1 - momentum)
 
 
 def feature_std(features: Tensor) -> Tensor:
-    """The std of normalized features (B, D), mean over D: 1 / sqrt(D) if they fill the sphere, 0 if they collapse.
-
-    They are the encoder's. Behind batch norm, which brings every column to a variance of 1, no collapse would show.
-    """
-    return moments(F.normalize(features.float(), dim=1))[1].sqrt().mean()
+    """Return the std of normalized features (B, D): 1 / sqrt(D) if they fill the sphere, 0 if they collapse."""
+    # the encoder's: after batch norm, which gives every column a variance of 1, no collapse would show
+    _, variance = moments(F.normalize(features.float(), dim=1))  # (D,)
+    return variance.sqrt().mean()
 
 
 def build(config: SimpleNamespace) -> QueryNetwork:
-    """The network f_q, with random weights. Raises UserError."""
+    """Return the network f_q with random weights. Raises UserError."""
     if (area := config.data.crop_area) != sorted(area):
         raise UserError(f"data.crop_area={area} has to name the smaller number first")
     if config.optim.batch_size < 2:
         raise UserError("optim.batch_size=1 leaves a clip without negatives: choose at least 2, better hundreds")
     torch.manual_seed(config.run.seed)
-    encoder = encoder_size(config.model.size) | dict(cube=config.model.cube)
-    encoder |= dict(clip_size=(config.data.frames, config.data.size, config.data.size))
-    return QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder)
+    return QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder_options(config, "scratch"))
 
 
 def train(config: SimpleNamespace) -> None:
@@ -226,9 +200,8 @@ def train(config: SimpleNamespace) -> None:
     micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // 2)
     if accumulation > 1:
         what = f"accumulating {accumulation} micro-batches would leave each clip the negatives of its own alone"
-        needed = 2 * batch // world_size
-        memory = "with run.recompute=true clips need less memory"
-        raise UserError(f"{what}: set run.batch_per_device={needed} ({memory}), or a smaller optim.batch_size")
+        needed = f"run.batch_per_device={2 * batch // world_size} (with run.recompute=true clips need less memory)"
+        raise UserError(f"{what}: set {needed}, or a smaller optim.batch_size")
     steps_per_epoch = len(videos) // batch
     total = round(config.optim.epochs * steps_per_epoch)
     warmup = round(config.optim.warmup_epochs * steps_per_epoch)
@@ -238,8 +211,7 @@ def train(config: SimpleNamespace) -> None:
     if config.run.recompute:
         checkpoint_activations(f_q)
     learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
-    weight_decay = config.optim.weight_decay
-    optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=config.optim.weight_decay, fused=True)
     start = 0
     identity = dict(videos=describe(videos), model_options=f_q.options)
     if checkpoint := load_checkpoint(config, DEFAULT, **identity):

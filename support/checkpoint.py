@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from support.config import UserError, as_dict, flatten, load_config
+from support.lists import PREPARED
 from support.processes import gather
 from support.run import Log
 
@@ -80,12 +81,12 @@ def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> 
         checkpoint = read_run(path, default)
         check_config(folder, checkpoint["config"], config)
         check_identity(folder, checkpoint, identity, config.run.other_videos)
-    states = gather([(checkpoint["step"] if checkpoint else 0, identity.get("videos"))])
+    states = gather([(checkpoint["step"] if checkpoint else 0, identity["videos"])])
     if any(step != states[0][0] for step, _ in states):
         steps = ", ".join(str(step) for step, _ in states)
         what = f"processes find checkpoints of different steps ({steps}) in {folder}"
         raise UserError(f"{what}: run.folder has to be on a disk that all machines share")
-    if any(videos != states[0][1] for _, videos in states):
+    if any(videos["digest"] != states[0][1]["digest"] for _, videos in states):
         counts = ", ".join(f"{videos['count']:,}" for _, videos in states)
         raise UserError(f"processes find different training videos ({counts}): give all machines the same data.root")
     return checkpoint
@@ -120,12 +121,20 @@ def check_identity(folder: Path, checkpoint: dict, identity: dict, other_videos:
         if checkpoint.get(name) != identity.get(name):
             what = f"{folder} holds a run with other {name}"
             raise UserError(f"{what}: set another run.folder, or restore them to resume")
-    now = identity["videos"]
-    before = checkpoint.get("videos", now)
-    if before != now and not other_videos:
+    if not other_videos:
+        check_videos(folder, checkpoint, identity["videos"])
+
+
+def check_videos(folder: Path, checkpoint: dict, now: dict) -> None:
+    """Raise UserError if a run's training videos differ from its checkpoint's. Prepared copies may have other sizes."""
+    before = now | checkpoint.get("videos", {})
+    advice = "set another run.folder, or resume with run.other_videos=true"
+    if (before["count"], before["digest"]) != (now["count"], now["digest"]):
         what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
-        what = f"{what} {now['count']:,}"
-        raise UserError(f"{what}: restore the list, set another run.folder, or resume with run.other_videos=true")
+        raise UserError(f"{what} {now['count']:,}: restore the list, {advice}")
+    if before.get("sizes") != now.get("sizes") and before.get("prepared") == now.get("prepared"):
+        what = f"{folder} holds a run, {checkpoint['step']:,} steps of it done, of other videos with the same names"
+        raise UserError(f"{what}: the sizes of the files differ; restore them, {advice}")
 
 
 def describe(videos: Sequence) -> dict[str, Any]:
@@ -135,4 +144,14 @@ def describe(videos: Sequence) -> dict[str, Any]:
         first, *labels = video if isinstance(video, tuple) else (video,)
         name = first.stem if isinstance(first, Path) else first
         digest.update(f"{name} {labels}\n".encode(errors="surrogateescape"))
-    return dict(count=len(videos), digest=digest.hexdigest())
+    return dict(count=len(videos), digest=digest.hexdigest(), **describe_files(videos))
+
+
+def describe_files(videos: Sequence) -> dict[str, Any]:
+    """Return a digest of the sizes of some 1,000 of the files, and whether tools/prepare.py made them."""
+    some = videos[:: max(1, len(videos) // 1000)]  # a million on a network disk would take minutes
+    paths = [video[0] if isinstance(video, tuple) else video for video in some]
+    paths = [path for path in paths if isinstance(path, Path)]
+    sizes = [path.stat().st_size if path.exists() else -1 for path in paths]
+    prepared = bool(paths) and any((parent / PREPARED).exists() for parent in paths[0].parents)
+    return dict(sizes=hashlib.blake2b(str(sizes).encode(), digest_size=16).hexdigest(), prepared=prepared)

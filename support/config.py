@@ -18,20 +18,22 @@ from typing import Any
 
 import yaml
 
-AT_LEAST_1 = """model.decoder_depth model.cube moco.mlp_dim moco.dim data.actions data.frames data.stride data.size
-    data.repeats data.test_clips data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every
-    run.checkpoint_every"""
-BELOW_1 = "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio"
-LIMITS = {  # of numbers; those of other keys are 0 and infinity
-    **dict.fromkeys(AT_LEAST_1.split(), (1, math.inf)),
-    **dict.fromkeys(BELOW_1.split(), (0, 0.9999)),
-    **dict.fromkeys(["data.scales", "data.crop_area"], (0.01, 1)),
-    **dict.fromkeys(["data.crop_aspect", "data.rate"], (0.01, 1000)),
-    **dict.fromkeys(["mask.ratio", "data.erase", "moco.momentum"], (0, 1)),
-    "data.workers": (-1, math.inf),
-    "moco.temperature": (0.001, math.inf),
-    "run.seed": (0, 2**32 - 1),
+LIMITS = {  # of numbers, for several keys each; those of all others are 0 and infinity
+    (
+        1,
+        math.inf,
+    ): "model.decoder_depth model.cube moco.mlp_dim moco.dim data.actions data.frames data.stride data.size "
+    "data.repeats data.test_clips data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every "
+    "run.checkpoint_every",
+    (0, 0.9999): "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio",
+    (0.01, 1): "data.scales data.crop_area",
+    (0.01, 1000): "data.crop_aspect data.rate",
+    (0, 1): "mask.ratio data.erase moco.momentum",
+    (0.001, math.inf): "moco.temperature",
+    (-1, math.inf): "data.workers",
+    (0, 2**32 - 1): "run.seed",
 }
+LIMITS_OF = {key: limits for limits, keys in LIMITS.items() for key in keys.split()}
 
 
 class UserError(ValueError):
@@ -210,7 +212,7 @@ def _convert(value: Any, where: str, key: str, example: Any) -> Any:
     except (KeyError, ValueError):
         raise UserError(f"{where}: {key} expects {kind.__name__} such as {example!r}, not {value!r}") from None
     if kind in (int, float):
-        low, high = LIMITS.get(key, (0, math.inf))
+        low, high = LIMITS_OF.get(key, (0, math.inf))
         if not low <= value <= high or value == math.inf:
             limits = f"at least {low} and finite" if high == math.inf else f"at least {low} and at most {high}"
             raise UserError(f"{where}: {key}={value} has to be {limits}")

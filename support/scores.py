@@ -17,6 +17,15 @@ def write_csv(file: Path, rows: Iterable[list]) -> None:
         csv.writer(opened).writerows(rows)
 
 
+def describe_accuracy(rates: dict[str, float], videos: int, unreadable: int, classes: int) -> str:
+    """Return a sentence on the rates in percent of a test. Top-5 says little about fewer than ten classes."""
+    text = f"top-1 {rates['top1']:.2f} % (mean over classes {rates['class_mean']:.2f} %)"
+    if classes >= 10:
+        text += f", top-5 {rates['top5']:.2f} %"
+    text += f" of {videos:,} videos"
+    return text + (f", {unreadable} of them unreadable" if unreadable else "")
+
+
 def write_scores(folder: Path, videos: LabelledVideos, scores: Tensor, names: list[str]) -> None:
     """Write scores.csv: class, prediction and probabilities of each video; classes.csv: videos and top-1 of each class.
 

@@ -54,15 +54,15 @@ def load_weights(
 def fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
     """Return position tables for `new_grid`: those of the file, which are for its `grid` of cubes.
 
-    A model keeps its own table if the file has none. One that is computed for another grid than that of the
-    pre-training becomes the interpolated table of the pre-training.
+    A model keeps its own table if the file has none, but if that is the flat sine-cosine table, it becomes the one of
+    the file's grid, interpolated.
     """
     tables = {}
     for key, own_table in own.items():
         if not key.endswith("pos_embed"):
             continue
         table = state.get(key)
-        if table is None and grid != new_grid and torch.equal(own_table, sincos_positions(*own_table.shape)):
+        if table is None and torch.equal(own_table, sincos_positions(*own_table.shape)):
             table = sincos_positions(math.prod(grid), own_table.shape[1])
         if table is None:
             tables[key] = own_table

@@ -1,6 +1,7 @@
-"""Real video files, made on the spot, and real processes for the tests."""
+"""Fixtures and helpers: real video files, real runs of the stages, real processes."""
 
 import csv
+import functools
 import importlib
 import io
 import json
@@ -8,20 +9,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from videos import SIZE, audio_only, number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
+from videos import number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
 
 import support.processes
-import support.run
 import support.toy_ava
 import support.video
 from model import SIZES, VideoMAE
 from support import toy
+from support.config import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,23 +39,23 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 toy videos for training, 8 for validation."""
+    """Render 24 toy videos for training, 8 for validation."""
     return toy.render(tmp_path_factory.mktemp("toy") / "videos", {"train": 24, "val": 8})
 
 
 @pytest.fixture(scope="session")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Toy videos for detection: 6 for training, 3 for validation. Not to be changed."""
+    """Render toy videos for detection: 6 for training, 3 for validation. Tests must not change them."""
     return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-training checkpoint for clips of 8 x 64 x 64; its weights are random, its last norm too."""
+    """Write a pre-training checkpoint for clips of 8 x 64 x 64 with random weights, also in the last norm."""
     torch.manual_seed(5)
     model = VideoMAE(**SIZES["tiny"], decoder_depth=1, clip_size=(8, 64, 64))
-    with torch.no_grad():
-        model.encoder.norm.weight.add_(0.1 * torch.randn(128)), model.encoder.norm.bias.add_(0.1 * torch.randn(128))
+    for parameter in model.encoder.norm.parameters():
+        parameter.data.add_(0.1 * torch.randn(128))
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pt"
     config = dict(optim=dict(epochs=1))
     torch.save(dict(model=model.state_dict(), model_options=model.options, step=3, config=config), path)
@@ -62,9 +63,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def coloured_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of three classes that their color tells: twelve for training, six for testing."""
-    folder, generator = tmp_path_factory.mktemp("coloured"), torch.Generator().manual_seed(0)
+def colored_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write videos of three classes, which are their colors: twelve for training, six for validation."""
+    folder = tmp_path_factory.mktemp("colored")
+    generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 4), ("val", 2)):
         for number, name in enumerate(("red", "green", "blue")):
             (folder / split / name).mkdir(parents=True)
@@ -76,7 +78,7 @@ def coloured_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVERYTHING_RANDOM = {  # what is drawn on the device is drawn by each process
+EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
     "pretrain": ["data.flip=true", "mask.type=random", "data.scales=[1, 0.75]"],
     "finetune": [
         *("optim.mixup=0.8", "optim.cutmix=1.0", "model.drop_path=0.2", "model.dropout=0.5"),
@@ -90,27 +92,17 @@ EVERYTHING_RANDOM = {  # what is drawn on the device is drawn by each process
 
 @pytest.fixture(scope="session")
 def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
-    """For each stage the settings of nine to twelve steps of eight clips."""
-    same = [
-        "optim.batch_size=8",
-        "optim.epochs=3",
-        "optim.warmup_epochs=1",
-        "run.log_every=1",
-        "run.checkpoint_every=3",
-    ]
+    """Return for each stage the settings of nine to twelve steps of eight clips."""
+    same = ["optim.batch_size=8", "optim.epochs=3", "optim.warmup_epochs=1"]
+    same += ["run.log_every=1", "run.checkpoint_every=3"]
     videos = [f"data.root={toy_videos}", "data.train=train", "data.val=val"]
     small = ["data.frames=4", "data.size=32", "run.batch_per_device=16"]
-    augment = [
-        "data.repeats=2",
-        "data.randaugment=[4, 7, 0.5]",
-        "data.flip=true",
-        "data.test_clips=2",
-        "data.test_crops=3",
-    ]
+    augment = ["data.repeats=2", "data.randaugment=[4, 7, 0.5]", "data.flip=true", "run.validate_every=2"]
+    augment += ["data.test_clips=2", "data.test_crops=3", "optim.layer_decay=0.7"]
     classes = [f"init={pretrained}", "data.classes=classes.txt", *small]
     return {
         "pretrain": [*same, *videos, "optim.base_lr=0.02", "run.pictures=1"],
-        "finetune": [*same, *videos, *classes, *augment, "optim.layer_decay=0.7", "run.validate_every=2"],
+        "finetune": [*same, *videos, *classes, *augment],
         "probe": [*same, *videos, *classes],
         "detect_ava": [*same, f"data.root={toy_ava}", "init=scratch", "optim.layer_decay=0.7", "run.pictures=1"],
         "baselines/moco_v3": [*same, *videos[:2], *small, "moco.mlp_dim=32", "moco.dim=16"],
@@ -118,24 +110,22 @@ def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def finished(settings, tmp_path_factory):
-    """Runs to their end by one plain process, each made once: finished(stage, *more) is the folder."""
-    done: dict[tuple, Path] = {}
+def finished(settings, tmp_path_factory) -> Callable[..., Path]:
+    """Return finished(stage, *more): the folder of a run to its end by one plain process, made once."""
 
-    def make(stage: str, *more: str) -> Path:
-        if (stage, more) not in done:
-            folder = tmp_path_factory.mktemp(Path(stage).name) / "run"
-            said = run(f"{stage}.py", *settings[stage], *more, f"run.folder={folder}")
-            (folder / "said.txt").write_text(said.stderr)
-            (folder / "printed.txt").write_text(said.stdout)
-            done[stage, more] = folder
-        return done[stage, more]
+    @functools.cache
+    def finish(stage: str, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp(Path(stage).name) / "run"
+        done = run(f"{stage}.py", *settings[stage], *more, f"run.folder={folder}")
+        (folder / "said.txt").write_text(done.stderr)
+        (folder / "printed.txt").write_text(done.stdout)
+        return folder
 
-    return make
+    return finish
 
 
 def command(script: str | Path, *arguments: object, processes: int = 0) -> list[str]:
-    """The command line of a stage (its file) or of a command of support (its module), perhaps through torchrun."""
+    """Return the command line of a stage (a file) or a tool (a module), with `processes` through torchrun."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -151,39 +141,41 @@ def run(
         words = command(script, *arguments, processes=processes)
         done = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     else:
-        name = str(script).removesuffix(".py").replace("/", ".")
-        stage, out, err, status = importlib.import_module(name), io.StringIO(), io.StringIO(), 0
+        module = importlib.import_module(str(script).removesuffix(".py").replace("/", "."))
+        out, err, status = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(cwd)
             patch.setattr("sys.argv", [str(script), *map(str, arguments)])
             try:
-                support.processes.launch(stage.main)
-            except SystemExit as end:  # with its exit status, or with a sentence
-                status = end.code if isinstance(end.code, int) else 1
-                err.write("" if isinstance(end.code, int) else f"{end.code}\n")
+                support.processes.launch(module.main)
+            except SystemExit as end:
+                status = end.code
+        if isinstance(status, str):  # a sentence
+            err.write(f"{status}\n")
+            status = 1
         done = subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def run_with_signal(words: list[str], at: str, cwd: Path = ROOT) -> str:
-    """Run a command until it ends of a signal, with all processes it has started. Returns what it said.
+    """Run a command until a signal has ended it and all processes it has started. Return its stderr.
 
     at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
     """
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests/signals"), "SIGNAL_AT": at}
-    more = dict(cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(words, start_new_session=True, **more)
-    _, said = process.communicate(timeout=100)  # until nobody is left to write into the pipe
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=cwd, env=environment, start_new_session=True, **pipes)
+    _, messages = process.communicate(timeout=100)  # until nobody is left to write into the pipe
     until = time.monotonic() + 20
-    while in_group(process.pid) and time.monotonic() < until:  # the last ones are ending
+    while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
         time.sleep(0.05)
-    assert process.returncode != 0 and not in_group(process.pid)
-    return said
+    assert process.returncode != 0 and not is_alive(process.pid)
+    return messages
 
 
 def log(folder: Path) -> list[dict]:
-    """The lines of a run's log."""
+    """Return the lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -196,16 +188,9 @@ def random_run(finished, stage: str) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in a run's checkpoint that is a tensor."""
-
-    def walk(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, item in items:
-            yield from walk(item, f"{name}.{key}")
-        if isinstance(value, torch.Tensor):
-            yield name, value
-
-    return dict(walk(torch.load(folder / "checkpoint.pt", weights_only=True), ""))
+    """Return everything in a run's checkpoint that is a tensor."""
+    content = flatten(torch.load(folder / "checkpoint.pt", weights_only=True))
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -214,19 +199,16 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv file."""
+    """Return the rows of a csv file."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def in_group(group: int) -> list[str]:
-    """Command lines of the living processes of a process group."""
-    found = []
+def is_alive(group: int) -> bool:
+    """Return whether any process of a process group is alive."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append((stat.parent / "cmdline").read_text())
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return found
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, number, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(number) == group and state != "Z":
+                return True
+    return False

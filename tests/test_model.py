@@ -36,10 +36,6 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.mark.parametrize(
     "size, decoder_depth, parameters, giga",
     [
@@ -55,7 +51,7 @@ def test_parameters_and_multiply_accumulates_of_pretraining(size, decoder_depth,
         model = m.VideoMAE(**m.SIZES[size], decoder_depth=decoder_depth)
         visible, masked = torch.empty(1, 160, dtype=torch.long), torch.empty(1, 1408, dtype=torch.long)
         assert model(torch.empty(1, 3, 16, 224, 224), visible, masked).shape == (1, 8 * 176, 1536)  # Table 8
-    assert count_parameters(model) == parameters
+    assert sum(p.numel() for p in model.parameters()) == parameters
     saved = 1408 * 1536 * m.SIZES[size]["width"]
     assert (counter.get_total_flops() / 2 + saved) / 1e9 == pytest.approx(giga, abs=0.06)
 
@@ -81,7 +77,7 @@ def test_parameters_and_gflops_of_tables_6_and_7(size, clip_size, parameters, gi
             if isinstance(module, torch.nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, inputs: normalized.append(inputs[0].numel()))
         assert model(torch.empty(1, 3, *clip_size)).shape == (1, 400)
-    assert count_parameters(model) == parameters
+    assert sum(p.numel() for p in model.parameters()) == parameters
     assert round((counter.get_total_flops() / 2 + 5 * sum(normalized)) / 1e9) == giga
 
 

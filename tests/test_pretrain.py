@@ -20,13 +20,6 @@ def objective_of(*settings: str) -> pretrain.Objective:
     return pretrain.Objective(load_config(pretrain.DEFAULT, list(settings)))
 
 
-def random_frames(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
-
-
-# ---- targets and losses ----
-
-
 RAW = ["target.normalize=false", "data.size=16", "model.cube=[2,16,16]"]  # one cube at each time
 
 
@@ -36,7 +29,7 @@ def smooth_l1(difference: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss, error", [("mse", torch.square), ("l1", torch.abs), ("smooth_l1", smooth_l1)])
 def test_losses_on_raw_pixels(loss, error):
-    frames = random_frames(1, 2, 3, 16, 16)
+    frames = torch.randint(0, 256, (1, 2, 3, 16, 16), dtype=torch.uint8)
     target = frames[0].permute(0, 2, 3, 1).flatten() / 255
     prediction = 3 * torch.randn(1, 1, 1536)
     result = objective_of(*RAW, "data.frames=2", f"target.loss={loss}").loss(prediction, frames, torch.tensor([[0]]))
@@ -48,7 +41,7 @@ def test_target_of_twice_the_frames():
     objective = objective_of(*RAW, "target.frames=double", "data.frames=4", "data.stride=4")
     target = objective.target
     assert (target.load_frames, target.load_stride, target.cube) == (8, 2, (4, 16, 16))
-    frames = random_frames(1, 8, 3, 16, 16)
+    frames = torch.randint(0, 256, (1, 8, 3, 16, 16), dtype=torch.uint8)
     clip, target_frames = objective.input_and_target(frames)
     assert torch.equal(clip, frames[:, [0, 2, 4, 6]]) and torch.equal(target_frames, frames)
     expected = frames[0, 4:8].permute(0, 2, 3, 1).flatten()[None, None] / 255  # what the second of two tokens predicts
@@ -60,7 +53,7 @@ def test_target_of_twice_the_frames():
 def test_target_of_the_center_frame(mask):
     """Only tokens of the slice of time that holds frame 8 count, and they predict that frame (Table 1c)."""
     objective = objective_of(*RAW, "target.frames=center", "data.frames=16", "data.size=64")
-    frames = random_frames(1, 16, 3, 64, 64)
+    frames = torch.randint(0, 256, (1, 16, 3, 64, 64), dtype=torch.uint8)
     _, target = objective.input_and_target(frames)
     assert torch.equal(target[0, 0], frames[0, 8])
     _, masked = masking.split(masking.MASKS[mask]((8, 4, 4), 0.75, torch.Generator().manual_seed(0)))
@@ -92,9 +85,6 @@ def test_a_run_with_half_the_decoder_draws_all_masked_cubes(finished, settings, 
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] and losses(tmp_path) != losses(finished("pretrain"))
     half, default = (size_of(next((f / "pictures").glob("*.png"))) for f in (tmp_path, finished("pretrain")))
     assert half == default
-
-
-# ---- whole runs ----
 
 
 def test_a_run_says_its_mask_learns_and_draws(finished):

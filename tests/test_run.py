@@ -183,6 +183,29 @@ def test_training_videos_are_described_by_names_labels_and_order():
     assert describe([Path(os.fsdecode(b"\xff.mp4"))])["count"] == 1
 
 
+def test_other_videos_with_the_same_names_are_refused_and_prepared_copies_are_not(tmp_path):
+    folders = {name: tmp_path / name for name in ("first", "moved", "other", "prepared")}
+    for folder, size in zip(folders.values(), (5, 5, 6, 7), strict=True):
+        folder.mkdir()
+        (folder / "a.mp4").write_bytes(b"x" * size)
+    (folders["prepared"] / "prepared.json").touch()
+    videos = {name: describe([folder / "a.mp4"]) for name, folder in folders.items()}
+
+    def load(name: str, *settings: str) -> dict | None:
+        config = load_config(TOY, [f"run.folder={tmp_path}", *settings])
+        return load_checkpoint(config, TOY, videos=videos[name])
+
+    for began in (videos["first"], dict(count=1, digest=videos["first"]["digest"])):  # before sizes were stored
+        content = dict(step=240, config=as_dict(load_config(TOY, [])), videos=began)
+        write_checkpoint(tmp_path / "checkpoint.pt", content)
+        assert load("moved")["step"] == load("prepared")["step"] == 240
+    assert load("other")["step"] == 240
+    write_checkpoint(tmp_path / "checkpoint.pt", content | dict(videos=videos["first"]))
+    with pytest.raises(UserError, match="a run, 240 steps of it done, of other videos with the same names: the sizes"):
+        load("other")
+    assert load("other", "run.other_videos=true")["step"] == 240
+
+
 # ---- devices ----
 
 

@@ -94,7 +94,7 @@ def test_names_of_every_source_in_every_wrapper(tmp_path, build, keys, prefix):
         content = named(state, ("^", prefix))
         for key in reversed(keys):
             content = {key: content, "epoch": 3}
-        torch.save(content, tmp_path / "file.pth")
+        torch.save(content, tmp_path / "file.pth", _use_new_zipfile_serialization=bool(keys))  # or as before torch 1.6
         model = type(source)(**source.options)
         load_weights(model, tmp_path / "file.pth")
         assert same(model, source), name
@@ -184,6 +184,7 @@ def test_one_line_says_what_is_loaded_new_and_not_needed(tmp_path, capsys):
         (tuned, 7, dict(fresh=("head.",)), "encoder, fc_norm loaded; head new, since the file's has another shape"),
         (tuned, 7, dict(optional=NEW), "encoder, fc_norm loaded; head new, since the file's has another shape"),
         (two, 5, {}, "encoder, fc_norm, head loaded; model_ema not used"),
+        ({"model_ema": tuned}, 5, {}, "encoder, fc_norm, head loaded"),
     ):
         torch.save(content, tmp_path / "file.pth")
         model = m.VideoClassifier(**TINY | CLIP | dict(depth=3, classes=classes))
@@ -316,7 +317,7 @@ def image_vit(naming: str) -> dict[str, torch.Tensor]:
     for i in range(2):
         q, v = state.pop(f"blocks.{i}.attn.q_bias"), state.pop(f"blocks.{i}.attn.v_bias")
         state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.randn(48), v])
-    state |= dict(cls_token=torch.randn(1, 1, 48), pos_embed=torch.randn(1, 10, 48))
+    state |= dict(cls_token=torch.randn(1, 1, 48), pos_embed=0.3 * torch.randn(1, 10, 48))
     if naming == "timm":
         return state | {"head.weight": torch.randn(1000, 48), "head.bias": torch.randn(1000)}
     names = [
@@ -419,6 +420,8 @@ def test_init_is_a_file_a_folder_or_a_keyword(tmp_path):
     ):
         with pytest.raises(UserError, match=f"no weights at init={init}: make them with pretrain.py{more}"):
             w.check_init(init, *keywords)
+    with pytest.raises(UserError, match="or start with init=scratch"):
+        w.encoder_options(load_config(FINETUNE, []), "none.pt")
     with pytest.raises(UserError, match="no weights at .*; give the path of a checkpoint file"):
         read_checkpoint(tmp_path)
     torch.save(classifier().state_dict(), tmp_path / "checkpoint.pt")
@@ -579,12 +582,15 @@ def test_what_transformers_cannot_express_is_refused(fine_tuned, tmp_path):
     torch.save(content | {"positions": torch.randn(8, 48)}, tmp_path / "learned.pt")
     detector = {key: value for key, value in content["model"].items() if not key.startswith("fc_norm.")}
     torch.save(content | {"model": detector}, tmp_path / "detector.pt")
-    for name, options in (("wide", dict(clip_size=(4, 32, 48))), ("center", dict(frames_per_token=1))):
+    cube = dict(cube=(2, 16, 8))
+    for name, options in (("wide", dict(clip_size=(4, 32, 48))), ("cube", cube), ("center", dict(frames_per_token=1))):
         model = autoencoder(**options)
         torch.save(dict(model=model.state_dict(), model_options=model.options), tmp_path / f"{name}.pt")
     for name, sentence in {
         "longer": "longer.pt was trained on clips of another size than its position table's",
-        **dict.fromkeys(["learned", "wide", "center"], "only square frames and cubes, the default target and computed"),
+        **dict.fromkeys(
+            ["learned", "wide", "cube", "center"], "only square frames and cubes, the default target and computed"
+        ),
         "detector": "has no fc_norm, so its head sees the first token .* or detects actions",
         "none": "no weights at",
     }.items():
@@ -601,3 +607,4 @@ def test_a_pretrained_model_is_exported_with_its_target(tmp_path):
     assert f"{tmp_path}/checkpoint.pt is a pre-trained model\nwrote {tmp_path}: " in done.stdout
     theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path)
     assert theirs.config.norm_pix_loss is False and theirs.config.num_attention_heads == 4
+    assert theirs.config.layer_norm_eps == model.options["eps"] == 1e-5

@@ -110,14 +110,12 @@ def audio_only(path: Path) -> Path:
     return path
 
 
-def remux(
-    source: Path, path: Path, first: int = 0, last: int | None = None, shift: int = 0, options: dict | None = None
-) -> Path:
-    """Copy packets `first` to `last` of a video as they are, `shift` later in units of the source's time base."""
-    with av.open(str(source)) as original, av.open(str(path), "w", options=options or {}) as container:
+def remux(source: Path, path: Path, first: int = 0, shift: int = 0, **options: str) -> Path:
+    """Copy the packets of a video from the one numbered `first` on, `shift` later in units of its time base."""
+    with av.open(str(source)) as original, av.open(str(path), "w", options=options) as container:
         stream = original.streams.best("video")
         copy = container.add_stream_from_template(stream)
-        for packet in [packet for packet in original.demux(stream) if packet.size][first:last]:
+        for packet in [packet for packet in original.demux(stream) if packet.size][first:]:
             packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, copy
             container.mux(packet)
     return path
@@ -125,13 +123,12 @@ def remux(
 
 def broken_files(folder: Path) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
-    whole = write_numbered(folder / "whole.mp4", 40).read_bytes()
-    (folder / "whole.mp4").unlink()
-    contents = {"truncated.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"not a video\n" * 50}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    audio_only(folder / "audio.mp4")
+    whole = write_numbered(folder / "truncated.mp4", 40).read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_bytes(b"not a video\n" * 50)
     (folder / "unreadable.mp4").symlink_to("unreadable.mp4")  # leads to itself: not even root can read it
+    audio_only(folder / "audio.mp4")
     damaged = bytearray(write_numbered(folder / "damaged.mkv", 40, options={"g": "1"}).read_bytes())
     damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
     (folder / "damaged.mkv").write_bytes(damaged)

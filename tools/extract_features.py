@@ -105,11 +105,13 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
             return norm(x).float().cpu()  # (B, D), (B, T/2, D) or (B, N, D)
 
     files = result_files(named_videos(arguments.videos), arguments.out)
-    done = [file for file in files if file.exists()]
-    for file in done:
-        check_settings(file, settings | dict(video=files[file]))
-    say(f"{len(files):,} videos, {len(done):,} of them done; {settings}")
-    todo = [file for file in list(files)[processes.rank :: processes.world_size] if file not in done]
+    say(f"{len(files):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
+    todo = []
+    for file in list(files)[processes.rank :: processes.world_size]:
+        if file.exists():
+            check_settings(file, settings | dict(video=files[file]))
+        else:
+            todo.append(file)
     bar = tqdm(unit=" windows", disable=processes.rank > 0)
     broken = []
     for file in todo:
