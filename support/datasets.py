@@ -21,7 +21,7 @@ LabelledVideos = Sequence[tuple[Path, int]]  # each with the number of its class
 class Videos(Sequence):
     """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
 
-    They are in few large arrays, which forked loader workers share. Of a list each worker would soon have its own copy,
+    They are in a few large arrays, which forked loader workers share. A list would soon be copied into each worker,
     since reading an object writes its reference count.
     """
 
@@ -229,7 +229,10 @@ def hold_out(videos: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list
     kept, held_out = [], []
     for _, group in groupby(videos, itemgetter(1)):  # the videos are sorted by class
         for place, video in enumerate(group):
-            (held_out if place % 5 == 4 else kept).append(video)
+            if place % 5 == 4:
+                held_out.append(video)
+            else:
+                kept.append(video)
     return kept, held_out
 
 
@@ -250,8 +253,8 @@ def first_of_each_class(videos: list[tuple[str, int]], count: int) -> list[tuple
 def check_existence(val_videos: list[tuple[str, int]], root: str) -> None:
     """Raise UserError if there are no validation videos: now, not after days of training."""
     if not val_videos:
-        what = f"no class in {root} has five videos, so none can be kept for testing"
-        raise UserError(f"{what}: name test videos by data.val")
+        what = f"no class in {root} has five videos, so none can be kept for validation"
+        raise UserError(f"{what}: name validation videos by data.val")
     if not any(os.path.exists(path) for path, _ in val_videos):
         what = f"none of the {len(val_videos)} test videos is there, the first one being {val_videos[0][0]}"
         raise UserError(f"{what}: look at data.root and data.val")

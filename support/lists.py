@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from support.config import UserError
 
-KNOWN = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv"
-SUFFIXES = tuple(KNOWN.split())
+SUFFIXES = tuple(
+    ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+)
 SYSTEM_NAMES = "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"
 PREPARED = "prepared.json"  # marks a folder that tools/prepare.py filled
 
@@ -114,7 +115,7 @@ def _read_lines(root: str, file: Path, labels: bool = True) -> Iterator[Entry]:
 
 
 def text_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a text file that are not blank, each after its place."""
+    """Yield file and number, and text, of each line of a text file that is not blank."""
     with open(file, encoding="utf-8-sig") as opened:
         for number, line in enumerate(opened, 1):
             if line := line.strip():
@@ -176,7 +177,7 @@ def find_files(root: str, name: str) -> list[Path]:
 
 
 def files_below(folder: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
-    """Yield the files below a folder in sorted order. Follow links, but not in circles; skip what is hidden."""
+    """Yield the files below a folder in sorted order. Follow links, except to a parent folder; skip hidden names."""
     for item in sorted(os.scandir(folder), key=lambda item: item.name):
         if item.name.startswith(".") or item.name in SYSTEM_NAMES:
             continue

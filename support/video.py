@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, dropwhile, groupby, pairwise, takewhile
+from itertools import chain, count, dropwhile, groupby, pairwise, takewhile
 from pathlib import Path
 
 import av
@@ -56,17 +56,19 @@ class Video(AbstractContextManager):
             self.packets = list(packets) if short else []
             times, keys, key = _list_frames(self.packets or packets, container in TIMED)
             if start != START and not (keys and keys[0] <= start):
+                start = START
                 times, keys, key = _list_frames(_packets(_open(path), START, last), container in TIMED)
+            if times:
+                times = _decodable(times, _first_pts(path, self.stream, key) if start == START else key.pts)
             if not times:
                 raise BrokenVideo(f"{path}: no frames")
-            shown = _decodable(times, _first_pts(path, self.stream, key) if start == START else key.pts)
 
         # Other containers may not state times, or FFmpeg guesses them, in AVI wrongly for B-frames.
-        distinct = math.isfinite(sum(shown)) and all(pts < later for pts, later in pairwise(shown))
+        distinct = math.isfinite(sum(times)) and all(time < later for time, later in pairwise(times))
         self.counted = not distinct or container not in TIMED
-        self.pts = range(len(shown)) if self.counted else shown
+        self.pts = range(len(times)) if self.counted else times
         self.keys = [START] if self.counted else [START, *sorted(keys)]
-        self.ticks = [pts - origin for pts in shown] if distinct and container != "avi" else []
+        self.ticks = [time - origin for time in times] if distinct and container != "avi" else []
         if self.counted and (begin > 0 or end is not None):
             raise BrokenVideo(f"{path}: only mp4 and Matroska files state the time of every frame; re-encode it")
 
@@ -116,18 +118,15 @@ class Video(AbstractContextManager):
             packets = _needed(packets, key, wanted)
         codec = self.stream.codec_context
         codec.flush_buffers()
-        number = 0
+        numbers = count()
+        exact = key == START
         for packet in chain(packets, [None]):
             if packet and key != START and codec.name in SKIPPING:
                 codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in codec.decode(packet):
-                if number == 0 and frame.pts is not None and frame.pts < key:
-                    continue
-                if number == 0 and key != START and not (frame.key_frame and frame.pts == key):
-                    return  # it depends on frames before the one that the file calls a key frame
-                pts = number if self.counted else frame.pts
-                number += 1
-                if pts in wanted:
+                pts = next(numbers) if self.counted else frame.pts
+                exact = exact or (pts == key and frame.key_frame)  # files may flag others as key frames, too
+                if exact and pts in wanted:
                     wanted.remove(pts)
                     yield pts, frame
                 if not wanted:
@@ -137,7 +136,12 @@ class Video(AbstractContextManager):
     def _to_rgb(self, frame: av.VideoFrame) -> Tensor:
         """Return uint8 RGB (H, W, 3), upright: phones film sideways and say so in the file."""
         if self.matrix is None:
-            self.matrix = _display_matrix(frame)
+            self.matrix = 1, 0, 0, 1
+            # Reading side data keeps a frame in memory until the next garbage collection, hence a copy of 2 x 2 pixels.
+            copy = VideoReformatter().reformat(frame, 2, 2, interpolation="POINT", threads=1)
+            with suppress(KeyError, ValueError):  # there is none, or other side data that PyAV does not know
+                a, b, _, c, d, *_ = memoryview(bytes(copy.side_data["DISPLAYMATRIX"])).cast("i")
+                self.matrix = a, b, c, d
         rgb = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1)
         image = torch.from_numpy(rgb.to_ndarray())  # (H, W, 3)
         a, b, c, d = self.matrix  # the pixel (x, y) is shown at (a x + c y, b x + d y)
@@ -219,23 +223,14 @@ def _decodable(times: list[float], first: float) -> list[float]:
 
 def _first_pts(path: str | Path, stream: av.VideoStream, key: av.Packet) -> float:
     """Return when the first frame is shown that can be decoded from the first key frame of a file on."""
-    time = key.pts if key else None
-    if key and stream.codec_context.name == "h264":
+    time = key.pts
+    if stream.codec_context.name == "h264":
         # Without an IDR picture (unit type 5) it may start an intra refresh, whose first frames are incomplete.
         with suppress(av.FFmpegError):
             if not BitStreamFilterContext("filter_units=pass_types=5", stream).filter(av.Packet(bytes(key))):
                 other = _open(path)
                 time = next(other.container.decode(other), key).pts
     return -math.inf if time is None else time
-
-
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    # Reading side data keeps a frame in memory until the next garbage collection, hence a copy of 2 x 2 pixels.
-    copy = VideoReformatter().reformat(frame, 2, 2, interpolation="POINT", threads=1)
-    with suppress(KeyError, ValueError):  # there is none, or other side data that PyAV does not know
-        a, b, _, c, d, *_ = memoryview(bytes(copy.side_data["DISPLAYMATRIX"])).cast("i")
-        return a, b, c, d
-    return 1, 0, 0, 1
 
 
 def write_mp4(

@@ -192,7 +192,8 @@ def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
     """One file per video, below --out as below the folder; the same by two processes; no second time."""
     words = ["--weights", pretrained, "data.stride=1", "--out"]
     run(TOOL, videos, *words, tmp_path / "one")
-    run(TOOL, videos, *words, tmp_path / "two", processes=2)
+    done = run(TOOL, videos, *words, tmp_path / "two", processes=2)
+    assert "8 windows [" in done.stderr and "9 windows [" not in done.stderr  # rank 0: the first and the third video
     counts = {"a/x.npz": 5, "b/short.npz": 1, "b/x.npz": 3}
     for name, count in counts.items():
         one, two = read(tmp_path / "one" / name), read(tmp_path / "two" / name)
@@ -274,10 +275,13 @@ def test_other_settings_weights_or_videos_are_not_mixed_into_a_folder(videos, pr
     words = ["data.stride=2", "--out", tmp_path, "--weights", pretrained]
     run(TOOL, videos / "a/x.mp4", *words)
     before = (tmp_path / "x.npz").read_bytes()
+    learned = torch.load(pretrained, weights_only=True) | dict(positions=torch.randn(4 * 4 * 4, 128))
+    torch.save(learned, tmp_path / "learned.pt")
     for video, more, sentence in (
         ("a/x.mp4", ["--keep", "time"], "was made with keep=mean, not time: delete it or give another --out"),
         ("a/x.mp4", ["data.stride=3"], "was made with stride=2, not 3; window_stride=16, not 24:"),
         ("a/x.mp4", ["--weights", fine_tuned], "was made with checksum_of_weights="),
+        ("a/x.mp4", ["--weights", tmp_path / "learned.pt"], "was made with checksum_of_weights="),
         ("b/x.mp4", [], f"was made with video={videos / 'a/x.mp4'}, not {videos / 'b/x.mp4'}:"),
     ):
         done = run(TOOL, videos / video, *words, *more, ok=False)

@@ -46,6 +46,11 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return -10 * float(((a.float() - b.float()) / 255).square().mean().clamp(min=1e-10).log10())
 
 
+def rate_of(path: Path) -> Fraction:
+    with av.open(str(path)) as container:
+        return Fraction(container.streams.best("video").average_rate)  # PyAV 19 has a type of its own
+
+
 # ---- every frame and its time stay ----
 
 
