@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 from conftest import run
 
 import model as m
@@ -75,6 +76,15 @@ def test_the_largest_recipes_fit_a_gpu_of_24_gb(name):
     """By arithmetic, with a tenth to spare for what lives for a moment only."""
     config = scale.load_recipe(scale.CONFIGS / f"{name}.yaml")
     assert scale.gigabytes(config)[config.run.recompute] < 0.9 * 24
+
+
+def test_memory_by_hand():
+    """Activations are those before each layer, without its weights; 18 bytes for each parameter are always there."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+    assert scale.kept_for_backward(layers, torch.ones(2, 8)) == 4 * 2 * (8 + 4)
+    recipe = scale.CONFIGS / "pretrain" / "k400_base.yaml"
+    one, two = (scale.gigabytes(scale.load_recipe(recipe, [f"run.batch_per_device={clips}"]))[0] for clips in (1, 2))
+    assert 2 * one - two == pytest.approx(18 * 0.0942, rel=0.01)  # 4 x float32, and in bf16
 
 
 def test_ratios_are_those_of_pairs_in_alternating_order():

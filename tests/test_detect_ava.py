@@ -529,9 +529,10 @@ def test_four_clips_are_memorized(toy_ava, tmp_path):
     values |= dict(train_exclude="", val_exclude="", size=64, short_side=64, workers=0)
     settings = ["init=scratch", *(f"data.{key}={value}" for key, value in values.items())]
     settings += ["optim.batch_size=4", "optim.base_lr=0.2", "optim.epochs=150", "optim.warmup_epochs=10"]
-    settings += ["optim.weight_decay=0", "run.validate_every=0", "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
+    settings += ["optim.weight_decay=0", "run.validate_every=75", "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
     done = run("detect_ava.py", *settings)
     assert json.loads((tmp_path / "run/mAP.json").read_text())["mAP"] == pytest.approx(100), done.stdout
+    assert [line["epoch"] for line in log(tmp_path / "run") if "mAP" in line] == [75]  # the last one is tested
 
 
 MISTAKES = [

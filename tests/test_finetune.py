@@ -145,12 +145,14 @@ def test_each_augmented_clip_keeps_the_target_of_its_video(colored_videos, tmp_p
 
     monkeypatch.setattr(finetune, "mixing", lambda *_: mix)
     more = ["data.repeats=3", "optim.batch_size=4", "optim.epochs=4", "run.batch_per_device=12", "run.log_every=1"]
+    more += ["run.validate_every=2"]
     run("finetune.py", *color_settings(colored_videos, tmp_path, *more), "optim.base_lr=0.1", "optim.warmup_epochs=0")
     assert len(seen) == 12 and {len(labels) for _, labels in seen} == {12}
     for color, labels in seen:
         assert torch.equal(color, 2 - labels)  # blue, green, red are channels 2, 1, 0
         assert torch.equal(labels, labels[:4].repeat(3))
     assert min(losses(tmp_path)) > math.log(3) - 1e-4  # whatever is learned
+    assert [line["epoch"] for line in log(tmp_path) if "top1" in line] == [2]  # the last one is tested
 
 
 def test_colors_are_learned_from_scratch(colored_videos, tmp_path):

@@ -111,6 +111,9 @@ def test_interpolated_positions():
     stretched = m.interpolate_positions(rows, grid, (4, 12, 6)).view(4, 12, 6)
     assert (stretched.diff(dim=1) > 0.2).sum() >= 4 * 9 * 6
     assert stretched.diff(dim=2).abs().max() < 1e-5 and stretched.diff(dim=0).abs().max() < 1e-5
+    # bicubic: Keys' kernel for A = -0.75, at distances 1.75, 1.25, 0.75 and 0.25 from row 2
+    stretched = m.interpolate_positions((rows == 2).float(), grid, (4, 12, 6)).view(4, 12, 6)
+    assert torch.allclose(stretched[0, 1:5, 0], torch.tensor([-0.03515625, -0.10546875, 0.26171875, 0.87890625]))
 
 
 # ---- initial values and regularization ----

@@ -36,6 +36,21 @@ def test_losses_on_raw_pixels(loss, error):
     assert result.item() == pytest.approx(error(prediction.flatten() - target).mean().item(), 1e-5)
 
 
+def test_std_of_a_flat_cube():
+    """As in the authors' code, 1e-6 is added to the std; n - 1 divides the squares."""
+    for values, std in (([3.0, 3.0, 3.0], 1e-6), ([1.0, 2.0, 3.0], 1 + 1e-6)):
+        cubes = torch.tensor(values)[:, None].expand(3, 3)  # pixels, colors
+        assert pretrain.cube_statistics(cubes)[1].flatten().tolist() == pytest.approx([std] * 3, rel=1e-7)
+
+
+@pytest.mark.parametrize("kind", masking.MASKS)
+def test_training_masks_are_of_the_kind_that_the_configuration_names(kind):
+    config = load_config(pretrain.DEFAULT, [f"mask.type={kind}", "mask.ratio=0.75"])
+    model, _, sample_mask = pretrain.build(config)
+    expected = masking.MASKS[kind](model.grid, 0.75, torch.Generator().manual_seed(0))
+    assert torch.equal(sample_mask(torch.Generator().manual_seed(0)), expected)
+
+
 def test_target_of_twice_the_frames():
     """T x tau -> 2T x tau/2: the encoder gets every other frame, each token predicts four (Table 1c)."""
     objective = objective_of(*RAW, "target.frames=double", "data.frames=4", "data.stride=4")

@@ -149,7 +149,11 @@ def test_a_checkpoint_is_bound_to_its_configuration_and_videos(tmp_path):
     assert load("data.test_clips=7", "data.test_crops=3", default=finetuning)["step"] == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", [1], {"step": 1}, {"config": {"run": 3}}])
+NO_CHECKPOINTS = [b"", b"no archive", [1], {"step": 1}, {"config": {"run": 3}}]
+NO_CHECKPOINTS += [{"step": 1, "config": {}, "code": Path("x")}]  # an object, which could run code when it is read
+
+
+@pytest.mark.parametrize("content", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)

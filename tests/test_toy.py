@@ -16,7 +16,7 @@ import support.toy_ava
 from support import datasets, toy
 from support.config import UserError
 from support.seeds import sample_generator
-from support.video import Video
+from support.video import Video, read_frames
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -40,10 +40,12 @@ def test_videos_are_reproducible_and_finished_after_an_interruption(kind, reques
     shutil.copytree(original, again)
     for name in lost:
         (again / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in again.rglob("*.mp4")}
     videos = {"train": 24 if kind == "toy_videos" else 6, "val": count}
     render(again, videos)
     assert all((again / path).read_bytes() == (original / path).read_bytes() for path in files)
     before = {path: path.stat().st_mtime_ns for path in again.rglob("*")}
+    assert kept.items() <= before.items()
     render(again, videos)
     assert before == {path: path.stat().st_mtime_ns for path in again.rglob("*")}
     for others in ((videos | {"val": 16}, 0), (videos, 1)):
@@ -52,6 +54,26 @@ def test_videos_are_reproducible_and_finished_after_an_interruption(kind, reques
     other = render(tmp_path / "other", {"train": 3, "val": 0}, seed=1)
     for path in other.rglob("*.mp4"):
         assert path.read_bytes() != (original / path.relative_to(other)).read_bytes()
+
+
+def test_files_hold_what_was_rendered(toy_videos, toy_ava):
+    """Frame by frame, and boxes at the seconds that their rows name."""
+    generator = sample_generator(0, 0, 2)
+    scene, shapes = support.toy_ava.render_scene(generator)
+    for path, clip in (
+        (toy_videos / "train/moving right/00008.mp4", toy.render_clip("moving right", seeded(8))),
+        (toy_ava / "videos/train_00002.mp4", scene),
+    ):
+        frames = read_frames(path, list(range(len(clip)))).permute(0, 2, 3, 1) / 255
+        assert (frames - clip).abs().mean(dim=(1, 2, 3)).max() < 0.02
+    lines = (toy_ava / "annotations/ava_train_v2.2.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines if line.startswith("train_00002,")]
+    for _, second, *box, action, person in rows:
+        actions, boxes = shapes[int(person)]
+        frame = (int(second) - 900) * 12
+        assert [*map(float, box)] == pytest.approx(boxes[frame].clamp(0, 1).tolist(), abs=6e-4)
+        assert [*support.toy_ava.ACTIONS][int(action) - 1] in actions[frame]
+    assert len(rows) > 4
 
 
 def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
