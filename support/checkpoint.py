@@ -27,7 +27,7 @@ def save_checkpoint(log: Log, config: SimpleNamespace, **content: Any) -> None:
     It is written next to the old one and renamed, so that a valid one survives a kill at any moment. Raises UserError
     if the disk is full or if a weight is not finite.
     """
-    if log.rank > 0:
+    if log.file is None:
         return
     path = log.folder / "checkpoint.pt"
     if not all_finite(content):

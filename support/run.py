@@ -77,23 +77,20 @@ class Log:
         self, config: SimpleNamespace, processes: Processes, start: int, total: int, epoch: int, clips_per_step: int
     ) -> None:
         self.folder = Path(config.run.folder)
-        self.rank = processes.rank
         self.device = processes.device
         self.epoch = epoch
         self.clips_per_step = clips_per_step
-        self.lock: filelock.BaseFileLock | None = None
-        self.file: TextIO | None = None
-        self.board: Any = None
+        self.lock = self.file = self.board = None  # on other ranks
         self.trace = self.folder / "trace.json" if config.run.profile and processes.rank == 0 else None
         errors = []
         if processes.rank == 0:
             try:
                 self.lock = lock_folder(self.folder)
-                write_text(self.folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+                (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False), "utf-8")
                 self.file = open_log(self.folder / "log.jsonl", start)
                 if config.run.tensorboard:
                     self.board = open_tensorboard(self.folder, start)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 errors.append(str(error))
         if errors := gather(errors):
             raise UserError(errors[0])
@@ -142,8 +139,8 @@ class Log:
         if self.board:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    group = [values["encoder"]] if "encoder" in values else []
-                    self.board.add_scalar("/".join([*group, name]), value, values["step"])
+                    tag = f"{values['encoder']}/{name}" if "encoder" in values else name
+                    self.board.add_scalar(tag, value, values["step"])
 
     def epoch_ends(self, step: int, every: int) -> bool:
         """Return whether a step ends an epoch of which every `every`-th counts; 0: none."""
@@ -174,14 +171,6 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     except OSError as error:
         raise UserError(f"{error}; set another run.folder, or fix this one") from None
     return lock
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of the run's folder. Raises UserError."""
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise UserError(f"{error}; set another run.folder, or fix this one") from None
 
 
 def open_log(path: Path, step: int) -> TextIO:
