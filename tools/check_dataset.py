@@ -32,8 +32,7 @@ def check(config: SimpleNamespace) -> bool:
     if val:
         val_entries = list_entries(config.root, val, has_labels)
         problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
-        both = {entry.path for entry in entries} & {entry.path for entry in val_entries}
-        if both:
+        if both := {entry.path for entry in entries} & {entry.path for entry in val_entries}:
             problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
     for problem in problems:
         print(f"  {problem}")
@@ -50,10 +49,10 @@ def check_list(title: str, entries: list[Entry], classes: Classes | None, worker
                 count[classes.index(entry)] += 1
             except UserError as error:
                 wrong.append(str(error))
-    names = classes.names if classes else []
     broken = find_unreadable([Path(entry.path) for entry in entries], workers)
-    print(f"{len(entries):,} videos for {title}, {len(names)} classes, ", end="")
-    print(f"{len(wrong)} wrong labels, {len(broken)} unreadable")
+    names = classes.names if classes else []
+    numbers = f"{len(names)} classes, {len(wrong)} wrong labels, {len(broken)} unreadable"
+    print(f"{len(entries):,} videos for {title}, {numbers}")
     for index, name in enumerate(names):
         print(f"{count[index]:8,}  {name}")
     return wrong + broken
@@ -96,8 +95,7 @@ def main() -> None:
         broken = find_unreadable(videos, os.cpu_count() or 1)
         print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
         all_well = not broken
-    if not all_well:
-        sys.exit(1)
+    sys.exit(0 if all_well else 1)
 
 
 if __name__ == "__main__":
