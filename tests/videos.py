@@ -88,7 +88,7 @@ def two_streams(path: Path, count: int) -> Path:
         other, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
         other.width, other.height, other.pix_fmt = 32, 32, "yuv420p"
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.disposition = Disposition.default
+        stream.disposition = Disposition.default.value
         still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
         for number in range(count):
             still.pts = None
