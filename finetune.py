@@ -286,14 +286,18 @@ def test(
     return scores, [reason for _, reason in sorted(gather(broken))]
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return top-1, its mean over the classes that occur, and top-5, in percent. Unreadable videos (nan) are wrong."""
+def accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return top-1 and top-5 in percent. A video that could not be read, its row nan, counts as wrong."""
     ranked = scores.nan_to_num(-1).topk(min(5, scores.shape[1]), dim=1).indices  # (videos, 5)
     right = (ranked == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)  # (videos, 5)
-    right = right.double()
-    by_class = torch.stack([right[labels == label, 0].mean() for label in labels.unique()])  # (classes,)
-    rates = dict(top1=right[:, 0].mean(), class_mean=by_class.mean(), top5=right.sum(dim=1).mean())
-    return {name: 100 * rate.item() for name, rate in rates.items()}
+    return 100 * right[:, 0].float().mean().item(), 100 * right.any(dim=1).float().mean().item()
+
+
+def rates(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return top-1, its mean over the classes that occur, and top-5, in percent."""
+    top1, top5 = accuracy(scores, labels)
+    by_class = [accuracy(scores[labels == label], labels[labels == label])[0] for label in labels.unique()]
+    return dict(top1=top1, class_mean=sum(by_class) / len(by_class), top5=top5)
 
 
 def validate(
@@ -301,9 +305,9 @@ def validate(
 ) -> dict[str, float]:
     """Print and return the accuracy from one view of each video."""
     scores, broken = test(model, [path for path, _ in videos], processes, config, 1, 1, f"epoch {epoch}, one view")
-    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
-    say(f"epoch {epoch}: {describe_accuracy(rates, len(videos), len(broken), scores.shape[1])}, one view")
-    return dict(epoch=epoch, **rates)
+    result = rates(scores, torch.tensor([label for _, label in videos]))
+    say(f"epoch {epoch}: {describe_accuracy(result, len(videos), len(broken), scores.shape[1])}, one view")
+    return dict(epoch=epoch, **result)
 
 
 def test_and_write(
@@ -319,16 +323,16 @@ def test_and_write(
     clips, crops = config.data.test_clips, config.data.test_crops
     paths = [path for path, _ in videos]
     scores, broken = test(model, paths, processes, config, clips, crops, f"testing {clips} x {crops} views")
-    rates = accuracy(scores, torch.tensor([label for _, label in videos]))
+    result = rates(scores, torch.tensor([label for _, label in videos]))
     if processes.rank == 0:
         for reason in broken:
             say(f"counted as wrong: {reason}")
-        result = rates | dict(videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
-        text = f"{describe_accuracy(rates, len(videos), len(broken), len(names))}, {clips} x {crops} views"
+        text = f"{describe_accuracy(result, len(videos), len(broken), len(names))}, {clips} x {crops} views"
+        result |= dict(videos=len(videos), unreadable=len(broken), clips=clips, crops=crops)
         print(json.dumps(result) if as_json else f"{text}: {folder / 'scores.csv'}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder, videos, scores, names)
-    return rates["top1"]
+    return result["top1"]
 
 
 def test_weights(arguments: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ def test_accuracy_by_hand():
     scores = torch.tensor([[9, 5, 3, 3, 2, 1, 0], [2, 9, 5, 5, 3, 1, 0], unreadable, [0, 1, 1, 5, 9, 1, 3]])
     for classes, labels, top1, top5 in ((7, [0, 0, 0, 4], 50, 75), (7, [6, 6, 1, 0], 0, 0), (2, [0, 1, 1, 1], 75, 75)):
         assert finetune.accuracy(scores[:, :classes], torch.tensor(labels)) == pytest.approx((top1, top5))
+    assert finetune.rates(scores, torch.tensor([0, 0, 0, 4]))["class_mean"] == pytest.approx((100 / 3 + 100) / 2)
 
 
 # ---- runs ----
@@ -102,9 +103,9 @@ def test_what_a_run_prints_and_leaves(finished, pretrained):
     assert "24 videos for training, 8 for validation, 8 classes; 2 clips of each video" in messages
     lr = load_config(finetune.DEFAULT, [str(folder / "config.yaml")]).optim.base_lr * 8 / 256
     assert f"in the cube embedding {lr * 0.7**5:.3g}\n" in messages  # with four blocks
-    one_view = r"^epoch 2: top-1 [\d.]+ %, top-5 [\d.]+ % of 8 videos, one view$"
+    one_view = r"^epoch 2: top-1 [\d.]+ % \(mean over classes [\d.]+ %\) of 8 videos, one view$"
     assert re.search(one_view, messages, re.M) and "epoch 1:" not in messages and "epoch 3:" not in messages
-    assert re.fullmatch(r"top-1 [\d.]+ %, top-5 [\d.]+ % of 8 videos, 2 x 3 views: \S+/scores.csv\n", printed)
+    assert re.fullmatch(r"top-1 [\d.]+ % \(.*\) of 8 videos, 2 x 3 views: \S+/scores.csv\n", printed)
     assert [line["step"] for line in log(folder) if "top1" in line] == [6]
     top1 = 100 * sum(row["prediction"] == row["class"] for row in check_tables(folder, 8)) / 8
     assert log(folder)[-1] == dict(step=9, test_top1=pytest.approx(top1)) and f"top-1 {top1:.2f} %" in printed
@@ -159,7 +160,10 @@ def test_colors_are_learned_from_scratch(colored_videos, tmp_path):
     """Twelve epochs of twelve videos of three colors, which pixels tell: every test video is recognized."""
     optim = ["optim.batch_size=6", "optim.epochs=12", "optim.base_lr=0.05", "optim.warmup_epochs=2"]
     done = run("finetune.py", *color_settings(colored_videos, tmp_path, *optim))
-    assert "top-1 100.00 %, top-5 100.00 % of 6 videos" in done.stdout and losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert (
+        "top-1 100.00 % (mean over classes 100.00 %) of 6 videos" in done.stdout
+        and losses(tmp_path)[-1] < losses(tmp_path)[0]
+    )
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 24
 
 
@@ -212,7 +216,7 @@ def test_any_weights_can_be_tested(finished, foreign, tmp_path):
         assert (tmp_path / "scores.csv").read_bytes() == (own.parent / "scores.csv").read_bytes()
         top1 = 100 * sum(row["prediction"] == row["class"] for row in check_tables(tmp_path, 8)) / 8
         result = json.loads(done.stdout)
-        assert 0 <= result.pop("top5") <= 100
+        assert 0 <= result.pop("top5") <= 100 and 0 <= result.pop("class_mean") <= 100
         assert result == dict(top1=pytest.approx(top1), videos=8, unreadable=0, clips=2, crops=3)
 
 
