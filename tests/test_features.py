@@ -19,8 +19,8 @@ from support.config import UserError
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint
 from tools.export_hugging_face import export
-from tools.extract_features import result_files
-from tools.windows import windows
+from tools.extract_features import windows
+
 
 TOOL = "tools.extract_features"
 PLAIN = dict(frames=4, stride=3, size=SIZE[1], window_stride=12, last="repeat")
