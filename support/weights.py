@@ -152,9 +152,6 @@ def build_from_checkpoint(
     return model
 
 
-# ---- what configurations need to know of weights ----
-
-
 def stored_config(path: str | Path, default: Path, settings: list[str]) -> SimpleNamespace:
     """Return the configuration for weights: a .yaml file in `settings`, else the checkpoint's, else Kinetics' recipe.
 
