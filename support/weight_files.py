@@ -14,8 +14,8 @@ from torch import Tensor
 from support.config import UserError
 
 # Files of weights in the folder of a run, of Hugging Face and of DeepSpeed.
-FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json")
-FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json", "mp_rank_00_model_states.pt")
+FILES = "checkpoint.pt model.safetensors model.safetensors.index.json".split()
+FILES += "pytorch_model.bin pytorch_model.bin.index.json mp_rank_00_model_states.pt".split()
 # Keys under which a file may keep its tensors.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
 # Parameters have the official repository's names. DistributedDataParallel, torch.compile and others add these to them.
@@ -36,31 +36,21 @@ HUGGING_FACE = {  # also used in the other direction, by tools/export_hugging_fa
     ".intermediate.dense.": ".mlp.fc1.",
     ".output.dense.": ".mlp.fc2.",
 }
-TRANSFORMERS_5 = {".attn.query.bias": ".attn.q_bias", ".attn.value.bias": ".attn.v_bias"}  # after HUGGING_FACE
-MMACTION2 = {
-    "patch_embed.projection.": "patch_embed.proj.",
-    ".mlp.layers.0.0.": ".mlp.fc1.",
-    ".mlp.layers.1.": ".mlp.fc2.",
-}
-HEADS = re.compile(
-    r"classifier"  # Hugging Face
-    r"|cls_head\.fc_cls"  # mmaction2
-    r"|roi_heads?\..+"  # action detection, official and mmaction2
-)
+OTHERS = {".attn.query.bias": ".attn.q_bias", ".attn.value.bias": ".attn.v_bias"}  # transformers 5
+OTHERS |= {".mlp.layers.0.0.": ".mlp.fc1.", ".mlp.layers.1.": ".mlp.fc2."}  # mmaction2
+OTHERS["patch_embed.projection."] = "patch_embed.proj."  # mmaction2
+HEADS = re.compile(r"classifier|cls_head\.fc_cls|roi_heads?\..+")  # Hugging Face, mmaction2, action detection
 # Official checkpoints contain their command line and numpy's scalars, whose module numpy 2 renamed: values, no code.
 SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
 SAFE += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the file of weights in a folder: a run's, Hugging Face's or DeepSpeed's; otherwise `path` itself.
-
-    Weights that transformers has split over several files are found by their index.
-    """
+    """Return the file of weights in a folder, the index of one that transformers has split, or `path` itself."""
     path = Path(path)
-    whole, count = re.subn(r"-\d+-of-\d+\.", ".", path.name)
-    if count and path.with_name(f"{whole}.index.json").is_file():
-        return path.with_name(f"{whole}.index.json")
+    index = path.parent / (re.sub(r"-\d+-of-\d+\.", ".", path.name) + ".index.json")
+    if index.is_file():
+        return index
     if (path / "latest").is_file():  # DeepSpeed's: the name of the folder of the last checkpoint
         path = path / (path / "latest").read_text().strip()
     for name in FILES:
@@ -72,32 +62,27 @@ def weights_file(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Return the tensors of a file, or of the one in a folder, under this project's names, and all that the file holds.
 
-    Tensors are mapped: they stay in the file until they are used. Code in a file never runs. Three keys are added to
-    what the file holds: "config.json", the contents of Hugging Face's file next to it, or {}; "clip_size", the frames,
-    height and width of the pre-training if one of the two says so, or None; "unused", what the weights do not need of
-    both. Raises UserError.
+    Tensors stay in the file until they are used. Code in a file never runs. Three keys are added to what the file
+    holds: "config.json", the contents of Hugging Face's file next to it, or {}; "clip_size", the frames, height and
+    width of the pre-training if one of the two says so, or None; "unused", what is not used of both. Raises UserError.
     """
     path = weights_file(path)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}; give the path of a checkpoint file")
-    content, hub = _load(path), _load(path.with_name("config.json"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a model's named tensors")
+    content = _load(path)
     if "heads" in content:  # a linear probe's checkpoint: its encoder is that of its `init`
         return read_checkpoint(content["config"]["init"])
-
-    state, unused = content, []
+    state = content
     while inner := next((key for key in KEYS if isinstance(state.get(key), dict)), None):
-        if "model_ema" in state and inner != "model_ema":
-            unused.append("model_ema")
         state = state[inner]
     state = {str(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{path} holds no tensors under {', '.join(map(repr, KEYS))} or its top level")
+        raise UserError(f"{path} holds no named tensors, at its top level or under {', '.join(KEYS)}")
     state = rename(state)
     if isinstance(content.get("positions"), Tensor):  # in this project's files
         state["encoder.pos_embed"] = content["positions"]
 
+    hub_config = path.with_name("config.json")
+    hub = _load(hub_config) if hub_config.is_file() else {}
+    unused = ["model_ema"] if "model_ema" in content and content.keys() & set(KEYS[:-1]) else []
     if hub and not describes(hub, state):
         unused.append("config.json, which does not describe these weights,")
         hub = {}
@@ -108,9 +93,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _load(path: Path) -> Any:
-    """Return what a file holds; of an index, what all its files hold; {} if there is none. Raises UserError."""
+    """Return what a file holds; of an index, what all its files hold. Raises UserError."""
     if not path.is_file():
-        return {}
+        raise UserError(f"no weights at {path}; give the path of a checkpoint file")
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text("utf-8-sig"))
@@ -127,24 +112,21 @@ def _load(path: Path) -> Any:
         reason = f"another kind of file, cut off, or would run code ({type(error).__name__})"
         raise UserError(f"{path} cannot be read safely (weights_only): it is {reason}") from None
     if path.name.endswith(".index.json"):
-        files = sorted({path.with_name(name) for name in content.get("weight_map", {}).values()})
+        names = set(content["weight_map"].values())
         content = {}
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file} is missing: {path.name} names {len(files)} files of weights")
-            content |= _load(file)
-    return content
+        for name in names:
+            content |= _load(path.with_name(name))
+    return content if isinstance(content, dict) else {}
 
 
 def describes(hub: dict, state: dict[str, Tensor]) -> bool:
     """Return whether a config.json of Hugging Face is that of these weights, by its sizes."""
     kernel = state.get("encoder.patch_embed.proj.weight")
-    if kernel is None or kernel.ndim != 5 or not {"num_frames", "image_size", "patch_size"} <= set(hub):
+    if kernel is None or not {"num_frames", "image_size"} <= set(hub):
         return False
-    width, _, *cube = kernel.shape
     depth = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
-    patch = [hub.get("tubelet_size"), *np.broadcast_to(hub["patch_size"], 2).tolist()]
-    if (hub.get("hidden_size"), hub.get("num_hidden_layers"), patch) != (width, depth, cube):
+    cube = [hub.get("tubelet_size"), *np.broadcast_to(hub.get("patch_size"), 2)]
+    if [hub.get("hidden_size"), hub.get("num_hidden_layers"), *cube] != [len(kernel), depth, *kernel.shape[2:]]:
         return False
     return not ("id2label" in hub and "head.weight" in state) or len(hub["id2label"]) == len(state["head.weight"])
 
@@ -164,9 +146,8 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def own_name(name: str) -> str:
     """Return this project's name of a parameter."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    for table in (HUGGING_FACE, TRANSFORMERS_5, MMACTION2):
-        for theirs, ours in table.items():
-            name = name.replace(theirs, ours)
+    for theirs, ours in (HUGGING_FACE | OTHERS).items():
+        name = name.replace(theirs, ours)
     module, _, parameter = name.rpartition(".")
     if HEADS.fullmatch(module):
         return f"head.{parameter}"

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import reduce
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
@@ -26,9 +27,8 @@ from probe import DEFAULT, LinearProbe
 from support.config import UserError, as_dict, flatten, load_config, parse, say
 from support.datasets import named_videos
 from support.processes import gather, launch, start_processes
-from support.video import BrokenVideo
+from support.video import BrokenVideo, Video
 from support.weights import load_weights, read_checkpoint, read_options, stored_config
-from tools.windows import windows
 
 # --keep: the mean over all tokens of a window, the means over those of each time, or every token
 KEEP = {"mean": "B (t n) D -> B D", "time": "B (t n) D -> B t D", "tokens": "B (t n) D -> B (t n) D"}
@@ -57,27 +57,47 @@ def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.M
 def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
     """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
     videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
-    try:
-        above = os.path.commonpath([video.parent for video in videos])
-    except ValueError:
-        raise UserError(
-            "the videos are on several drives, with no common folder: give those of one at a time"
-        ) from None
+    above = os.path.commonpath([video.parent for video in videos])
     files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
     if len(files) < len(videos):
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
     return files
 
 
-def check_settings(file: Path, settings: dict) -> None:
-    """Raise UserError if a file of features was made with other settings."""
-    try:
-        with np.load(file) as stored:
-            then = {key: str(stored[key]) for key in settings}
-    except Exception as error:  # many types for one mistake
-        raise UserError(f"{file} holds no features ({type(error).__name__}): delete it or give another --out") from None
+def is_done(file: Path, settings: dict) -> bool:
+    """Return whether a file of features exists. Raises UserError if it was made with other settings."""
+    if not file.exists():
+        return False
+    with np.load(file) as stored:
+        then = {key: str(stored.get(key)) for key in settings}
     if differ := [f"{key}={then[key]}, not {now}" for key, now in settings.items() if then[key] != str(now)]:
         raise UserError(f"{file} was made with {'; '.join(differ)}: delete it or give another --out")
+    return True
+
+
+def windows(path: Path, frames: int, stride: int, size: int, window_stride: int, last: str) -> Iterator[tuple]:
+    """Yield clips uint8 (T, 3, size, size) along a video, and when their first and last frames are shown, in seconds.
+
+    If frames are left over at the end, last="repeat" adds a clip that repeats the last frame that it reaches. Each
+    frame is decoded once, and only frames that later windows need are kept. Raises BrokenVideo.
+    """
+    with Video(path) as video:
+        count, span = len(video), frames * stride
+        starts = list(range(0, count - (frames - 1) * stride, window_stride))
+        after = len(starts) * window_stride
+        if last == "repeat" and after < count and (not starts or starts[-1] + span < count):
+            starts.append(after)
+        if not starts:
+            raise BrokenVideo(f"{path}: its {count} frames do not fill a window; --last repeat would fill it")
+        decoded, kept = enumerate(video.every_frame()), {}
+        for start in starts:
+            indices = [start + i for i in data.dense_clip(min(span, count - start), frames, stride)]
+            kept = {index: frame for index, frame in kept.items() if index >= start}
+            while indices[-1] not in kept:
+                index, frame = next(decoded)
+                if any((index - first) % stride == 0 for first in range(start, index + 1, window_stride)):
+                    kept[index] = data.crop_views(frame[None], size, 1)[0, 0]  # (3, size, size)
+            yield torch.stack([kept[index] for index in indices]), [float(video.times[i]) for i in indices]
 
 
 @torch.inference_mode()
@@ -86,7 +106,6 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     if "RANK" in os.environ:  # a process may wait for another's last video for longer than the default allows
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     processes = start_processes(config.run.precision, config.data.workers)
-    device = processes.device
     options, keep = config.data, arguments.keep
     slots, _, _ = cube_grid((options.frames, options.size, options.size), config.model.cube)
     encoder, norm = build_encoder(arguments.weights, config)
@@ -95,23 +114,12 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     windowing["window_stride"] = arguments.window_stride or options.frames * options.stride
     bf16 = processes.dtype == torch.bfloat16
     settings = windowing | dict(keep=keep, bf16=bf16, checksum_of_weights=zlib.crc32(parameters.numpy()))
-    encoder, norm = encoder.to(device), norm.to(device)
-
-    def encode(clips: list[Tensor]) -> Tensor:
-        clip = torch.stack(clips).to(device)  # (B, T, 3, H, W)
-        clip = data.normalize(clip)  # (B, 3, T, H, W)
-        with processes.autocast():
-            x = reduce(encoder(clip), KEEP[keep], "mean", t=slots)  # from (B, N, D)
-            return norm(x).float().cpu()  # (B, D), (B, T/2, D) or (B, N, D)
+    encoder, norm = encoder.to(processes.device), norm.to(processes.device)
 
     files = result_files(named_videos(arguments.videos), arguments.out)
     say(f"{len(files):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
-    todo = []
-    for file in list(files)[processes.rank :: processes.world_size]:
-        if file.exists():
-            check_settings(file, settings | dict(video=files[file]))
-        else:
-            todo.append(file)
+    files_of_rank = list(files)[processes.rank :: processes.world_size]
+    todo = [file for file in files_of_rank if not is_done(file, settings | dict(video=files[file]))]
     bar = tqdm(unit=" windows", disable=processes.rank > 0)
     broken = []
     for file in todo:
@@ -119,11 +127,16 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
         features, times = [], []
         try:
             while batch := list(islice(clips, config.run.batch_per_device)):
-                features.append(encode([clip for clip, _ in batch]))
+                clip = torch.stack([clip for clip, _ in batch]).to(processes.device)  # (B, T, 3, H, W)
+                clip = data.normalize(clip)  # (B, 3, T, H, W)
+                with processes.autocast():
+                    x = reduce(encoder(clip), KEEP[keep], "mean", t=slots)  # from (B, N, D)
+                    features.append(norm(x).float().cpu())  # (B, D), (B, T/2, D) or (B, N, D)
                 times += [(shown[0], shown[-1]) for _, shown in batch]
                 bar.update(len(batch))
+            start, end = np.array(times).T
             names = dict(video=str(files[file]), weights=str(arguments.weights))
-            write(file, torch.cat(features), times, settings | names)
+            write(file, features=torch.cat(features).numpy(), start=start, end=end, **settings, **names)
         except BrokenVideo as error:
             broken.append(file)
             tqdm.write(f"cannot be read: {error}", file=sys.stderr)
@@ -134,13 +147,12 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     say(f"{len(files) - unreadable:,} files of features below {arguments.out}; {unreadable:,} videos cannot be read")
 
 
-def write(file: Path, features: Tensor, times: list[tuple[float, float]], settings: dict) -> None:
+def write(file: Path, **content: object) -> None:
     """Write a temporary file and rename it, so that the file is always complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    start, end = np.array(times).T
     part = file.with_name(f"{zlib.crc32(os.fsencode(file.name)):08x}.part")  # the name may be as long as is possible
     with open(part, "wb") as opened:
-        np.savez(opened, features=features.numpy(), start=start, end=end, **settings)
+        np.savez(opened, **content)
     os.replace(part, file)
 
 
