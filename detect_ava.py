@@ -25,7 +25,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 from bisect import bisect_left
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -109,8 +108,7 @@ def resized_clip(frame: ava.Frame, rows: ava.Rows, movies: ava.Movies, options: 
 def move_edges(boxes: Tensor, outward: Tensor) -> Tensor:
     """Move the edges x1 y1 x2 y2 of boxes (M, 4) outward, by fractions (4,) or (M, 4) of their width or height."""
     extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    moved = boxes + outward * extent * torch.tensor([-1, -1, 1, 1])
-    return tv_tensors.wrap(moved, like=boxes)
+    return tv_tensors.wrap(boxes + outward * extent * torch.tensor([-1, -1, 1, 1]), like=boxes)
 
 
 def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
@@ -228,8 +226,7 @@ class ActionDetector(nn.Module):
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
     """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips.
 
-    All persons have the same weight, in whichever clip and process they are. The authors multiply the mean by the
-    number of persons: a constant factor, which AdamW does not notice.
+    All persons have the same weight, in whichever clip and process they are.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
@@ -238,8 +235,8 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
     """Return the detector: with random weights, those of `config.init`, or the shape of a checkpoint's.
 
     labels (M, classes): of all persons to train on. The head starts at each action's frequency, which neither the paper
-    nor its code does: started at probability 0.5, its bias would take thousands of steps, and features would make up
-    for it. checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
+    nor its code does: started at probability 0.5, its bias would take thousands of steps.
+    checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
     """
     torch.manual_seed(config.run.seed)
     if checkpoint:
@@ -369,56 +366,38 @@ def train(config: SimpleNamespace) -> None:
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module,
-    persons: ava.KeyFrames,
-    movies: ava.Movies,
-    processes: Processes,
-    config: SimpleNamespace,
-    title: str,
+    model: nn.Module, batches: KeyFrameBatches, processes: Processes, config: SimpleNamespace, title: str
 ) -> tuple[ava.Rows, list[str]]:
     """Return the probability of each action of each person as rows, on rank 0, and why key frames could not be read.
 
-    Each process tests a fraction of the key frames.
+    Each process tests a fraction of the batches.
     """
-    options, device = config.data, processes.device
-    dataset = KeyFrameBatches(persons, movies, options, config.run.batch_per_device)
-    own = range(processes.rank, len(dataset), processes.world_size)
-    batches = data.loader(dataset, options.workers, batch_size=None, sampler=own)
+    options, device, cube = config.data, processes.device, model.options["cube"]
+    own = range(processes.rank, len(batches), processes.world_size)
+    loaded = data.loader(batches, options.workers, batch_size=None, sampler=own)
     model.eval()
     results, broken = [], []
-    for scores, clip, rois, unreadable in tqdm(batches, title, unit="batch", disable=processes.rank > 0):
+    for scores, clip, rois, unreadable in tqdm(loaded, title, unit="batch", disable=processes.rank > 0):
         broken += unreadable
         if clip is None:
             continue
         clip = data.normalize(clip.to(device, non_blocking=True), options.mean, options.std)  # (B, 3, T, H, W)
-        clip = pad_to_cubes(clip, model.options["cube"])
+        height, width = clip.shape[-2:]
+        clip = F.pad(clip, (0, -width % cube[2], 0, -height % cube[1]))  # whole cubes; zero is the mean color
         with processes.autocast():
             logits = model(clip, rois.to(device, non_blocking=True))  # (M, classes)
         results.append((scores, logits.float().sigmoid()))
     results = gather([(scores, probabilities.cpu()) for scores, probabilities in results])
     broken = sorted(set(gather(broken)))
     if not results:
-        raise UserError(f"none of the {len(persons)} key frames with boxes can be read; the first: {broken[0]}")
+        raise UserError(f"none of the key frames with boxes can be read; the first: {broken[0]}")
     rows = []
     if processes.rank == 0:
         for scores, probabilities in results:
-            rows += to_rows(scores, probabilities, options.person_score)
+            for ((frame, box), score), person in zip(scores.items(), probabilities.tolist(), strict=True):
+                factor = score if options.person_score else 1.0
+                rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(person, 1) if p > 0]
     return sorted(rows), broken
-
-
-def pad_to_cubes(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """Pad clips (B, 3, T, H, W) right and below to whole cubes with zeros, i.e. the mean color."""
-    height, width = clip.shape[-2:]
-    return F.pad(clip, (0, -width % cube[2], 0, -height % cube[1]))
-
-
-def to_rows(scores: dict[tuple, float], probabilities: Tensor, person_score: bool) -> ava.Rows:
-    """Turn probabilities (M, classes) of M persons (frame, box) into rows, times the persons' `scores` if asked for."""
-    rows = []
-    for ((frame, box), score), person in zip(scores.items(), probabilities.tolist(), strict=True):
-        factor = score if person_score else 1.0
-        rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(person, 1) if p > 0]
-    return rows
 
 
 def test(
@@ -434,7 +413,8 @@ def test(
 
     A key frame that cannot be read has no detections; its ground truth still counts.
     """
-    rows, broken = detect(model, validation.persons, validation.movies, processes, config, title)
+    batches = KeyFrameBatches(validation.persons, validation.movies, config.data, config.run.batch_per_device)
+    rows, broken = detect(model, batches, processes, config, title)
     rows = [row for row in rows if row.action in validation.actions]
     results = []
     if processes.rank == 0:
@@ -445,27 +425,26 @@ def test(
                 say(f"no detections: {reason}")
             folder.mkdir(parents=True, exist_ok=True)
             report(summary, folder / "mAP.json", as_json)
-            write_detections(rows, validation, config, folder, note=say if as_json else print)
+            ava.write_rows(folder / "detections.csv", rows)
+            boxes, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
+            note = say if as_json else print
+            note(f"{len(boxes):,} boxes in {len(frames):,} key frames: {folder / 'detections.csv'}")
+            draw_key_frames(rows, validation, config, folder / "pictures")
     return gather(results)[0]
 
 
-def write_detections(
-    rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path, note: Callable[[str], None]
-) -> None:
-    """Write detections.csv, and pictures of `run.pictures` key frames, evenly spaced, next to their ground truth."""
-    ava.write_rows(folder / "detections.csv", rows)
+def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path) -> None:
+    """Draw detections in `run.pictures` key frames, evenly spaced, next to their ground truth."""
     detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
-    boxes = {(row.frame, row.box) for row in rows}
-    note(f"{len(boxes):,} boxes in {len(detected):,} key frames: {folder / 'detections.csv'}")
-    actions = config.data.actions
     names = {number: name for number, (name, _) in validation.actions.items()}
     chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
     for video, second in [list(detected)[index] for index in chosen]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
-        left = draw_persons(image, *ava.to_persons(detected[video, second], actions), names, "orange")
-        right = draw_persons(image, *ava.to_persons(truth.get((video, second), []), actions), names, "lime")
+        left = draw_persons(image, *ava.to_persons(detected[video, second], config.data.actions), names, "orange")
+        true_rows = truth.get((video, second), [])
+        right = draw_persons(image, *ava.to_persons(true_rows, config.data.actions), names, "lime")
         pictures = {f"detected, {video}, second {second}": left, "ground truth": right}
-        side_by_side(pictures, folder / "pictures" / f"{video}_{second:04.15g}.png")
+        side_by_side(pictures, folder / f"{video}_{second:04.15g}.png")
 
 
 def run_test(arguments: argparse.Namespace) -> None:
