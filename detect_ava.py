@@ -165,8 +165,8 @@ def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
 class KeyFrameBatches(Dataset):
     """Test batches: whole frames around at most `size` key frames of one movie, whose frames have one size.
 
-    An item holds the detector's score of each person (frame, box), clips uint8 (B, T, 3, H, W), boxes (M, 5) of
-    `to_rois`, and why key frames could not be read. Clips and boxes are None if none could.
+    An item holds the score of each person (frame, box), B clips uint8 (T, 3, H, W), their boxes (M_i, 4), and why key
+    frames could not be read.
     """
 
     def __init__(self, persons: ava.KeyFrames, movies: ava.Movies, options: SimpleNamespace, size: int) -> None:
@@ -179,7 +179,7 @@ class KeyFrameBatches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[dict, Tensor | None, Tensor | None, list[str]]:
+    def __getitem__(self, index: int) -> tuple[dict, list[Tensor], list[Tensor], list[str]]:
         scores, clips, boxes, broken = {}, [], [], []
         outward = torch.tensor([0.05, 0.025, 0.05, 0.025]) * self.options.widen_boxes
         for frame, rows in self.batches[index]:
@@ -191,9 +191,7 @@ class KeyFrameBatches(Dataset):
             clips.append(clip)
             boxes.append(TF.clamp_bounding_boxes(move_edges(clip_boxes, outward)))
             scores |= {(row.frame, row.box): row.score for row in rows}
-        if not clips:
-            return scores, None, None, broken
-        return scores, torch.stack(clips), to_rois(boxes), broken
+        return scores, clips, boxes, broken
 
 
 # ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
@@ -368,24 +366,22 @@ def train(config: SimpleNamespace) -> None:
 def detect(
     model: nn.Module, batches: KeyFrameBatches, processes: Processes, config: SimpleNamespace, title: str
 ) -> tuple[ava.Rows, list[str]]:
-    """Return the probability of each action of each person as rows, on rank 0, and why key frames could not be read.
-
-    Each process tests a fraction of the batches.
-    """
+    """Return the probability of each action of each person as rows, on rank 0, and why key frames could not be read."""
     options, device, cube = config.data, processes.device, model.options["cube"]
     own = range(processes.rank, len(batches), processes.world_size)
     loaded = data.loader(batches, options.workers, batch_size=None, sampler=own)
     model.eval()
     results, broken = [], []
-    for scores, clip, rois, unreadable in tqdm(loaded, title, unit="batch", disable=processes.rank > 0):
+    for scores, clips, boxes, unreadable in tqdm(loaded, title, unit="batch", disable=processes.rank > 0):
         broken += unreadable
-        if clip is None:
+        if not clips:
             continue
-        clip = data.normalize(clip.to(device, non_blocking=True), options.mean, options.std)  # (B, 3, T, H, W)
+        clip = torch.stack(clips).to(device, non_blocking=True)  # (B, T, 3, H, W)
+        clip = data.normalize(clip, options.mean, options.std)  # (B, 3, T, H, W)
         height, width = clip.shape[-2:]
         clip = F.pad(clip, (0, -width % cube[2], 0, -height % cube[1]))  # whole cubes; zero is the mean color
         with processes.autocast():
-            logits = model(clip, rois.to(device, non_blocking=True))  # (M, classes)
+            logits = model(clip, to_rois(boxes).to(device, non_blocking=True))  # (M, classes)
         results.append((scores, logits.float().sigmoid()))
     results = gather([(scores, probabilities.cpu()) for scores, probabilities in results])
     broken = sorted(set(gather(broken)))
@@ -409,10 +405,7 @@ def test(
     folder: Path | None = None,
     as_json: bool = False,
 ) -> float:
-    """Return the mAP, on every process; with a folder, report it and write detections there.
-
-    A key frame that cannot be read has no detections; its ground truth still counts.
-    """
+    """Return the mAP, on every process; with a folder, report it and write detections there."""
     batches = KeyFrameBatches(validation.persons, validation.movies, config.data, config.run.batch_per_device)
     rows, broken = detect(model, batches, processes, config, title)
     rows = [row for row in rows if row.action in validation.actions]
@@ -422,7 +415,7 @@ def test(
         results = [summary["mAP"]]
         if folder:
             for reason in broken:
-                say(f"no detections: {reason}")
+                say(f"no detections: {reason}")  # their ground truth still counts
             folder.mkdir(parents=True, exist_ok=True)
             report(summary, folder / "mAP.json", as_json)
             ava.write_rows(folder / "detections.csv", rows)
@@ -441,8 +434,8 @@ def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: Simpl
     for video, second in [list(detected)[index] for index in chosen]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
         left = draw_persons(image, *ava.to_persons(detected[video, second], config.data.actions), names, "orange")
-        true_rows = truth.get((video, second), [])
-        right = draw_persons(image, *ava.to_persons(true_rows, config.data.actions), names, "lime")
+        persons = ava.to_persons(truth.get((video, second), []), config.data.actions)
+        right = draw_persons(image, *persons, names, "lime")
         pictures = {f"detected, {video}, second {second}": left, "ground truth": right}
         side_by_side(pictures, folder / f"{video}_{second:04.15g}.png")
 
@@ -476,8 +469,7 @@ def main() -> None:
     add("--out", type=Path, help="--test: folder, default that of the weights; --evaluate: file, DETECTIONS_mAP.json")
     arguments = parse(parser, DEFAULT)
     if bool(arguments.weights) != arguments.test:
-        example = "a checkpoint of action detection such as runs/detect/toy/checkpoint.pt"
-        raise UserError(f"--test needs --weights FILE, {example}; training starts from init=FILE")
+        raise UserError("--test needs --weights FILE, a checkpoint of action detection; training starts from init=FILE")
     if arguments.evaluate:
         evaluate(arguments)
     elif arguments.test:
