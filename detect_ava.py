@@ -5,7 +5,6 @@
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
     test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
     evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --labels LIST.pbtxt
-    draw:     python -m tools.draw_detections VIDEO... --weights runs/detect/toy/checkpoint.pt
 
 AVA labels one frame per second of a movie, the key frame: a box around each person, and all that the person does. The
 network sees a clip around it. The boxes are given: by people for training, by a person detector for testing.
@@ -222,10 +221,8 @@ class ActionDetector(nn.Module):
 
 
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
-    """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips.
-
-    All persons have the same weight, in whichever clip and process they are.
-    """
+    """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips."""
+    # All persons have the same weight, in whichever clip and process they are.
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
@@ -463,8 +460,7 @@ def main() -> None:
     add("--ground-truth", type=Path, metavar="GT.csv", help="--evaluate: AVA's annotations")
     add("--labels", type=Path, metavar="LIST.pbtxt", help="--evaluate: the actions to evaluate")
     add("--exclude", type=Path, metavar="X.csv", help="--evaluate: frames to leave out, video,second")
-    skipped = "--evaluate: detections there are not counted as wrong; not official"
-    add("--skip-frames-without-ground-truth", action="store_true", help=skipped)
+    add("--skip-frames-without-ground-truth", action="store_true", help="--evaluate: as mmaction2 does, not official")
     add("--json", action="store_true", help="--test and --evaluate print their results as one JSON object")
     add("--out", type=Path, help="--test: folder, default that of the weights; --evaluate: file, DETECTIONS_mAP.json")
     arguments = parse(parser, DEFAULT)

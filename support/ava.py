@@ -312,8 +312,6 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     excluded = read_exclusions(root / options.val_exclude) if options.val_exclude else ()
     rows = [row for row in read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     actions = read_actions(root / options.labels)
-    if max(actions) > options.actions:
-        raise UserError(f"{root / options.labels} lists action {max(actions)}: set data.actions to that or more")
     file_list = root / options.file_list if options.file_list else None
     persons = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
     persons = {frame: rows for frame, rows in persons.items() if frame not in excluded}

@@ -90,18 +90,18 @@ def random_rows(seed: int, scores: list[float] | None) -> tuple[list[str], list[
     """
     generator = random.Random(seed)
 
-    def box(*spreads: float) -> tuple[float, ...]:
-        x, y = generator.choice([-0.125, 0.125, 0.25, 0.5]), generator.choice([0.0, 0.25])
-        return tuple(edge + generator.choice([0, 0, *spreads]) for edge in (x, y, x + 0.25, y + 0.5))
+    def box(spread: float) -> tuple[float, ...]:
+        x = generator.choice([-0.125, 0.125, 0.5])
+        return tuple(edge + generator.choice([0, 0, spread, -spread]) for edge in (x, 0, x + 0.25, 0.5))
 
     truth, found = set(), set()
     for _ in range(700):
         frame, action = f"{generator.choice('abc')},{generator.randint(900, 915):04d}", generator.randint(1, 6)
         if generator.random() < 0.7 and not frame.endswith("7") and action != 6:
-            truth.add(f"{frame},{','.join(map(str, box(0, 0, 0, 0.125, -0.125)))},{action}")
+            truth.add(f"{frame},{','.join(map(str, box(generator.choice([0, 0, 0, 0.125]))))},{action}")
         score = generator.choice(scores) if scores else generator.random()
         if action != 5:
-            found.add(f"{frame},{','.join(map(str, box(0, 0.02, 0.125, -0.125, 0.25, -0.25)))},{action},{score}")
+            found.add(f"{frame},{','.join(map(str, box(generator.choice([0.02, 0.125, 0.25]))))},{action},{score}")
     truth, found = sorted(truth), sorted(found)
     generator.shuffle(truth)
     generator.shuffle(found)
@@ -230,8 +230,6 @@ def test_rows_of_ava_kinetics(tmp_path):
     written = [line.split(",")[1] for line in (tmp_path / "again.csv").read_text().splitlines()]
     assert written == ["01.5", "0902", "84.083333"]
     assert ava.read_detections(tmp_path / "again.csv") == rows
-    nobody = [rows[0]._replace(frame=("k", 2.5), score=2.0), *rows]
-    assert average_precisions(rows, nobody, (12,))[12] == pytest.approx(2 / 3)  # counts where nobody is
     (tmp_path / "x.csv").write_text("k,1.5\n\nv,902.0\n")
     assert ava.read_exclusions(tmp_path / "x.csv") == {("k", 1.5), ("v", 902)}
 
@@ -297,25 +295,21 @@ def test_lists_of_actions(tmp_path):
     assert groups == [ava.GROUPS[0]] * 14 + [ava.GROUPS[1]] * 49 + [ava.GROUPS[2]] * 17
 
 
-def test_person_boxes_of_slowfast(tmp_path):
-    (tmp_path / "boxes.csv").write_text(
+def test_person_boxes_of_slowfast_and_of_ground_truth(tmp_path, capsys):
+    path = tmp_path / "boxes.csv"
+    path.write_text(
         "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
         "v,0902,0.5,0.1,0.7,0.8,914,0.8\nw,0902,0,0,1,1,,0.7\n"  # action 914 is of a larger list
     )
-    frames = PERSONS(tmp_path / "boxes.csv")
-    scores = {frame: [(row.action, row.score) for row in rows] for frame, rows in frames.items()}
+    scores = {frame: [(row.action, row.score) for row in rows] for frame, rows in PERSONS(path).items()}
     assert scores == {("v", 902): [(0, 0.8), (0, 0.8)], ("v", 903): [(0, 0.95)]}  # actions are not needed
-    assert [len(ava.to_persons(rows, 80)[0]) for rows in frames.values()] == [1, 1]
-
-
-def test_persons_of_ground_truth_have_a_score_of_1(tmp_path, capsys):
-    """Their numbers are no scores."""
-    path = tmp_path / "gt.csv"
+    path.write_text("v,0902,0,0,1,1,,1\nv,0902,0.5,0,1,1,,0\n")
+    assert [row.box for row in PERSONS(path)["v", 902]] == [(0, 0, 1, 1)]
+    assert not capsys.readouterr().err
+    # In ground truth all rows have actions, and persons' numbers in place of scores.
     path.write_text("v,0902,0,0,1,1,12,0\nv,0902,0,0,1,1,95,0\nk,2.5\nv,0902,0.5,0,1,1,3,71\n")
     assert {row[1:] for row in PERSONS(path)["v", 902]} == {((0, 0, 1, 1), 0, 1), ((0.5, 0, 1, 1), 0, 1)}
     assert "is ground truth, with persons' numbers in place of scores" in capsys.readouterr().err
-    path.write_text("v,0902,0,0,1,1,,1\nv,0902,0.5,0,1,1,,0\n")  # without actions, they are scores
-    assert [row.box for row in PERSONS(path)["v", 902]] == [(0, 0, 1, 1)]
 
 
 @pytest.fixture
@@ -358,7 +352,7 @@ def test_person_boxes_of_aia(aia, tmp_path, capsys):
         ([AIA, AIA | {"bbox": [10, 10, -5, 5]}], "entry 2: .*negative size"),
         *(([AIA, AIA | {"score": score}], "entry 2: ") for score in (math.nan, "high")),
         *((content, "entry 1: ") for content in ([1], [None], [{"image_id": 902}, 0])),
-        *((content, "") for content in ({}, [], 7)),
+        *((content, "boxes.json") for content in ({}, [], 7)),
         *((content, "no rows can be read from .*boxes.json: ") for content in (b"not json", b"[\xff]")),
     ],
 )

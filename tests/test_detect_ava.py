@@ -243,19 +243,6 @@ def test_color_jitter_moves_hue_saturation_and_value_by_whole_steps():
             assert (jittered[t, :, y, x] - expected).abs().max() < 9  # PIL has whole numbers
 
 
-def test_training_clips_and_their_boxes(toy_ava):
-    options = configured(f"data.root={toy_ava}", "data.flip=true", "data.jitter_colors=true").data
-    frames, movies = ava.find_training(options, toy_ava)
-    assert not frames.keys() & ava.read_exclusions(toy_ava / options.train_exclude)
-    clips = detect_ava.KeyFrameClips(list(frames.items()), 0, movies=movies, options=options)
-    clip, rois, labels, broken = detect_ava.collate([clips[0, index] for index in range(4)])
-    assert clip.shape == (4, 8, 3, 64, 64) and clip.dtype == torch.uint8 and not broken
-    expected = [ava.to_persons(rows, 12)[1] for rows in list(frames.values())[:4]]
-    assert rois[:, 0].tolist() == [float(place) for place, persons in enumerate(expected) for _ in persons]
-    assert torch.equal(labels, torch.cat(expected))
-    assert torch.equal(clips[0, 2][0], clip[2]) and not torch.equal(clips[1, 2][0], clip[2])
-
-
 # ---- model ----
 
 
@@ -271,13 +258,8 @@ class Encoded(nn.Module):
 
 
 def test_pooling_takes_the_cubes_under_the_box():
-    detector, features = tiny_detector(), torch.arange(32.0)
+    detector = tiny_detector()
     detector.head = nn.Identity()
-    # A constant map: for boxes of every kind, whole, small, thin, without area, at the edge, the constant is pooled.
-    detector.encoder = Encoded(torch.tensor([1.0, -2.0])[:, None, None] * features.expand(2, 2 * 3 * 4, 32))
-    boxes = [[0, 0, 64, 48], [3, 5, 4, 7], [10, 0, 11, 48], [50, 10, 64, 20], [0, 0, 0, 0], [20, 20, 37.5, 41.3]]
-    pooled = detector(torch.zeros(2, 3, 4, 48, 64), detect_ava.to_rois([torch.tensor(boxes), torch.tensor(boxes[:2])]))
-    assert torch.allclose(pooled, torch.tensor([1.0] * 6 + [-2.0] * 2)[:, None] * features)
     # One bright cube among dark ones: only the boxes that lie over it see it, whichever slice of time it is in.
     tokens = torch.zeros(1, 2, 4, 6, 32)
     tokens[0, 1, 2, 4] = 1.0  # rows 32 to 48, columns 64 to 80 of 64 x 96 pixels
@@ -304,15 +286,6 @@ def test_loss_weighs_every_person_alike():
     p = logits.double().sigmoid()
     by_hand = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(dim=1)  # of each person
     assert float(detect_ava.detection_loss(logits, labels, 4)) == pytest.approx(float(by_hand.sum() / 4), rel=1e-5)
-    # two processes with 1 and 5 persons in 2 clips each: their mean is the loss of all
-    halves = [detect_ava.detection_loss(logits[part], labels[part], 2) for part in (slice(0, 1), slice(1, 6))]
-    assert float(sum(halves) / 2) == pytest.approx(float(by_hand.sum() / 4), rel=1e-5)
-
-
-def test_the_last_norm_and_the_head_have_the_full_learning_rate():
-    groups = m.parameter_groups(tiny_detector(), 0.05, 0.5)
-    full = sum(parameter.numel() for group in groups if group["lr_scale"] == 1 for parameter in group["params"])
-    assert full == 2 * 32 + 5 * 32 + 5
 
 
 # ---- weights from elsewhere ----
@@ -407,6 +380,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     frames, _ = ava.find_training(config.data, folder)
     assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
+    assert not frames.keys() & ava.read_exclusions(folder / config.data.train_exclude)
     validation = ava.find_validation(config.data, folder)
     assert {row.frame[0] for row in validation.ground_truth} == {"val_00000", "val_00001", "val_00002"}
     detector, processes = detect_ava.build(config, NO_PERSONS), start_processes("float32")
@@ -439,11 +413,9 @@ def test_validation_with_boxes_of_aia(toy_ava, tmp_path):
 def test_a_run_leaves_detections_their_worth_and_pictures(finished, toy_ava, tmp_path):
     folder, annotations = finished("detect_ava"), toy_ava / "annotations"
     summary = json.loads((folder / "mAP.json").read_text())
-    assert "mAP at IoU 0.5" in (folder / "printed.txt").read_text()
     assert log(folder)[-1]["test_mAP"] == summary["mAP"] and len(summary["actions"]) == 12
     assert [line["epoch"] for line in log(folder) if "mAP" in line] == [2]
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["actions"][9] == "turning left" and checkpoint["model_options"]["classes"] == 12
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["actions"][9] == "turning left"
     assert [path.suffix for path in (folder / "pictures").iterdir()] == [".png"]
     # The file of detections, evaluated by itself, is worth the same.
     files = {"--evaluate": folder / "detections.csv", "--ground-truth": annotations / "ava_val_v2.2.csv"}
@@ -469,20 +441,16 @@ def test_weights_are_tested(finished, tmp_path):
 
 def test_four_clips_are_memorized(toy_ava, tmp_path):
     """Trained and tested on the same four key frames, with ground-truth boxes, a detector reaches an mAP of 100 %."""
-    truth = (toy_ava / "annotations/ava_train_v2.2.csv").read_text().splitlines()
-    frames = list(dict.fromkeys(tuple(row.split(",")[:2]) for row in truth))[:4]
-    rows = [row for row in truth if tuple(row.split(",")[:2]) in frames]
-    (tmp_path / "four.csv").write_text("\n".join(rows))
-    boxes = {",".join(row.split(",")[:6]) for row in rows}
-    (tmp_path / "boxes.csv").write_text("".join(f"{box},,0.99\n" for box in boxes))
-    values = dict(root=toy_ava, train=tmp_path / "four.csv", val=tmp_path / "four.csv", boxes=tmp_path / "boxes.csv")
-    values |= dict(train_exclude="", val_exclude="", size=64, short_side=64, workers=0)
-    settings = ["init=scratch", *(f"data.{key}={value}" for key, value in values.items())]
+    rows = (toy_ava / "annotations/ava_train_v2.2.csv").read_text().splitlines()
+    frames = sorted({tuple(row.split(",")[:2]) for row in rows})[:4]
+    path = tmp_path / "four.csv"
+    path.write_text("\n".join(row for row in rows if tuple(row.split(",")[:2]) in frames))
+    values = dict(root=toy_ava, train=path, val=path, boxes=path, train_exclude="", val_exclude="", size=64)
+    settings = ["init=scratch", *(f"data.{key}={value}" for key, value in values.items()), "data.short_side=64"]
     settings += ["optim.batch_size=4", "optim.base_lr=0.2", "optim.epochs=150", "optim.warmup_epochs=10"]
-    settings += ["optim.weight_decay=0", "run.validate_every=75", "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
+    settings += ["optim.weight_decay=0", "run.pictures=0", "data.workers=0", f"run.folder={tmp_path / 'run'}"]
     done = run("detect_ava.py", *settings)
     assert json.loads((tmp_path / "run/mAP.json").read_text())["mAP"] == pytest.approx(100), done.stdout
-    assert [line["epoch"] for line in log(tmp_path / "run") if "mAP" in line] == [75]  # the last one is tested
 
 
 MISTAKES = [
@@ -491,7 +459,6 @@ MISTAKES = [
     (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
     (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv no person"),
     (["init=scratch", "data.val={tmp}/other.csv"], "other.csv no row of an action in "),
-    (["init=scratch", "data.labels={tmp}/more.pbtxt"], "more.pbtxt lists action 13: set data.actions"),
 ]
 
 
@@ -501,7 +468,6 @@ def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path,
     (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
     excluded = (toy_ava / "annotations/ava_val_excluded_timestamps_v2.2.csv").read_text().split()
     (tmp_path / "other.csv").write_text(f"{excluded[0]},0.1,0.1,0.5,0.5,1,0\n")
-    (tmp_path / "more.pbtxt").write_text('item { name: "sitting" id: 13 }')
     words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
     done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
     with pytest.raises(UserError, match=sentence):

@@ -65,8 +65,6 @@ def test_whole_frames_of_videos_folders_and_lists(weights, tmp_path):
         (folder / "text.mp4", *options): "nothing could be drawn",
         (folder / "below", tmp_path / "three.mp4", *options): "two of the videos have the same name",
         (tmp_path / "three.mp4", *options[:2], "--out", tmp_path): "three.mp4 would be overwritten",
-        (tmp_path / "three.mp4", *options, "--boxes", "b", "--detector", "d"): "not allowed with",
-        (tmp_path / "three.mp4",): "the following arguments are required: --weights",
     }
     before = (tmp_path / "three.mp4").read_bytes()
     for words, sentence in mistakes.items():
@@ -107,10 +105,9 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
     path, seen = tmp_path / "weights.pth", []
-    for content in (b"not weights", None):
-        path.write_bytes(content) if content else torch.save({"x": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="weights.pth does not hold the weights of .*fasterrcnn_resnet50_fpn_v2"):
-            draw_detections.load_person_detector(path)
+    torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="weights.pth does not hold the weights of .*fasterrcnn_resnet50_fpn_v2"):
+        draw_detections.load_person_detector(path)
     torch.manual_seed(0)
     source = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
     with torch.no_grad():
@@ -119,7 +116,6 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
     detector = draw_detections.load_person_detector(path)
     path.unlink()  # 170 MB
     assert not detector.training
-    assert all(torch.equal(value, source.state_dict()[key]) for key, value in detector.state_dict().items())
     detector.transform.min_size, detector.transform.max_size = (32,), 64  # as it is, it enlarges a frame to 800 pixels
     detector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
     options = configured("data.starts_at=0").data
@@ -128,9 +124,6 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
     assert [number_of((image * 255).round()) for image in seen] == [0, 10, 20]
     boxes = torch.tensor([row.box for row in sum(found.values(), [])])
     assert boxes.min() >= 0 and boxes.amax(dim=0)[2:].tolist() == [1, 1]  # some reach the frame's right and lower edges
-    options.threshold = 1.1
-    assert not draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options)
-    options.threshold = 0.8
     with torch.no_grad():
         detector.roi_heads.box_predictor.cls_score.bias[2] = 40  # now everything is a bicycle
     assert not draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options)
