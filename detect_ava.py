@@ -5,7 +5,6 @@
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 detect_ava.py ...
     test:     torchrun --nproc_per_node=8 detect_ava.py --test --weights runs/detect/k400_base/checkpoint.pt
     evaluate: python detect_ava.py --evaluate DETECTIONS.csv --ground-truth ava_val_v2.2.csv --labels LIST.pbtxt
-    draw:     python -m tools.draw_detections VIDEO... --weights runs/detect/toy/checkpoint.pt
 
 AVA labels one frame per second of a movie, the key frame: a box around each person, and all that the person does. The
 network sees a clip around it. The boxes are given: by people for training, by a person detector for testing.
@@ -25,7 +24,6 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 from bisect import bisect_left
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -109,8 +107,7 @@ def resized_clip(frame: ava.Frame, rows: ava.Rows, movies: ava.Movies, options: 
 def move_edges(boxes: Tensor, outward: Tensor) -> Tensor:
     """Move the edges x1 y1 x2 y2 of boxes (M, 4) outward, by fractions (4,) or (M, 4) of their width or height."""
     extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    moved = boxes + outward * extent * torch.tensor([-1, -1, 1, 1])
-    return tv_tensors.wrap(moved, like=boxes)
+    return tv_tensors.wrap(boxes + outward * extent * torch.tensor([-1, -1, 1, 1]), like=boxes)
 
 
 def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,8 +164,8 @@ def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
 class KeyFrameBatches(Dataset):
     """Test batches: whole frames around at most `size` key frames of one movie, whose frames have one size.
 
-    An item holds the detector's score of each person (frame, box), clips uint8 (B, T, 3, H, W), boxes (M, 5) of
-    `to_rois`, and why key frames could not be read. Clips and boxes are None if none could.
+    An item holds the score of each person (frame, box), B clips uint8 (T, 3, H, W), their boxes (M_i, 4), and why key
+    frames could not be read.
     """
 
     def __init__(self, persons: ava.KeyFrames, movies: ava.Movies, options: SimpleNamespace, size: int) -> None:
@@ -181,7 +178,7 @@ class KeyFrameBatches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[dict, Tensor | None, Tensor | None, list[str]]:
+    def __getitem__(self, index: int) -> tuple[dict, list[Tensor], list[Tensor], list[str]]:
         scores, clips, boxes, broken = {}, [], [], []
         outward = torch.tensor([0.05, 0.025, 0.05, 0.025]) * self.options.widen_boxes
         for frame, rows in self.batches[index]:
@@ -193,9 +190,7 @@ class KeyFrameBatches(Dataset):
             clips.append(clip)
             boxes.append(TF.clamp_bounding_boxes(move_edges(clip_boxes, outward)))
             scores |= {(row.frame, row.box): row.score for row in rows}
-        if not clips:
-            return scores, None, None, broken
-        return scores, torch.stack(clips), to_rois(boxes), broken
+        return scores, clips, boxes, broken
 
 
 # ---- the model (Sec. B: "the action detection architecture in SlowFast") ----
@@ -226,11 +221,8 @@ class ActionDetector(nn.Module):
 
 
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
-    """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips.
-
-    All persons have the same weight, in whichever clip and process they are. The authors multiply the mean by the
-    number of persons: a constant factor, which AdamW does not notice.
-    """
+    """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips."""
+    # All persons have the same weight, in whichever clip and process they are.
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
@@ -238,8 +230,8 @@ def build(config: SimpleNamespace, labels: Tensor, checkpoint: dict | None = Non
     """Return the detector: with random weights, those of `config.init`, or the shape of a checkpoint's.
 
     labels (M, classes): of all persons to train on. The head starts at each action's frequency, which neither the paper
-    nor its code does: started at probability 0.5, its bias would take thousands of steps, and features would make up
-    for it. checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
+    nor its code does: started at probability 0.5, its bias would take thousands of steps.
+    checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
     """
     torch.manual_seed(config.run.seed)
     if checkpoint:
@@ -369,56 +361,36 @@ def train(config: SimpleNamespace) -> None:
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module,
-    persons: ava.KeyFrames,
-    movies: ava.Movies,
-    processes: Processes,
-    config: SimpleNamespace,
-    title: str,
+    model: nn.Module, batches: KeyFrameBatches, processes: Processes, config: SimpleNamespace, title: str
 ) -> tuple[ava.Rows, list[str]]:
-    """Return the probability of each action of each person as rows, on rank 0, and why key frames could not be read.
-
-    Each process tests a fraction of the key frames.
-    """
-    options, device = config.data, processes.device
-    dataset = KeyFrameBatches(persons, movies, options, config.run.batch_per_device)
-    own = range(processes.rank, len(dataset), processes.world_size)
-    batches = data.loader(dataset, options.workers, batch_size=None, sampler=own)
+    """Return the probability of each action of each person as rows, on rank 0, and why key frames could not be read."""
+    options, device, cube = config.data, processes.device, model.options["cube"]
+    own = range(processes.rank, len(batches), processes.world_size)
+    loaded = data.loader(batches, options.workers, batch_size=None, sampler=own)
     model.eval()
     results, broken = [], []
-    for scores, clip, rois, unreadable in tqdm(batches, title, unit="batch", disable=processes.rank > 0):
+    for scores, clips, boxes, unreadable in tqdm(loaded, title, unit="batch", disable=processes.rank > 0):
         broken += unreadable
-        if clip is None:
+        if not clips:
             continue
-        clip = data.normalize(clip.to(device, non_blocking=True), options.mean, options.std)  # (B, 3, T, H, W)
-        clip = pad_to_cubes(clip, model.options["cube"])
+        clip = torch.stack(clips).to(device, non_blocking=True)  # (B, T, 3, H, W)
+        clip = data.normalize(clip, options.mean, options.std)  # (B, 3, T, H, W)
+        height, width = clip.shape[-2:]
+        clip = F.pad(clip, (0, -width % cube[2], 0, -height % cube[1]))  # whole cubes; zero is the mean color
         with processes.autocast():
-            logits = model(clip, rois.to(device, non_blocking=True))  # (M, classes)
+            logits = model(clip, to_rois(boxes).to(device, non_blocking=True))  # (M, classes)
         results.append((scores, logits.float().sigmoid()))
     results = gather([(scores, probabilities.cpu()) for scores, probabilities in results])
     broken = sorted(set(gather(broken)))
     if not results:
-        raise UserError(f"none of the {len(persons)} key frames with boxes can be read; the first: {broken[0]}")
+        raise UserError(f"none of the key frames with boxes can be read; the first: {broken[0]}")
     rows = []
     if processes.rank == 0:
         for scores, probabilities in results:
-            rows += to_rows(scores, probabilities, options.person_score)
+            for ((frame, box), score), person in zip(scores.items(), probabilities.tolist(), strict=True):
+                factor = score if options.person_score else 1.0
+                rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(person, 1) if p > 0]
     return sorted(rows), broken
-
-
-def pad_to_cubes(clip: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """Pad clips (B, 3, T, H, W) right and below to whole cubes with zeros, i.e. the mean color."""
-    height, width = clip.shape[-2:]
-    return F.pad(clip, (0, -width % cube[2], 0, -height % cube[1]))
-
-
-def to_rows(scores: dict[tuple, float], probabilities: Tensor, person_score: bool) -> ava.Rows:
-    """Turn probabilities (M, classes) of M persons (frame, box) into rows, times the persons' `scores` if asked for."""
-    rows = []
-    for ((frame, box), score), person in zip(scores.items(), probabilities.tolist(), strict=True):
-        factor = score if person_score else 1.0
-        rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(person, 1) if p > 0]
-    return rows
 
 
 def test(
@@ -430,11 +402,9 @@ def test(
     folder: Path | None = None,
     as_json: bool = False,
 ) -> float:
-    """Return the mAP, on every process; with a folder, report it and write detections there.
-
-    A key frame that cannot be read has no detections; its ground truth still counts.
-    """
-    rows, broken = detect(model, validation.persons, validation.movies, processes, config, title)
+    """Return the mAP, on every process; with a folder, report it and write detections there."""
+    batches = KeyFrameBatches(validation.persons, validation.movies, config.data, config.run.batch_per_device)
+    rows, broken = detect(model, batches, processes, config, title)
     rows = [row for row in rows if row.action in validation.actions]
     results = []
     if processes.rank == 0:
@@ -442,30 +412,29 @@ def test(
         results = [summary["mAP"]]
         if folder:
             for reason in broken:
-                say(f"no detections: {reason}")
+                say(f"no detections: {reason}")  # their ground truth still counts
             folder.mkdir(parents=True, exist_ok=True)
             report(summary, folder / "mAP.json", as_json)
-            write_detections(rows, validation, config, folder, note=say if as_json else print)
+            ava.write_rows(folder / "detections.csv", rows)
+            boxes, frames = {(row.frame, row.box) for row in rows}, {row.frame for row in rows}
+            note = say if as_json else print
+            note(f"{len(boxes):,} boxes in {len(frames):,} key frames: {folder / 'detections.csv'}")
+            draw_key_frames(rows, validation, config, folder / "pictures")
     return gather(results)[0]
 
 
-def write_detections(
-    rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path, note: Callable[[str], None]
-) -> None:
-    """Write detections.csv, and pictures of `run.pictures` key frames, evenly spaced, next to their ground truth."""
-    ava.write_rows(folder / "detections.csv", rows)
+def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: SimpleNamespace, folder: Path) -> None:
+    """Draw detections in `run.pictures` key frames, evenly spaced, next to their ground truth."""
     detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
-    boxes = {(row.frame, row.box) for row in rows}
-    note(f"{len(boxes):,} boxes in {len(detected):,} key frames: {folder / 'detections.csv'}")
-    actions = config.data.actions
     names = {number: name for number, (name, _) in validation.actions.items()}
     chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
     for video, second in [list(detected)[index] for index in chosen]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
-        left = draw_persons(image, *ava.to_persons(detected[video, second], actions), names, "orange")
-        right = draw_persons(image, *ava.to_persons(truth.get((video, second), []), actions), names, "lime")
+        left = draw_persons(image, *ava.to_persons(detected[video, second], config.data.actions), names, "orange")
+        persons = ava.to_persons(truth.get((video, second), []), config.data.actions)
+        right = draw_persons(image, *persons, names, "lime")
         pictures = {f"detected, {video}, second {second}": left, "ground truth": right}
-        side_by_side(pictures, folder / "pictures" / f"{video}_{second:04.15g}.png")
+        side_by_side(pictures, folder / f"{video}_{second:04.15g}.png")
 
 
 def run_test(arguments: argparse.Namespace) -> None:
@@ -491,14 +460,12 @@ def main() -> None:
     add("--ground-truth", type=Path, metavar="GT.csv", help="--evaluate: AVA's annotations")
     add("--labels", type=Path, metavar="LIST.pbtxt", help="--evaluate: the actions to evaluate")
     add("--exclude", type=Path, metavar="X.csv", help="--evaluate: frames to leave out, video,second")
-    skipped = "--evaluate: detections there are not counted as wrong; not official"
-    add("--skip-frames-without-ground-truth", action="store_true", help=skipped)
+    add("--skip-frames-without-ground-truth", action="store_true", help="--evaluate: as mmaction2 does, not official")
     add("--json", action="store_true", help="--test and --evaluate print their results as one JSON object")
     add("--out", type=Path, help="--test: folder, default that of the weights; --evaluate: file, DETECTIONS_mAP.json")
     arguments = parse(parser, DEFAULT)
     if bool(arguments.weights) != arguments.test:
-        example = "a checkpoint of action detection such as runs/detect/toy/checkpoint.pt"
-        raise UserError(f"--test needs --weights FILE, {example}; training starts from init=FILE")
+        raise UserError("--test needs --weights FILE, a checkpoint of action detection; training starts from init=FILE")
     if arguments.evaluate:
         evaluate(arguments)
     elif arguments.test:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -47,9 +47,6 @@ Rows = list[Row]
 KeyFrames = dict[Frame, Rows]
 
 
-# ---- AVA's files ----
-
-
 def read_ground_truth(path: Path, actions: int = ACTIONS) -> Rows:
     """Read AVA's annotations: rows video,second,x1,y1,x2,y2,action,person. Raises UserError with file and line.
 
@@ -59,19 +56,15 @@ def read_ground_truth(path: Path, actions: int = ACTIONS) -> Rows:
 
 
 def read_detections(path: Path, actions: int = ACTIONS) -> Rows:
-    """Read detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError.
-
-    The edges of a box may be in the wrong order: the evaluation ignores such boxes.
-    """
-    return _read_rows(path, "score", actions, any_box=True)
+    """Read detected actions: rows video,second,x1,y1,x2,y2,action,score; without a score it is 1. Raises UserError."""
+    return _read_rows(path, "score", actions)
 
 
 def read_person_boxes(path: Path, threshold: float, file_list: Path | None, movies: Movies) -> KeyFrames:
     """Read the persons that a detector found with a score of at least `threshold`, in the paper 0.8 (Sec. B).
 
-    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it. This
-    numbers movies by AVA's `file_list` and measures in pixels of the `movies`; boxes of others are left out.
-    Ground truth can be given too: its persons have a score of 1. Raises UserError.
+    path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, see
+    `_read_aia`; or ground truth, whose persons have a score of 1. Raises UserError.
     """
     if path.suffix in (".pkl", ".pickle"):
         raise UserError(f"{path} is a pickle, which could run any code: convert it to csv as docs/ava.md says")
@@ -84,8 +77,7 @@ def read_person_boxes(path: Path, threshold: float, file_list: Path | None, movi
         rows = _read_rows(path, "score")
     kept = [row for row in rows if row.score >= threshold]
     if not kept:
-        highest = f"the highest is {max(row.score for row in rows):.3f}"
-        raise UserError(f"{path}: none of {len(rows)} boxes has a score of {threshold} or more; {highest}")
+        raise UserError(f"{path}: no box has a score of {threshold} or more, or in json a movie in data.movies")
     return key_frames(kept)
 
 
@@ -94,70 +86,47 @@ def read_exclusions(path: Path) -> set[Frame]:
     return set(_parse(path, _key_frame, "a row of excluded frames is video,second"))
 
 
-def _read_rows(path: Path, last: str, actions: int = 0, any_box: bool = False) -> Rows:
-    """Read rows whose last column is a "score", or a "person", which is not used.
-
-    actions: how many there are; 0: the column is not used. any_box: its edges may be in the wrong order.
-    """
-
-    def parse(columns: list[str]) -> Row | Frame:
-        if last == "person" and not any(columns[2:]):
-            return _key_frame(columns[:2])
-        if len(columns) not in (7, 8):
-            raise ValueError(f"{len(columns)} columns")
-        action = int(columns[6]) if actions else 0
-        if actions and not 1 <= action <= actions:
-            raise ValueError(f"unknown action {action}, known are 1 to {actions}")
-        score = float(columns[7]) if last == "score" and len(columns) == 8 else 1.0
-        return _checked(Row(*_frame_and_box(*columns[:6]), action, score), any_box)
-
+def _read_rows(path: Path, last: str, actions: int = 0) -> Rows:
+    """Read rows whose last column is a "score" or a "person". actions: how many there are; 0: without that column."""
     form = f"a row is video,second,x1,y1,x2,y2,action,{last}, the box in fractions of width and height"
-    rows = [row for row in _parse(path, parse, form) if isinstance(row, Row)]
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return rows
+    return [row for row in _parse(path, partial(_to_row, last=last, actions=actions), form) if row]
 
 
 def _is_ground_truth(path: Path) -> bool:
     """Return whether all rows have an action, which a detector of persons does not know, and a whole number last."""
-
-    def parse(columns: list[str]) -> bool:
-        return not any(columns[2:]) or (columns[6:7] != [""] and columns[-1].isdecimal())
-
-    return all(_parse(path, parse, "a row is video,second,x1,y1,x2,y2,action,score"))
+    rows = _parse(path, list, "")
+    return all(not any(row[2:]) or (row[6:7] != [""] and row[-1].isdecimal()) for row in rows)
 
 
 def _read_aia(path: Path, file_list: Path | None, movies: Movies) -> Rows:
-    """Read AIA's list of {"image_id": 10000 * movie + second, "bbox": [x, y, width, height], "score"}."""
+    """Read AIA's list of {"image_id": 10000 * movie + second, "bbox": [x, y, width, height], "score"}.
+
+    Movies are numbered by AVA's `file_list`, boxes measured in pixels of the `movies`. Boxes of others are left out.
+    """
     if file_list is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, as data.file_list")
-    videos = _parse(file_list, lambda columns: columns[0].rsplit(".", 1)[0], "a line is the name of a file")
+    videos = dict(enumerate(_parse(file_list, lambda columns: columns[0].rsplit(".", 1)[0], "")))
 
     def parse(entry: dict[str, Any]) -> Row | None:
         movie, second = divmod(int(entry["image_id"]), 10000)
         x, y, box_width, box_height = map(float, entry["bbox"])
-        if not 0 <= movie < len(videos):
-            raise ValueError(f"movie {movie}, but {file_list} lists {len(videos)}, counted from 0")
-        size = movie_size(movies[videos[movie]]) if videos[movie] in movies else None
+        video = videos[movie]
+        size = movie_size(movies[video]) if video in movies else None
         if not size:
             return None
         width, height = size
         box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
         if not all(-0.1 < edge < 1.1 for edge in box):
             raise ValueError(f"a box outside of {width} x {height} pixels: found in a movie of another size")
-        return _checked(Row((videos[movie], second), box, 0, float(entry["score"])))
+        return _to_row([video, str(second), *box, "", entry["score"]], "score", 0)
 
-    entries = _parse(path, parse, "an entry holds image_id, bbox [x, y, width, height] in pixels and score")
-    if not any(entries):
-        raise UserError(f"{path}: there is a movie for none of its {len(entries)} boxes; look at data.movies")
-    return [row for row in entries if row]
+    form = f"an entry holds image_id, 10000 times the number of the movie in {file_list}, from 0, plus the second, "
+    form += "bbox [x, y, width, height] in pixels and score"
+    return [row for row in _parse(path, parse, form) if row]
 
 
 def _parse(path: Path, parse: Callable[[Any], Any], form: str) -> list:
-    """Return what `parse` makes of each entry of a json file, or of the columns of each line of a csv file.
-
-    Raises UserError with the place of what is not in this `form`.
-    """
+    """Return what `parse` makes of each entry of a json file, or of the columns of each line of a csv file."""
     parsed: list = []
     number = 0
     word = "entry" if path.suffix == ".json" else "line"
@@ -175,6 +144,26 @@ def _parse(path: Path, parse: Callable[[Any], Any], form: str) -> list:
     return parsed
 
 
+def _to_row(columns: list, last: str, actions: int) -> Row | None:
+    """Turn columns into a row; None for a key frame without persons. Raises ValueError if they cannot be right."""
+    if last == "person" and not any(columns[2:]):
+        _key_frame(columns[:2])
+        return None
+    if len(columns) not in (7, 8):
+        raise ValueError(f"{len(columns)} columns")
+    frame, box = _frame_and_box(*columns[:6])
+    action = int(columns[6]) if actions else 0
+    score = float(columns[7]) if last == "score" and len(columns) == 8 else 1.0
+    if not all(-10 < edge < 10 for edge in box) or not math.isfinite(score):
+        raise ValueError("a box in pixels, or numbers that are not finite")
+    detection = last == "score" and actions  # the evaluation ignores those of negative size
+    if not detection and (box[0] > box[2] or box[1] > box[3]):
+        raise ValueError("a box of negative size, whose left or upper edge lies beyond the other")
+    if actions and not 1 <= action <= actions:
+        raise ValueError(f"unknown action {action}, known are 1 to {actions}")
+    return Row(frame, box, action, score)
+
+
 @lru_cache(maxsize=4096)  # a box has many rows, one after another: they use the same objects, which saves memory
 def _frame_and_box(video: str, second: str, *edges: str) -> tuple[Frame, Box]:
     return _key_frame([video, second]), tuple(map(float, edges))
@@ -188,23 +177,10 @@ def _key_frame(columns: list[str]) -> Frame:
     return video, int(second) if second.is_integer() else second
 
 
-def _checked(row: Row, any_box: bool = False) -> Row:
-    """Return the row. Raises ValueError if it cannot be right."""
-    x1, y1, x2, y2 = row.box
-    if not all(-10 < edge < 10 for edge in row.box):
-        raise ValueError("a box in pixels, or with numbers that are not finite")
-    if not any_box and (x1 > x2 or y1 > y2):
-        raise ValueError("a box of negative size, whose left or upper edge lies beyond the other")
-    if not math.isfinite(row.score):
-        raise ValueError("a score that is not finite")
-    return row
-
-
 def read_actions(path: Path) -> Actions:
     """Read a list of actions in AVA's pbtxt form: blocks with name, id or label_id, and label_type or none.
 
     The list of the 60 evaluated actions has no types; if its names are AVA's, the numbers give the groups.
-    Raises UserError with file and line.
     """
     try:
         text = re.sub(r"^[ \t]*#.*", "", path.read_text("utf-8-sig"), flags=re.MULTILINE)  # without comments
@@ -217,10 +193,9 @@ def read_actions(path: Path) -> Actions:
         block = BLOCK.match(text, place)
         fields = dict(re.findall(rf"(\w+)\s*:\s*({STRING}|\w+)", block[1] if block else ""))
         name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
-        if not name.startswith('"') or not number.isdecimal():
-            raise UserError(f'{where}: a list of actions is made of blocks such as item {{ name: "sit" id: 11 }}')
-        if int(number) in (0, *actions):
-            raise UserError(f"{where}: action {number} is listed twice, or is 0; ids start at 1")
+        if not name.startswith('"') or not number.isdecimal() or int(number) in (0, *actions):
+            form = 'item { name: "sit" id: 11 }, each id once, from 1'
+            raise UserError(f"{where}: a list of actions is made of blocks such as {form}")
         actions[int(number)] = re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", "")
         place = block.end()
     known = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # the last and first of groups
@@ -243,10 +218,7 @@ def key_frames(rows: Rows) -> KeyFrames:
 
 
 def to_persons(rows: Rows, actions: int) -> tuple[Tensor, Tensor]:
-    """Return the M boxes in the rows of a key frame, sorted, (M, 4), and the scores of their rows, (M, actions).
-
-    In ground truth these are labels, one for each action that a person does; all else is zero.
-    """
+    """Return the M sorted boxes of a key frame, (M, 4), and their scores, in ground truth labels, (M, actions)."""
     boxes = sorted({row.box for row in rows})
     scores = torch.zeros(len(boxes), 1 + actions)  # column 0 for rows without an action
     for row in rows:
@@ -259,11 +231,9 @@ def to_persons(rows: Rows, actions: int) -> tuple[Tensor, Tensor]:
 
 def list_movies(root: Path) -> Movies:
     """Return the movie of each video: a video file, or a folder of frames, in the folder `root`. Raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: data.movies has to name AVA's movies, or folders of their frames")
-    paths = [path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix.lower() in SUFFIXES]
+    paths = [path for path in sorted(root.glob("*")) if path.is_dir() or path.suffix.lower() in SUFFIXES]
     if not paths:
-        raise UserError(f"no movies and no folders of frames found in {root}")
+        raise UserError(f"there is no folder {root} with movies or folders of frames: look at data.movies")
     return {path.name if path.is_dir() else path.stem: path for path in paths}
 
 
@@ -325,7 +295,8 @@ class ValidationSet(NamedTuple):
 def find_training(options: SimpleNamespace, root: Path) -> tuple[KeyFrames, Movies]:
     """Return the labelled key frames to train on, without those excluded or whose movie is missing, and all movies."""
     movies = list_movies(root / options.movies)
-    rows, _ = _annotations(root, options.train, options.train_exclude, options.actions)
+    excluded = read_exclusions(root / options.train_exclude) if options.train_exclude else ()
+    rows = [row for row in read_ground_truth(root / options.train, options.actions) if row.frame not in excluded]
     labelled = {row.frame[0] for row in rows}
     where, missing = root / options.movies, sorted(labelled - movies.keys())
     if missing:
@@ -338,22 +309,13 @@ def find_training(options: SimpleNamespace, root: Path) -> tuple[KeyFrames, Movi
 def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     """Return the validation set, with the persons that a detector found in it."""
     movies = list_movies(root / options.movies)
-    rows, excluded = _annotations(root, options.val, options.val_exclude, options.actions)
+    excluded = read_exclusions(root / options.val_exclude) if options.val_exclude else ()
+    rows = [row for row in read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     actions = read_actions(root / options.labels)
-    if max(actions) > options.actions:
-        what = f"{root / options.labels} lists action {max(actions)}"
-        raise UserError(f"{what}, more than data.actions={options.actions}")
     file_list = root / options.file_list if options.file_list else None
-    found = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
-    persons = {frame: rows for frame, rows in found.items() if frame not in excluded}
-    if not persons:
-        raise UserError(f"{root / options.val_exclude} leaves out all {len(found)} key frames with boxes")
-    if not any(row.action in actions for row in rows):
-        raise UserError(f"{root / options.val} holds no row of an action in {options.labels} outside excluded frames")
+    persons = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
+    persons = {frame: rows for frame, rows in persons.items() if frame not in excluded}
+    if not persons or not any(row.action in actions for row in rows):
+        files = f"{root / options.val} no row of an action in {options.labels}, or {options.boxes} no person"
+        raise UserError(f"outside excluded frames, there is in {files}")
     return ValidationSet(movies, persons, rows, actions)
-
-
-def _annotations(root: Path, name: str, exclude: str, actions: int) -> tuple[Rows, set[Frame]]:
-    """Return the ground truth outside excluded key frames, and these."""
-    excluded = read_exclusions(root / exclude) if exclude else set()
-    return [row for row in read_ground_truth(root / name, actions) if row.frame not in excluded], excluded

@@ -4,27 +4,18 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from support.ava import (
-    ACTIONS,
-    Actions,
-    Box,
-    Frame,
-    Rows,
-    read_actions,
-    read_detections,
-    read_exclusions,
-    read_ground_truth,
-)
+from support import ava
 from support.config import UserError, say
 
 
 def average_precisions(
-    ground_truth: Rows, detections: Rows, actions: Iterable[int], skip_empty: bool = False
+    ground_truth: ava.Rows, detections: ava.Rows, actions: Iterable[int], skip_empty: bool = False
 ) -> dict[int, float]:
     """Return the average precision of each action; NaN without ground truth, 0 without detections.
 
@@ -33,7 +24,7 @@ def average_precisions(
     in frames without ground truth are wrong, unless `skip_empty`, mmaction2's default, skips these frames. Equal scores
     and equal overlaps are decided by frame and box; in the official evaluator by the order of rows.
     """
-    truth: dict[int, dict[Frame, list[Box]]] = {action: {} for action in sorted(actions)}
+    truth: dict[int, dict[ava.Frame, list[ava.Box]]] = {action: {} for action in sorted(actions)}
     for frame, box, action, _ in sorted(ground_truth):
         if action in truth:
             truth[action].setdefault(frame, []).append(box)
@@ -44,19 +35,16 @@ def average_precisions(
     matched = set()
     for frame, box, action, _ in sorted(detections, key=lambda row: (-row.score, row.frame, row.box)):
         if action in truth and box[0] < box[2] and box[1] < box[3]:
-            match = frame, action, _best_match(box, truth[action].get(frame, []))
-            hits[action].append(match[2] is not None and match not in matched)
-            matched.add(match)
+            overlaps = [(iou(box, true_box), true_box) for true_box in truth[action].get(frame, [])]
+            overlap, true_box = max(overlaps, key=itemgetter(0), default=(0.0, box))
+            match = frame, action, true_box
+            hits[action].append(overlap >= 0.5 and match not in matched)
+            if overlap >= 0.5:
+                matched.add(match)
     return {action: _average_precision(hits[action], sum(map(len, truth[action].values()))) for action in truth}
 
 
-def _best_match(box: Box, true_boxes: list[Box]) -> Box | None:
-    """Return the true box that `box` overlaps most, if their IoU is at least 0.5."""
-    best = max(true_boxes, key=lambda true_box: iou(box, true_box), default=None)
-    return best if best and iou(box, best) >= 0.5 else None
-
-
-def iou(a: Box, b: Box) -> float:
+def iou(a: ava.Box, b: ava.Box) -> float:
     """Return the intersection over union of two boxes."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
     both = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
@@ -77,7 +65,7 @@ def mean_percent(precisions: Iterable[float]) -> float | None:
     return 100 * (sum(numbers) / len(numbers)) if numbers else None
 
 
-def summarize(precisions: dict[int, float], actions: Actions) -> dict[str, Any]:
+def summarize(precisions: dict[int, float], actions: ava.Actions) -> dict[str, Any]:
     """Return mAP, the mean of each group of actions, and AP by action, in percent; None without ground truth."""
     groups: dict[str, list[float]] = {}
     for number, (_, group) in actions.items():
@@ -105,28 +93,21 @@ def report(summary: dict[str, Any], path: Path, as_json: bool = False) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print and write the mAP of a file of detections, whatever made them: `--evaluate`."""
-    if not arguments.ground_truth or not arguments.labels:
-        raise UserError("evaluating needs --ground-truth GT.csv and --labels LIST.pbtxt, both from AVA's annotations")
-    if arguments.settings:
-        raise UserError(f"--evaluate takes one file and no configuration: what is {arguments.settings[0]}?")
-    actions = read_actions(arguments.labels)
-    known = max(ACTIONS, *actions)
-    truth = read_ground_truth(arguments.ground_truth, known)
-    rows = read_detections(arguments.evaluate, known)
-    excluded = read_exclusions(arguments.exclude) if arguments.exclude else set()
+    if not arguments.ground_truth or not arguments.labels or arguments.settings:
+        raise UserError("--evaluate needs --ground-truth GT.csv and --labels LIST.pbtxt, and takes no configuration")
+    actions = ava.read_actions(arguments.labels)
+    known = max(ava.ACTIONS, *actions)
+    truth = ava.read_ground_truth(arguments.ground_truth, known)
+    rows = ava.read_detections(arguments.evaluate, known)
+    excluded = ava.read_exclusions(arguments.exclude) if arguments.exclude else set()
     counted = [[row for row in table if row.frame not in excluded] for table in (truth, rows)]
     summary = summarize(average_precisions(*counted, actions, arguments.skip_frames_without_ground_truth), actions)
     if summary["mAP"] is None:
-        where = f"of an action in {arguments.labels} outside excluded frames"
-        raise UserError(f"{arguments.ground_truth} holds no row {where}")
+        raise UserError(f"{arguments.ground_truth} holds no action in {arguments.labels} outside excluded frames")
     note = say if arguments.json else print
     frames, true_frames = {row.frame for row in rows}, {row.frame for row in truth}
     both = f"{len(frames & true_frames):,} of them among the {len(true_frames):,} with ground truth"
     note(f"{len(rows):,} detections in {len(frames):,} frames, {both}")
     out = arguments.out or arguments.evaluate.with_name(f"{arguments.evaluate.stem}_mAP.json")
     report(summary, out, arguments.json)
-    if not summary["groups"]:
-        note(f"no groups: {arguments.labels} states no label_type")
-    if arguments.skip_frames_without_ground_truth:
-        note("frames without ground truth left out")
     note(f"written to {out}")

