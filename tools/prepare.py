@@ -48,7 +48,7 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     lock = lock_folder(out)
     for part in out.rglob("*.part"):  # of a command that was killed
         part.unlink()
-    for target in (*videos.values(), *lists.values()):
+    for target in (videos | lists).values():
         target.parent.mkdir(parents=True, exist_ok=True)
     for file, target in lists.items():
         shutil.copyfile(file, target)
@@ -56,9 +56,9 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     text = "".join(f"{reason}\n" for reason in broken)
     (out / "unreadable.txt").write_text(text, "utf-8", errors="surrogateescape")
     lock.release()
-    print(text, end="")
     print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}: train with data.root={out}")
     if broken:
+        print(text, end="")
         sys.exit(1)
 
 
