@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,9 @@ from support.config import UserError
 SUFFIXES = tuple(
     ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 )
+QUOTED = re.compile(r'"(?P<path>[^"]*)(?P<label>.*)')
+WITH_SUFFIX = re.compile(rf"(?P<path>.*?({'|'.join(map(re.escape, SUFFIXES))}))(?P<label>([, \t].*)?)", re.IGNORECASE)
+WITHOUT_SUFFIX = re.compile(r"(?P<path>.*?)(?P<label>([, \t]-?\d*)*)")
 SYSTEM_NAMES = "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"
 PREPARED = "prepared.json"  # marks a folder that tools/prepare.py filled
 
@@ -42,8 +46,7 @@ def read_list(root: str, selection: str, labels: bool = True) -> Iterator[Entry]
     pattern, flag = split_flag(selection)
     files = find_files(root, pattern)
     if not files or (len(files) > 1 and not flag):
-        what = f"there is no folder or list file {pattern or root}"
-        raise UserError(f"{what}: set data.root, and data.train or data.val below it")
+        raise UserError(f"there is no folder or list file {pattern or root}: look at data.root, train and val")
     for file in files:
         try:
             if flag:
@@ -56,12 +59,14 @@ def read_list(root: str, selection: str, labels: bool = True) -> Iterator[Entry]
                 entries = _read_kinetics(root, file)
             else:
                 entries = _read_lines(root, file, labels)
-            yield from _in_prepared_folder(root, entries)
+            if Path(root, PREPARED).exists():
+                entries = _prepared_videos(root, entries)
+            yield from entries
         except UserError:
             raise
         except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-            what = f"{file} is not a list of videos in a form that support/lists.py describes"
-            raise UserError(f"{what} ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{file} is not a list of videos as support/lists.py describes it ({reason})") from None
 
 
 def _read_folder(folder: Path) -> Iterator[Entry]:
@@ -101,12 +106,10 @@ def _read_flagged(root: str, file: Path, pattern: str, flag: int) -> Iterator[En
 def _read_lines(root: str, file: Path, labels: bool = True) -> Iterator[Entry]:
     for where, line in text_lines(file):
         path, label = _split_line(line)
-        if not path.lower().endswith(SUFFIXES) and not os.path.isfile(os.path.join(root, path)):
-            raise UserError(f"{where}: '{line}' does not start with the path of a video")
-        words = label.replace(",", " ").replace(";", " ").split()
-        if labels and len(words) > 1 and _is_number(words[0]):
-            what = f"{where}: '{label}' is more than a label"
-            raise UserError(f"{what}; lines are 'path label', not 'path frames label' as for folders of frames")
+        is_video = path.lower().endswith(SUFFIXES) or os.path.isfile(os.path.join(root, path))
+        first, *more = label.replace(",", " ").replace(";", " ").split() or [""]
+        if not is_video or (labels and more and _is_number(first)):  # such as 'path frames label', for frames
+            raise UserError(f"{where}: '{line}' is not the path of a video, alone or with one label")
         if _is_number(label):
             label = int(label)
         elif not label:
@@ -128,34 +131,22 @@ def _cells(line: str) -> list[str]:
 
 def _split_line(line: str) -> tuple[str, str]:
     """Split a line into a path, perhaps quoted, and a label or "". The first suffix of a video ends a path."""
-    if line.startswith('"'):
-        path, _, label = line[1:].partition('"')
-        return path, label.strip(' \t,"')
-    words = line.replace(",", " ").replace("\t", " ").split(" ")
-    ends = [count for count, word in enumerate(words, 1) if word.lower().endswith(SUFFIXES)]
-    if ends:
-        words = words[: ends[0]]
-    while not ends and len(words) > 1 and (not words[-1] or _is_number(words[-1])):  # a name without a suffix
-        words.pop()
-    end = len(" ".join(words))
-    return line[:end], line[end:].strip(' \t,"')
+    match = QUOTED.fullmatch(line) or WITH_SUFFIX.fullmatch(line) or WITHOUT_SUFFIX.fullmatch(line)
+    return match["path"], match["label"].strip(' \t,"')
 
 
 def _is_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def _in_prepared_folder(root: str, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Replace the original videos by those that tools/prepare.py made of them, if `root` is its folder."""
-    mark = Path(root, PREPARED)
-    original = json.loads(mark.read_text("utf-8"))["root"] if mark.exists() else None
+def _prepared_videos(root: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Replace the original videos by those that tools/prepare.py made of them."""
+    original = json.loads(Path(root, PREPARED).read_text("utf-8"))["root"]
     for entry in entries:
-        if original:
-            path = Path(entry.path)
-            if path.is_relative_to(original):  # an absolute path in a list
-                path = Path(root, path.relative_to(original))
-            entry = entry._replace(path=str(path.with_suffix(".mp4")))
-        yield entry
+        path = Path(entry.path)
+        if path.is_relative_to(original):  # an absolute path in a list
+            path = Path(root, path.relative_to(original))
+        yield entry._replace(path=str(path.with_suffix(".mp4")))
 
 
 def split_flag(selection: str) -> tuple[str, str]:

@@ -90,9 +90,8 @@ def two_streams(path: Path, count: int) -> Path:
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.disposition = Disposition.default.value
         still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
+        container.mux(other.encode(still))
         for number in range(count):
-            still.pts = None
-            container.mux(other.encode(still))
             container.mux(stream.encode(numbered_frame(number)))
         container.mux(other.encode())
         container.mux(stream.encode())

@@ -163,7 +163,7 @@ def prepare(path: Path, folder: Path, short: int) -> Path:
     words = [f"data.root={source.parent}", "--to", str(folder / "prepared"), "--short", str(short), "--processes", "1"]
     done = subprocess.run([sys.executable, "-m", "tools.prepare", *words], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{path} cannot be prepared: {done.stderr.splitlines()[-1]}")
+        raise UserError(f"{path} cannot be prepared: {(done.stderr + done.stdout).splitlines()[-1]}")
     return (folder / "prepared" / path.name).with_suffix(".mp4")
 
 

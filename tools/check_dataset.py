@@ -20,54 +20,47 @@ from support.processes import launch
 from support.video import BrokenVideo, Video
 
 
-def check(config: SimpleNamespace) -> bool:
-    """Print the lists of the group `data` of a configuration and their problems. Return whether there are none."""
+def check(config: SimpleNamespace) -> list[str]:
+    """Check the lists of the group `data` of a configuration, and print each. Return their problems."""
     has_labels = hasattr(config, "classes")  # pre-training has none
     train, val = find_splits(config.root, config.train, config.val)
-    entries = list_entries(config.root, train, has_labels)
+    entries = list(list_entries(config.root, train, has_labels))
     classes = Classes(config.root, config.classes, entries) if has_labels else None
     problems = check_list(f"training in {train or config.root}", entries, classes, config.workers)
-    if classes and len(classes.names) == 1:
-        problems.append("there is only one class: a classifier needs two")
     if val:
-        val_entries = list_entries(config.root, val, has_labels)
+        val_entries = list(list_entries(config.root, val, has_labels))
         problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
-        if both := {entry.path for entry in entries} & {entry.path for entry in val_entries}:
-            problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
-    for problem in problems:
-        print(f"  {problem}")
-    return not problems
+        for path in {entry.path for entry in entries} & {entry.path for entry in val_entries}:
+            problems.append(f"{path} is for training and for validation")
+    return problems
 
 
 def check_list(title: str, entries: list[Entry], classes: Classes | None, workers: int) -> list[str]:
     """Print a list's number of videos of each class. Return its problems."""
-    wrong = []
-    count = Counter()
+    problems = find_unreadable([Path(entry.path) for entry in entries], workers)
+    print(f"{len(entries):,} videos for {title}, {len(problems)} unreadable")
     if classes:
+        count = Counter(dict.fromkeys(classes.names, 0))
         for entry in entries:
             try:
-                count[classes.index(entry)] += 1
+                count[classes.names[classes.index(entry)]] += 1
             except UserError as error:
-                wrong.append(str(error))
-    broken = find_unreadable([Path(entry.path) for entry in entries], workers)
-    names = classes.names if classes else []
-    numbers = f"{len(names)} classes, {len(wrong)} wrong labels, {len(broken)} unreadable"
-    print(f"{len(entries):,} videos for {title}, {numbers}")
-    for index, name in enumerate(names):
-        print(f"{count[index]:8,}  {name}")
-    return wrong + broken
+                problems.append(str(error))
+        print(f"{len(count)} classes, {len(entries) - count.total()} wrong labels")
+        for name, videos in count.items():
+            print(f"{videos:8,}  {name}")
+    return problems
 
 
 def find_unreadable(videos: list[Path], workers: int) -> list[str]:
     """Decode the first, middle and last frame of each video. Return why some of them cannot be read."""
 
-    def read(path: Path) -> str:
+    def read(path: Path) -> str | None:
         try:
             with Video(path) as video:
                 video.frames([0, len(video) // 2, len(video) - 1])
         except BrokenVideo as error:
             return str(error)
-        return ""
 
     errors = thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
     return [error for error in errors if error]
@@ -89,13 +82,15 @@ def main() -> None:
     words = parse(parser).settings
     settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
     if settings or not words:
-        all_well = check(load_data_config(words))
+        problems = check(load_data_config(words))
     else:
         videos = named_videos([Path(word) for word in words])
-        broken = find_unreadable(videos, os.cpu_count() or 1)
-        print(f"{len(videos):,} videos, {len(broken)} unreadable", *broken, sep="\n  ")
-        all_well = not broken
-    sys.exit(0 if all_well else 1)
+        problems = find_unreadable(videos, os.cpu_count() or 1)
+        print(f"{len(videos):,} videos, {len(problems)} unreadable")
+    for problem in problems:
+        print(f"  {problem}")
+    if problems:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
