@@ -60,16 +60,18 @@ def read_detections(path: Path, actions: int = ACTIONS) -> Rows:
     return _read_rows(path, "score", actions)
 
 
-def read_person_boxes(path: Path, threshold: float, file_list: Path | None, movies: Movies) -> KeyFrames:
+def read_person_boxes(
+    path: Path, threshold: float, file_list: Path | None = None, sizes: dict[str, tuple[int, int]] | None = None
+) -> KeyFrames:
     """Read the persons that a detector found with a score of at least `threshold`, in the paper 0.8 (Sec. B).
 
     path: csv as SlowFast has it, rows video,second,x1,y1,x2,y2,action or nothing,score; or json as AIA has it, see
-    `_read_aia`; or ground truth, whose persons have a score of 1. Raises UserError.
+    `_read_aia`; or ground truth, whose persons have a score of 1. file_list, sizes: for AIA's json. Raises UserError.
     """
     if path.suffix in (".pkl", ".pickle"):
         raise UserError(f"{path} is a pickle, which could run any code: convert it to csv as docs/ava.md says")
     if path.suffix == ".json":
-        rows = _read_aia(path, file_list, movies)
+        rows = _read_aia(path, file_list, sizes or {})
     elif _is_ground_truth(path):
         say(f"{path} is ground truth, with persons' numbers in place of scores: each person has a score of 1")
         rows = _read_rows(path, "person")
@@ -98,10 +100,11 @@ def _is_ground_truth(path: Path) -> bool:
     return all(not any(row[2:]) or (row[6:7] != [""] and row[-1].isdecimal()) for row in rows)
 
 
-def _read_aia(path: Path, file_list: Path | None, movies: Movies) -> Rows:
+def _read_aia(path: Path, file_list: Path | None, sizes: dict[str, tuple[int, int]]) -> Rows:
     """Read AIA's list of {"image_id": 10000 * movie + second, "bbox": [x, y, width, height], "score"}.
 
-    Movies are numbered by AVA's `file_list`, boxes measured in pixels of the `movies`. Boxes of others are left out.
+    Movies are numbered by AVA's `file_list`, boxes measured in pixels of movies of these `sizes`. Boxes of other movies are left
+    out.
     """
     if file_list is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, as data.file_list")
@@ -111,10 +114,9 @@ def _read_aia(path: Path, file_list: Path | None, movies: Movies) -> Rows:
         movie, second = divmod(int(entry["image_id"]), 10000)
         x, y, box_width, box_height = map(float, entry["bbox"])
         video = videos[movie]
-        size = movie_size(movies[video]) if video in movies else None
-        if not size:
+        if video not in sizes:
             return None
-        width, height = size
+        width, height = sizes[video]
         box = x / width, y / height, (x + box_width) / width, (y + box_height) / height
         if not all(-0.1 < edge < 1.1 for edge in box):
             raise ValueError(f"a box outside of {width} x {height} pixels: found in a movie of another size")
@@ -242,15 +244,17 @@ def open_movie(path: Path, begin: Fraction, end: Fraction) -> AbstractContextMan
     return nullcontext(FrameFolder(path, begin, end)) if path.is_dir() else Video(path, begin, end)
 
 
-@cache
-def movie_size(path: Path) -> tuple[int, int] | None:
-    """Return a movie's width and height in pixels. If it cannot be read, say why and return None."""
-    try:
-        with open_movie(path, Fraction(0), Fraction(0)) as movie:
-            height, width = movie.frames([0]).shape[-2:]
-    except BrokenVideo as error:
-        return say(f"its boxes are left out: {error}")
-    return width, height
+def movie_sizes(movies: Movies) -> dict[str, tuple[int, int]]:
+    """Return width and height in pixels of all movies that can be read."""
+    sizes = {}
+    for video, path in movies.items():
+        try:
+            with open_movie(path, Fraction(0), Fraction(0)) as movie:
+                height, width = movie.frames([0]).shape[-2:]
+            sizes[video] = width, height
+        except BrokenVideo as error:
+            say(f"its boxes are left out: {error}")
+    return sizes
 
 
 class FrameFolder:
@@ -313,7 +317,8 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     rows = [row for row in read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     actions = read_actions(root / options.labels)
     file_list = root / options.file_list if options.file_list else None
-    persons = read_person_boxes(root / options.boxes, options.threshold, file_list, movies)
+    sizes = movie_sizes(movies) if options.boxes.endswith(".json") else {}
+    persons = read_person_boxes(root / options.boxes, options.threshold, file_list, sizes)
     persons = {frame: rows for frame, rows in persons.items() if frame not in excluded}
     if not persons or not any(row.action in actions for row in rows):
         files = f"{root / options.val} no row of an action in {options.labels}, or {options.boxes} no person"

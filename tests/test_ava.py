@@ -242,7 +242,7 @@ TRUTH, FOUND, EXCLUDED, ACTIONS, PERSONS = (
     ava.read_detections,
     ava.read_exclusions,
     ava.read_actions,
-    partial(ava.read_person_boxes, threshold=0.8, file_list=None, movies={}),
+    partial(ava.read_person_boxes, threshold=0.8),
 )
 BOX = "0.1,0.1,0.3,0.8"
 MISTAKES = [  # who reads it, the content of the file, what is said of it
@@ -322,7 +322,7 @@ def aia(tmp_path) -> Callable:
 
     def read(content: object, movies: ava.Movies = movies) -> ava.KeyFrames:
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        return ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", movies)
+        return ava.read_person_boxes(path, 0.8, tmp_path / "names.txt", ava.movie_sizes(movies))
 
     return read
 
@@ -340,7 +340,7 @@ def test_person_boxes_of_aia(aia, tmp_path, capsys):
     with pytest.raises(UserError, match="no box has .* a movie in data.movies"):
         aia(entries, {})
     with pytest.raises(UserError, match="give AVA's list of file names"):
-        ava.read_person_boxes(tmp_path / "boxes.json", 0.8, None, {})
+        ava.read_person_boxes(tmp_path / "boxes.json", 0.8)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,18 @@ def check(config: SimpleNamespace) -> list[str]:
     train, val = find_splits(config.root, config.train, config.val)
     entries = list(list_entries(config.root, train, has_labels))
     classes = Classes(config.root, config.classes, entries) if has_labels else None
-    problems = check_list(f"training in {train or config.root}", entries, classes, config.workers)
+    problems = check_list(f"training in {train or config.root}", entries, classes)
     if val:
         val_entries = list(list_entries(config.root, val, has_labels))
-        problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
-        for path in {entry.path for entry in entries} & {entry.path for entry in val_entries}:
-            problems.append(f"{path} is for training and for validation")
+        problems += check_list(f"validation in {val}", val_entries, classes)
+        if both := {entry.path for entry in entries} & {entry.path for entry in val_entries}:
+            problems.append(f"{len(both):,} videos are for training and for validation, such as {min(both)}")
     return problems
 
 
-def check_list(title: str, entries: list[Entry], classes: Classes | None, workers: int) -> list[str]:
+def check_list(title: str, entries: list[Entry], classes: Classes | None) -> list[str]:
     """Print a list's number of videos of each class. Return its problems."""
-    problems = find_unreadable([Path(entry.path) for entry in entries], workers)
+    problems = find_unreadable([Path(entry.path) for entry in entries])
     print(f"{len(entries):,} videos for {title}, {len(problems)} unreadable")
     if classes:
         count = Counter(dict.fromkeys(classes.names, 0))
@@ -52,7 +52,7 @@ def check_list(title: str, entries: list[Entry], classes: Classes | None, worker
     return problems
 
 
-def find_unreadable(videos: list[Path], workers: int) -> list[str]:
+def find_unreadable(videos: list[Path]) -> list[str]:
     """Decode the first, middle and last frame of each video. Return why some of them cannot be read."""
 
     def read(path: Path) -> str | None:
@@ -62,7 +62,7 @@ def find_unreadable(videos: list[Path], workers: int) -> list[str]:
         except BrokenVideo as error:
             return str(error)
 
-    errors = thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
+    errors = thread_map(read, videos, max_workers=os.cpu_count(), desc="reading videos", unit="video")
     return [error for error in errors if error]
 
 
@@ -85,7 +85,7 @@ def main() -> None:
         problems = check(load_data_config(words))
     else:
         videos = named_videos([Path(word) for word in words])
-        problems = find_unreadable(videos, os.cpu_count() or 1)
+        problems = find_unreadable(videos)
         print(f"{len(videos):,} videos, {len(problems)} unreadable")
     for problem in problems:
         print(f"  {problem}")

@@ -95,7 +95,8 @@ def draw_detections(arguments: argparse.Namespace) -> None:
     boxes, person_detector = {}, None
     if arguments.boxes:
         file_list = Path(options.root, options.file_list) if options.file_list else None
-        boxes = ava.read_person_boxes(arguments.boxes, options.threshold, file_list, movies)
+        sizes = ava.movie_sizes(movies) if arguments.boxes.suffix == ".json" else {}
+        boxes = ava.read_person_boxes(arguments.boxes, options.threshold, file_list, sizes)
     if arguments.detector:
         person_detector = load_person_detector(arguments.detector).to(processes.device)
     names = read_checkpoint(weights)[1].get("actions", {})
