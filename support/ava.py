@@ -91,7 +91,10 @@ def read_exclusions(path: Path) -> set[Frame]:
 def _read_rows(path: Path, last: str, actions: int = 0) -> Rows:
     """Read rows whose last column is a "score" or a "person". actions: how many there are; 0: without that column."""
     form = f"a row is video,second,x1,y1,x2,y2,action,{last}, the box in fractions of width and height"
-    return [row for row in _parse(path, partial(_to_row, last=last, actions=actions), form) if row]
+    rows = [row for row in _parse(path, partial(_to_row, last=last, actions=actions), form) if row]
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return rows
 
 
 def _is_ground_truth(path: Path) -> bool:
@@ -103,8 +106,8 @@ def _is_ground_truth(path: Path) -> bool:
 def _read_aia(path: Path, file_list: Path | None, sizes: dict[str, tuple[int, int]]) -> Rows:
     """Read AIA's list of {"image_id": 10000 * movie + second, "bbox": [x, y, width, height], "score"}.
 
-    Movies are numbered by AVA's `file_list`, boxes measured in pixels of movies of these `sizes`. Boxes of other movies are left
-    out.
+    Movies are numbered by AVA's `file_list`, boxes measured in pixels of movies of these `sizes`. Boxes of other movies
+    are left out.
     """
     if file_list is None:
         raise UserError(f"{path} numbers its movies: give AVA's list of file names too, as data.file_list")
@@ -316,6 +319,9 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     excluded = read_exclusions(root / options.val_exclude) if options.val_exclude else ()
     rows = [row for row in read_ground_truth(root / options.val, options.actions) if row.frame not in excluded]
     actions = read_actions(root / options.labels)
+    if max(actions) > options.actions:
+        what = f"{root / options.labels} lists action {max(actions)}"
+        raise UserError(f"{what}, more than data.actions={options.actions}")
     file_list = root / options.file_list if options.file_list else None
     sizes = movie_sizes(movies) if options.boxes.endswith(".json") else {}
     persons = read_person_boxes(root / options.boxes, options.threshold, file_list, sizes)

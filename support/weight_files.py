@@ -112,7 +112,7 @@ def _load(path: Path) -> Any:
         reason = f"another kind of file, cut off, or would run code ({type(error).__name__})"
         raise UserError(f"{path} cannot be read safely (weights_only): it is {reason}") from None
     if path.name.endswith(".index.json"):
-        names = set(content["weight_map"].values())
+        names = set(content.get("weight_map", {}).values())
         content = {}
         for name in names:
             content |= _load(path.with_name(name))

@@ -57,7 +57,10 @@ def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.M
 def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
     """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
     videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
-    above = os.path.commonpath([video.parent for video in videos])
+    try:
+        above = os.path.commonpath([video.parent for video in videos])
+    except ValueError:
+        raise UserError("the videos are on different drives: give those of one drive at a time") from None
     files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
     if len(files) < len(videos):
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
@@ -68,8 +71,11 @@ def is_done(file: Path, settings: dict) -> bool:
     """Return whether a file of features exists. Raises UserError if it was made with other settings."""
     if not file.exists():
         return False
-    with np.load(file) as stored:
-        then = {key: str(stored.get(key)) for key in settings}
+    try:
+        with np.load(file) as stored:
+            then = {key: str(stored.get(key)) for key in settings}
+    except Exception as error:  # many types for one mistake
+        raise UserError(f"{file} holds no features ({type(error).__name__}): delete it or give another --out") from None
     if differ := [f"{key}={then[key]}, not {now}" for key, now in settings.items() if then[key] != str(now)]:
         raise UserError(f"{file} was made with {'; '.join(differ)}: delete it or give another --out")
     return True
