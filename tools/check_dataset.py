@@ -30,8 +30,8 @@ def check(config: SimpleNamespace) -> list[str]:
     if val:
         val_entries = list(list_entries(config.root, val, has_labels))
         problems += check_list(f"validation in {val}", val_entries, classes, config.workers)
-        for path in {entry.path for entry in entries} & {entry.path for entry in val_entries}:
-            problems.append(f"{path} is for training and for validation")
+        both = {entry.path for entry in entries} & {entry.path for entry in val_entries}
+        problems += [f"{path} is for training and for validation" for path in sorted(both)]
     return problems
 
 
@@ -62,8 +62,9 @@ def find_unreadable(videos: list[Path], workers: int) -> list[str]:
         except BrokenVideo as error:
             return str(error)
 
-    errors = thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video")
-    return [error for error in errors if error]
+    return list(
+        filter(None, thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video"))
+    )
 
 
 def load_data_config(settings: list[str]) -> SimpleNamespace:
