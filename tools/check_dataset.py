@@ -62,9 +62,7 @@ def find_unreadable(videos: list[Path], workers: int) -> list[str]:
         except BrokenVideo as error:
             return str(error)
 
-    return list(
-        filter(None, thread_map(read, videos, max_workers=max(1, workers), desc="reading videos", unit="video"))
-    )
+    return list(filter(None, thread_map(read, videos, max_workers=max(1, workers), unit="video")))
 
 
 def load_data_config(settings: list[str]) -> SimpleNamespace:
