@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}: train with data.root={out}")
     if broken:
         print(text, end="")
-        sys.exit(1)
+        raise SystemExit(1)
 
 
 def find_targets(config: SimpleNamespace, source: Path, out: Path) -> tuple[dict[Path, Path], dict[Path, Path]]:
