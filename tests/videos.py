@@ -67,18 +67,14 @@ def turn_by_90(path: Path) -> Path:
 
 
 def two_streams(path: Path, count: int) -> Path:
-    """A small black track first, then the one that the file declares the default."""
+    """A small track first, then the one that the file declares the default."""
     with av.open(str(path), "w") as container:
-        other, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
-        other.width, other.height, other.pix_fmt = 32, 32, "yuv420p"
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.disposition = Disposition.default.value
-        still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
+        small, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
+        (small.width, small.height), (stream.width, stream.height) = (64, 48), SIZE
+        stream.disposition = Disposition.default.value  # PyAV 17.0 takes no Disposition
         for number in range(count):
-            still.pts = None
-            container.mux(other.encode(still))
+            container.mux(small.encode(numbered_frame(count - number, 64, 48)))
             container.mux(stream.encode(numbered_frame(number)))
-        container.mux(other.encode())
         container.mux(stream.encode())
     return path
 
