@@ -33,13 +33,6 @@ def number_of(frame: torch.Tensor) -> int:
     return number
 
 
-def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
-    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
-    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
-    return clip
-
-
 def write_numbered(
     path: Path, count: int, codec: str = "libx264", options=None, times=None, pixel_format="yuv420p", size=SIZE
 ) -> Path:
@@ -59,15 +52,6 @@ def write_numbered(
     return path
 
 
-def frame_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
-    """A folder of extracted frames, as SlowFast has: NAME/NAME_000001.jpg, each showing its number from 0."""
-    folder.mkdir()
-    for number in range(count):
-        picture = numbered_frame(number, *size).to_image()
-        picture.save(folder / f"{folder.name}_{number + 1:06d}.jpg", quality=95)
-    return folder
-
-
 def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
     """Set the display matrix in an mp4 file's track header: the pixel (x, y) is shown at (a x + c y, b x + d y)."""
     content = bytearray(path.read_bytes())
@@ -83,17 +67,14 @@ def turn_by_90(path: Path) -> Path:
 
 
 def two_streams(path: Path, count: int) -> Path:
-    """A small black track first, then the one that the file declares the default."""
+    """A small track first, then the one that the file declares the default."""
     with av.open(str(path), "w") as container:
-        other, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
-        other.width, other.height, other.pix_fmt = 32, 32, "yuv420p"
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.disposition = Disposition.default.value
-        still = av.VideoFrame.from_ndarray(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), format="rgb24")
-        container.mux(other.encode(still))
+        small, stream = container.add_stream("libx264", rate=25), container.add_stream("libx264", rate=25)
+        (small.width, small.height), (stream.width, stream.height) = (64, 48), SIZE
+        stream.disposition = Disposition.default.value  # PyAV 17.0 takes no Disposition
         for number in range(count):
+            container.mux(small.encode(numbered_frame(count - number, 64, 48)))
             container.mux(stream.encode(numbered_frame(number)))
-        container.mux(other.encode())
         container.mux(stream.encode())
     return path
 
