@@ -361,7 +361,7 @@ def test_check_counts_classes_and_names_what_is_wrong(tmp_path):
     assert "3 videos for validation in val, 1 unreadable\n2 classes, 1 wrong labels\n" in printed
     assert "unknown class 'c' for 6.mp4" in printed and str(tmp_path / "val/a/5.mp4") in printed
     (tmp_path / "list.txt").write_text("train/a/1.mp4 0\n")
-    assert "1.mp4 is for training and for validation" in check(*dataset, "data.val=list.txt", ok=False)
+    assert "1 videos are for training and for validation, such as " in check(*dataset, "data.val=list.txt", ok=False)
 
 
 @pytest.mark.parametrize("words", ["pretrain/k400_base.yaml data.val=", "baselines/k400_base.yaml"])

@@ -113,3 +113,19 @@ def broken_files(folder: Path) -> dict[str, Path]:
     damaged[len(damaged) // 4 : -200] = os.urandom(len(damaged) - 200 - len(damaged) // 4)
     (folder / "damaged.mkv").write_bytes(damaged)
     return {path.name: path for path in [*folder.iterdir(), folder / "missing.mp4"]}
+
+
+def coordinates(height: int, width: int, frames: int = 2) -> torch.Tensor:
+    """Frames (T, 3, H, W) whose red is the column and whose green is the row."""
+    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    clip[:, 0], clip[:, 1] = torch.arange(width), torch.arange(height)[:, None]
+    return clip
+
+
+def frame_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
+    """A folder of extracted frames, as SlowFast has: NAME/NAME_000001.jpg, each showing its number from 0."""
+    folder.mkdir()
+    for number in range(count):
+        picture = numbered_frame(number, *size).to_image()
+        picture.save(folder / f"{folder.name}_{number + 1:06d}.jpg", quality=95)
+    return folder
