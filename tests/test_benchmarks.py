@@ -101,7 +101,7 @@ def test_ratios_are_those_of_pairs_in_alternating_order():
     assert bench_step.speedup(seconds, "fast", "slow") == "3.00 (2.00 to 4.00, 3 pairs)"
 
 
-@pytest.mark.parametrize("tool", ["bench_loader", "bench_scaling", "bench_step", "render_toy", "scale", "study"])
+@pytest.mark.parametrize("tool", ["bench_loader", "bench_step", "render_toy", "scale", "study"])
 def test_tools_start_and_say_what_they_are_for(tool):
     """That they import what they measure shows most of what can break them."""
     assert f"python -m tools.{tool}" in run(f"tools.{tool}", "--help").stdout
