@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from support import pictures, scores
+from support import pictures
 from support.video import read_frames
 
 RED, GREEN, BLUE, LIME, BLACK = (200, 30, 30), (30, 160, 30), (30, 30, 200), (0, 255, 0), (0, 0, 0)
@@ -92,7 +92,7 @@ def test_persons_have_boxes_at_fractions_of_an_enlarged_frame_and_whole_labels()
         assert label_of(labels, NAMES, (left, top, left + 0.3, top + 0.3)).shape == four.shape
 
 
-def test_charts_of_a_log_and_of_a_comparison(tmp_path):
+def test_charts_of_a_log(tmp_path):
     lines = [dict(step=1, loss=2.0), dict(step=2, loss=1.0)]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     pictures.draw_log(tmp_path)
@@ -100,9 +100,7 @@ def test_charts_of_a_log_and_of_a_comparison(tmp_path):
     lines += [dict(step=2, top1=20.0), dict(step=2, encoder="random", test_top1=10.0)]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     pictures.draw_log(tmp_path)
-    rows = [(30.0, "juggling $5 and $10"), (-60.0, "b")]
-    scores.draw_comparison(rows, ["first", "second"], tmp_path / "new" / "comparison.png")
-    for name in ("loss.png", "accuracy.png", "new/comparison.png"):
+    for name in ("loss.png", "accuracy.png"):
         assert read(tmp_path / name).float().std() > 10
 
 

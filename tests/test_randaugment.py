@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageChops
 from timm.data import auto_augment
 from torchvision.transforms.v2 import functional as TF
@@ -124,9 +123,7 @@ def test_random_resized_crop_is_not_antialiased():
     """As F.interpolate resizes in the authors' code: of stripes one pixel wide, every second column is left."""
     stripes = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     stripes[..., 1::4], stripes[..., 2::4] = 200, 200
-    result = augmentation(size=16, crop_area=(1, 1), crop_aspect=(1, 1))(stripes, sample_generator(0, 0, 0))
-    expected = F.interpolate(stripes.float(), (16, 16), mode="bilinear")
-    assert (result - expected).abs().max() <= 1 and (result == 200).all()  # antialiased, they would be gray
+    assert (augmentation(size=16)(stripes, sample_generator(0, 0, 0)) == 200).all()  # antialiased: gray
 
 
 def test_erasing_is_one_box_of_noise_in_all_frames():

@@ -26,9 +26,6 @@ def read_rows(path: Path) -> list[list[str]]:
     return [line.split(",") for line in path.read_text().splitlines()]
 
 
-# ---- files ----
-
-
 @pytest.mark.parametrize(
     "kind, render, train, val, lost",
     [
@@ -109,9 +106,6 @@ def test_a_configuration_without_a_root_gets_the_toy_videos(monkeypatch):
     assert run("tools.render_toy", "toy_ava", "--ava").stdout == "toy_ava\n"
 
 
-# ---- one shape ----
-
-
 def test_a_seed_gives_the_same_clips_in_every_version():
     """Results on the toy videos can only be compared if the videos stay the same: all outlines, motions, actions."""
     clips = torch.stack([toy.render_clip(toy.CLASSES[seed % 8], seeded(seed)) for seed in range(12)])
@@ -171,9 +165,6 @@ def test_nothing_else_in_a_single_frame_tells_the_class():
         assert (found - quantiles[:, None, None]).abs().max() < 5 * 0.5 / 3000**0.5, motion
 
 
-# ---- several shapes ----
-
-
 def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     labels = (toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt").read_text()
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
@@ -190,21 +181,3 @@ def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
         assert len({row[0] for row in truth}) == videos
         persons = len({(*row[:2], row[7]) for row in truth})
         assert 0.7 < len(detected) / persons < 1.3  # some are missed, some are false
-
-
-def test_toy_boxes_follow_the_motions_that_the_labels_say():
-    """In frames without a change of motion, a wrap or a cut, the center of a box goes where its label says."""
-    checked = set()
-    for seed in range(30):
-        for actions, boxes in ava.render_scene(sample_generator(0, 0, seed))[1]:
-            for frame in range(4, 56):
-                around = boxes[[frame - 4, frame + 4]]  # nan where a shape is not visible
-                whole = around.min() > 0 and around.max() < 1
-                dx, dy = (around[1] - around[0]).view(2, 2).mean(dim=0).mul(torch.tensor([96, 72])).tolist()
-                if not whole or actions[frame - 4] != actions[frame + 4] or max(abs(dx), abs(dy)) > 40:
-                    continue
-                for name, way in (("left", -dx), ("right", dx), ("up", -dy), ("down", dy)):
-                    if name in actions[frame][0]:  # the first is a direction
-                        checked.add(name)
-                        assert way >= 4  # at least 1 pixel per frame; an outline that turns or grows shifts its box too
-    assert checked == {"left", "right", "up", "down"}

@@ -40,7 +40,7 @@ import pretrain
 from model import SIZES, checkpoint_activations
 from support.config import UserError, parse
 from support.processes import Processes, compiler, launch, start_processes
-from tools.scale import CONFIGS, build, load_recipe, step_flops
+from tools.scale import CONFIGS, build, load_recipe
 
 SCALING = {"one": 1, "two": 2, "two, no exchange": 2}  # processes
 
@@ -190,32 +190,21 @@ def peak_memory(device: torch.device) -> float:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
 
 
-def matmul_rate(processes: Processes) -> float:
-    """Return the FLOP/s of a large matrix product: the most that this machine reaches."""
-    side = 2048 if processes.device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=processes.device, dtype=processes.dtype)
-    return 2 * side**3 / statistics.median(timed(lambda: a @ a, processes.device) for _ in range(6))
-
-
 def compare(config: SimpleNamespace, options: argparse.Namespace, processes: Processes) -> None:
     """Print speed and memory of both models."""
     names = ["ours", "transformers"]
     if hasattr(config, "mask") and config.mask.decoder_ratio:
         names = ["ours", "all"]
-    ways = {}
-    for name in names:
-        step = build_step(name, config, options.forward, processes)
-        ways[name] = lambda number, step=step: timed(step, processes.device)
+    steps = {name: build_step(name, config, options.forward, processes) for name in names}
+    ways = {name: lambda number, step=step: timed(step, processes.device) for name, step in steps.items()}
     seconds = measure(ways, options.repeats)
     first, second = (statistics.median(times) for times in seconds.values())
     clips, dtype = config.run.batch_per_device, str(processes.dtype).removeprefix("torch.")
     print(
         f"ViT-{config.model.size}, {clips} clips, {dtype}: {speedup(seconds, *names)} times as fast as {names[1]}; "
-        f"{first:.3f} against {second:.3f} s a step, {clips / first:.1f} clips/s"
+        f"{first:.3f} against {second:.3f} s a step, {clips / first:.1f} clips/s",
+        flush=True,
     )
-    flops, peak = clips * step_flops(config) / (3 if options.forward else 1), matmul_rate(processes)
-    what = f"{flops / 1e9:.0f} GFLOP a step at {flops / first / 1e12:.3f} TFLOP/s"
-    print(f"    {what} = {flops / first / peak:.0%} of a matrix product's {peak / 1e12:.3f}", flush=True)
     memory = [in_new_process(name) for name in names]
     print(f"    peak memory {memory[0]:.2f} against {memory[1]:.2f} GB")
 
