@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,9 @@ CAPTIONS = {  # of the videos of pretrain.reconstruct
 
 def with_captions(views: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """Name the videos of `pretrain.reconstruct` as they are labelled in a picture."""
-    named = {}
-    for view, video in views.items():
-        caption = CAPTIONS.get(view, view)
-        if view != "original":
-            caption = f"{ratio:.0%} masked: {caption}"
-        named[caption] = video
-    return named
+    captions = {view: f"{ratio:.0%} masked: {CAPTIONS.get(view, view)}" for view in views}
+    captions["original"] = "original"
+    return {captions[view]: video for view, video in views.items()}
 
 
 def estimate_statistics(mean: Tensor, std: Tensor, masked: Tensor, plane: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -109,20 +106,20 @@ def draw_log(folder: Path) -> None:
         return
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     for name, unit, keys in (("loss", "loss", ("loss",)), ("accuracy", "percent", ACCURACIES)):
-        curves: dict[str, list[tuple[int, float]]] = {}
+        curves = defaultdict(list)
         for line in lines:
             for key in keys:
                 if key in line:
-                    label = f"{line.get('encoder', '')} {key}".strip()  # a probe has two encoders
-                    curves.setdefault(label, []).append((line["step"], line[key]))
-        if curves:
-            figure = new_figure(7, 4)
-            axes = figure.subplots()
-            for label, points in curves.items():
-                axes.plot(*zip(*points, strict=True), marker="" if name == "loss" else ".", label=label)
-            axes.set(xlabel="step", ylabel=unit)
-            axes.legend(frameon=False)
-            figure.savefig(folder / f"{name}.png", dpi=100)
+                    curves[f"{line.get('encoder', '')} {key}".strip()].append((line["step"], line[key]))
+        if not curves:
+            continue
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        for label, points in curves.items():  # a probe has two encoders
+            axes.plot(*zip(*points, strict=True), marker="" if name == "loss" else ".", label=label)
+        axes.set(xlabel="step", ylabel=unit)
+        axes.legend(frameon=False)
+        figure.savefig(folder / f"{name}.png", dpi=100)
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -79,24 +79,18 @@ def compare(files: list[Path], out: Path, most: int = 20) -> None:
     print(f"top-1 by class: {files[1]} (second) against {files[0]} (first)\n  first  second   ahead  class")
     for ahead, name in rows:
         print(f"{first[name]:7.2f} {second[name]:7.2f} {ahead:+7.2f}  {name}")
-    draw_comparison(rows, files, out / "comparison.png")
-
-
-def draw_comparison(rows: list[tuple[float, str]], files: list[Path], path: Path) -> None:
-    """Chart rows of points and class, from top to bottom. Raises UserError if matplotlib is not installed."""
     points = [ahead for ahead, _ in rows]
-    names = [name[:40] for _, name in rows]
     figure = new_figure(8, 1.5 + 0.22 * len(rows))
     axes = figure.subplots()
     bars = axes.barh(range(len(rows)), points, color=["steelblue" if ahead > 0 else "orange" for ahead in points])
     axes.bar_label(bars, fmt="%+.1f", padding=3)
-    axes.set_yticks(range(len(rows)), names)
+    axes.set_yticks(range(len(rows)), [name[:40] for _, name in rows])
     axes.invert_yaxis()
     axes.margins(x=0.15, y=0.01)  # room for the numbers
     axes.set_xlabel(f"top-1 of {files[1]}\nless that of {files[0]}, percentage points")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    say(f"{path}")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "comparison.png", dpi=120)
+    say(f"{out / 'comparison.png'}")
 
 
 def class_accuracy(file: Path) -> dict[str, float]:

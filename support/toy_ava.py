@@ -16,9 +16,9 @@ from support.toy import CLASSES, DIRECTIONS, RATE, gradient, paint, pixels, rend
 STEPS = {name: (*direction, 0, 0) for name, direction in DIRECTIONS.items()}
 STEPS |= {"turning left": (0, 0, -1, 0), "turning right": (0, 0, 1, 0)}
 STEPS |= {"growing": (0, 0, 0, 1), "shrinking": (0, 0, 0, -1)}
-STEPS = {name: torch.tensor(step, dtype=torch.float64) for name, step in STEPS.items()}
-GROUPS = ["PERSON_MOVEMENT"] * 8 + ["OBJECT_MANIPULATION"] * 2 + ["PERSON_INTERACTION"] * 2
-ACTIONS = dict(zip(STEPS, GROUPS, strict=True))
+ACTIONS = dict.fromkeys(DIRECTIONS, "PERSON_MOVEMENT")
+ACTIONS |= dict.fromkeys(("turning left", "turning right"), "OBJECT_MANIPULATION")
+ACTIONS |= dict.fromkeys(("growing", "shrinking"), "PERSON_INTERACTION")
 HEIGHT, WIDTH, FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
 MARGIN = 20  # pixels around the frame to which shapes may go
 FOLDER, VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
@@ -83,7 +83,7 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
         if random_below(2, generator):
             names.append([*ACTIONS][len(CLASSES) + 2 * random_below(2, generator) + random_below(2, generator)])
         actions += [names] * (FRAMES // 2)
-        steps += [sum(STEPS[name] for name in names)] * (FRAMES // 2)
+        steps += [sum(torch.tensor(STEPS[name], dtype=torch.float64) for name in names)] * (FRAMES // 2)
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN  # the torus
     speed, turning, growing = uniform(generator, (2.5, 4), (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
     start = torch.tensor(uniform(generator, (0, width), (0, height), (0, 1), (0, 1)))
@@ -114,8 +114,8 @@ def annotate(video: str, split: str, shapes: list, generator: torch.Generator) -
                 detected += ROW.format(key, *box.clamp(0, 1).tolist(), "", 0.78 + 0.22 * float(rand(())))
         if rand(()) < 0.2:  # a false detection
             corner = rand(2) * 0.7
-            sides = 0.2 + 0.1 * rand(2)
-            detected += ROW.format(key, *corner.tolist(), *(corner + sides).tolist(), "", 0.5 + 0.4 * float(rand(())))
+            box = torch.cat([corner, corner + (0.2 + 0.1 * rand(2))])
+            detected += ROW.format(key, *box.tolist(), "", 0.5 + 0.4 * float(rand(())))
     return {
         f"annotations/ava_{split}_v2.2.csv": truth,
         f"annotations/ava_{split}_excluded_timestamps_v2.2.csv": excluded,

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, run, table
-from PIL import Image
 
 import pretrain
 from support import datasets
@@ -20,9 +19,6 @@ STUDY = study.read_study(study.STUDY)
 
 def configuration(job: Job):
     return load_config(ROOT / "configs" / Path(job.stage).parts[0] / "toy.yaml", list(job.settings))
-
-
-# ---- the configuration ----
 
 
 def test_jobs_are_valid_differ_and_start_from_their_pre_training():
@@ -40,22 +36,6 @@ def test_jobs_are_valid_differ_and_start_from_their_pre_training():
             pretrain.build(config)  # the model, the objective and the mask are possible
 
 
-def test_cases_have_the_steps_that_the_page_says():
-    """Fine-tuning: as many for any number of labels. Pre-training: 2,000, or the same epochs of fewer videos."""
-    steps = {}
-    for job in {job for jobs in study.plan(STUDY, 0, [], []) for job in jobs if job}:
-        config = configuration(job)
-        videos = STUDY["subsets"].get(config.data.train, 8 * getattr(config.data, "per_class", 0) or 4000)
-        if config.optim.base_lr:  # 0: the initial weights
-            steps[job.stage, job.experiment] = config.optim.epochs * (videos // config.optim.batch_size)
-    assert steps.pop(("pretrain", "videos_1000_epochs")) == 500
-    assert steps.pop(("finetune", "twice")) == steps.pop(("finetune", "scratch_twice")) == 1000
-    few = [name for name in STUDY["experiments"] if name.endswith("00") and not name.startswith("videos")]
-    assert [steps.pop(("finetune", name)) for name in few] == [400] * 6
-    assert {length for (stage, _), length in steps.items() if stage == "pretrain"} == {2000}
-    assert [length for (stage, _), length in steps.items() if stage == "finetune"] == [500] * 17
-
-
 def test_every_experiment_is_in_a_table_and_every_claim_is_about_its_rows():
     named = set()
     for part in STUDY["tables"]:
@@ -71,9 +51,7 @@ def test_every_experiment_is_in_a_table_and_every_claim_is_about_its_rows():
     "arguments, sentence",
     [
         (["configs/pretrain/toy.yaml"], "configs/pretrain/toy.yaml is no study: it lacks about, experiments, folder"),
-        (["nowhere.yaml"], "no study can be read from nowhere.yaml"),
         (["LICENSE.yaml"], "no study can be read from LICENSE.yaml"),
-        (["--jobs", "0"], "--jobs has to be at least 1"),
         (["--only", "bass"], "--only=bass is not known; choose one of base, scratch"),
         (["mask.ration=0.5"], "unknown key 'mask.ration'; the nearest valid key is 'mask.ratio'"),
     ],
@@ -92,9 +70,6 @@ def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
         names = {Path(entry.path).name for entry in entries}
         # the first of each class, as those that fine-tuning takes with data.per_class: numbers follow the classes
         assert names == {f"{number:05d}.mp4" for number in range(count)}
-
-
-# ---- running ----
 
 
 def test_a_study_resumes_where_it_stopped_and_a_failure_stops_only_what_needs_it(monkeypatch, tmp_path):
@@ -135,13 +110,11 @@ def test_a_study_resumes_where_it_stopped_and_a_failure_stops_only_what_needs_it
 def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path, monkeypatch):
     """Pre-training on eight of 24 videos, then fine-tuning on all of them, for one epoch."""
     folder, few = tmp_path / "runs", str(tmp_path / "few.txt")
-    claims = [dict(says="8, 24", higher="few", lower="other", paper=1)]
-    tables = [dict(title="Tiny", why="Because.", rows=[dict(case="8 videos", experiment="few")], claims=claims)]
+    tables = [dict(title="Tiny", why="Because.", rows=[dict(case="8 videos", experiment="few")], claims=[])]
     same = "data.train=train data.val=val"
     settings = {"pretrain": f"{same} run.pictures=0", "finetune": f"{same} data.classes=classes.txt"}
-    experiments = {"few": {"pretrain": f"data.train={few} mask.ratio=0.5"}, "other": {}}
     tiny = dict(root=str(toy_videos), folder=str(folder), seeds=[3, 4], subsets={few: 8}, about="# Tiny\n")
-    tiny |= dict(settings=settings, experiments=experiments, tables=tables)
+    tiny |= dict(settings=settings, experiments={"few": {"pretrain": f"data.train={few}"}, "other": {}}, tables=tables)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     words = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=8", "data.workers=0"]
     command = ["tools.study", tmp_path / "tiny.yaml", *words, "--only", "few", "--seeds", "3"]
@@ -155,90 +128,34 @@ def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path, monkey
     assert 0.5 < float(first["loss"]) < 5 and 0 <= float(second["top1"]) <= 100
     assert first["command"].startswith("python pretrain.py ") and f"data.train={few}" in first["command"]
     assert all(row["torch"] and row["commit"] and float(row["seconds"]) >= 0 for row in (first, second))
-    printed = (folder / "few_seed3/pretrain/output.txt").read_text()
-    assert "8 videos" in printed and "32 of 64" in printed
+    assert "8 videos" in (folder / "few_seed3/pretrain/output.txt").read_text()
     text = (folder / "study.md").read_text()
     assert text.startswith("# Tiny\n") and "](study.png)" in text and "\nBecause.\n" in text
-    assert f"| 8 videos | pretrain: `data.train={few} mask.ratio=0.5` | {float(first['loss']):.3f} | **" in text
-    assert Image.open(folder / "study.png").width == 1000
+    assert f"| 8 videos | pretrain: `data.train={few}` | {float(first['loss']):.3f} | **" in text
+    assert (folder / "study.png").exists()
     # a job that fails
     (folder / "results.csv").unlink()
     (folder / "few_seed3/pretrain/checkpoint.pt").write_text("no checkpoint")
     done = run(*command, ok=False)
     assert done.returncode == 1 and f"{folder / 'few_seed3/pretrain'}: failed, see output.txt there" in done.stderr
     assert "1 jobs failed: the same command tries again" in done.stderr
-    assert "is not a whole checkpoint" in (folder / "few_seed3/pretrain/output.txt").read_text()
 
 
 def test_results_from_the_logs_of_the_stages(tmp_path):
     """Pre-training: the mean of the last eight lines. A probe: two figures; of a repeated test, the last."""
-
-    def result(stage: str, lines: list[dict]) -> list[dict]:
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return study.read_log(Job("base", "0", stage, tmp_path, ()))
-
     losses = [dict(step=step, loss=loss) for step, loss in enumerate([9.0] * 3 + [1.0, 2.0] * 4)]
-    for stage in ("pretrain", "baselines/moco_v3"):
-        assert result(stage, losses) == [dict(stage=stage, loss="1.5000")]
-    lines = [dict(step=10 * i, loss=float(i)) for i in range(1, 8)]
-    lines += [dict(step=70, val_top1=9.0), dict(step=70, test_top1=50.0)]
-    assert result("finetune", lines) == [dict(stage="finetune", top1="50.00", curve="50:3.000 70:6.500")]
+    tuned = [dict(step=10 * i, loss=float(i)) for i in range(1, 8)]
+    tuned += [dict(step=70, val_top1=9.0), dict(step=70, test_top1=50.0)]
     tests = (("pre-trained", 1.0), ("pre-trained", 14.25), ("random", 13.0))
-    lines = [dict(step=3, encoder=name, test_top1=top1) for name, top1 in tests]
+    probed = [dict(step=3, encoder=name, test_top1=top1) for name, top1 in tests]
     both = [dict(stage="probe", top1="14.25"), dict(stage="probe of random weights", top1="13.00")]
-    assert result("probe", lines) == both
-
-
-# ---- the report ----
-
-
-def results_of(rows: list[tuple]) -> dict:
-    """Results as `read_results` returns them, from rows of experiment, stage and each seed's top-1."""
-    results = {}
-    for experiment, stage, *top1 in rows:
-        for seed, value in enumerate(top1):
-            row = dict(experiment=experiment, seed=str(seed), stage=stage, top1=value, curve="")
-            results[experiment, str(seed), stage] = row | dict(torch="2.15", commit="abc")
-    return results
-
-
-def test_report_of_results_computed_by_hand(tmp_path):
-    rows = [("base", "finetune", 90.0, 93.0, 96.0), ("scratch", "finetune", 12.5), ("labels_400", "finetune", 40.0)]
-    rows += [("scratch_400", "finetune", 30.0)]
-    rows += [("frame_75", "finetune", 80.0, 92.0, 90.0), ("random_75", "finetune", 91.0, 95.0, 96.5)]
-    rows += [("depth_4", "finetune", 70.0, 95.0, 80.0), ("probe", "probe", 14.0)]
-    rows += [("probe", "probe of random weights", 13.0), ("base", "pretrain", "", "")]
-    results = results_of(rows)
-    # halfway is 1.5397: between ln 8 and the lowest, 1.0
-    curves = ("50:2.000 100:1.000", "50:1.900 100:1.8 150:1.400", "50:2.000 100:1.9 150:1.7")
-    for seed, curve in enumerate(curves):
-        results["base", str(seed), "finetune"]["curve"] = curve
-    assert round(50 + 50 * (2 - 1.5397)) == 73 and round(100 + 50 * (1.8 - 1.5397) / 0.4) == 133
-    results["base", "0", "pretrain"]["loss"], results["base", "1", "pretrain"]["loss"] = 0.61, 0.63
-    (tmp_path / "charts").mkdir()
-    study_report.write_report(STUDY, results, tmp_path / "study.md", tmp_path / "charts" / "study.png")
-    text = (tmp_path / "study.md").read_text("utf-8").replace("`", "")
-    for line in (
-        "| 1 block | – | 0.620 | **93.0** (90.0, 93.0, 96.0) | **133** (73, 133, never) | 68.5 / 79.0 |",
-        "| from scratch | init: scratch | – | **12.5** (12.5) | – | 32.6 |",
-        "| 400, VideoMAE | init: base, finetune: data.per_class=50 optim.epochs=8 optim.warmup_epochs=1.6 | 0.620 "
-        "| **40.0** (40.0) | – | 62.6 |",
-        "| VideoMAE, probed | init: base | 0.620 | **14.0** (14.0) | – | 38.9 |",
-        "| random weights, probed | init: base | – | **13.0** (13.0) | – | – |",
-        # claims: ahead with each seed; behind by less than the seeds' range; a large difference within the range
-        "| tube, frame | +8.1 / +3.5 | **+5.7** (+10.0, +1.0, +6.0) | ahead with every seed, below the spread |",
-        "| tube, random | +1.3 / +0.5 | **-1.2** (-1.0, -2.0, -0.5) | behind with every seed, below the spread |",
-        "| 4 blocks, 1 block | +1.1 / +1.0 | **-11.3** (-20.0, +2.0, -16.0) | no order, below the spread |",
-        "| the gap with 400 labels, with 4,000 | +33.4 | **-67.5** (-67.5) | behind with every seed |",
-        "| VideoMAE: fine-tuned, probed | +30.7 | **+76.0** (+76.0) | ahead with every seed |",
-        "**1 of 8 agree with the paper in every row; these do not: Table 2, Figure 3, Table 1b, Table 1c, Table 1f, "
-        "Table 3, Figure 4.**",
-        "![means as bars, seeds as dots](charts/study.png)",
-        f"{len(results)} results of commit abc with torch 2.15.",
+    for stage, lines, results in (
+        ("pretrain", losses, [dict(stage="pretrain", loss="1.5000")]),
+        ("finetune", tuned, [dict(stage="finetune", top1="50.00", curve="50:3.000 70:6.500")]),
+        ("probe", probed, both),
     ):
-        assert f"\n{line}\n" in text
-    assert "mask.ratio=0.9" not in text and "90 %: 14" not in text  # no result yet
-    assert (tmp_path / "charts" / "study.png").exists()
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert study.read_log(Job("base", "0", stage, tmp_path, ())) == results
 
 
 def test_published_pages_agree_with_the_published_results(tmp_path):

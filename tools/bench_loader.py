@@ -1,18 +1,16 @@
 """Time loading one pre-training sample (decode, crop, resize) against the authors' way: decord, and PIL per frame.
 
     pip install decord
-    python -m tools.bench_loader VIDEO...
+    python -m tools.bench_loader VIDEO
+    python -m tools.bench_loader VIDEO PREPARED     # also the file that `python -m tools.prepare` makes of it
 
-The sample is loaded from the video, from the file that `python -m tools.prepare` makes of it, and from the latter by a
-loader's worker; then several clips of a video at once, against one at a time, and the 5 x 3 views of a test video,
-decoded once, against 15 separate views. Ratios are medians of pairs, timed in turns.
+The authors' way always reads VIDEO. Then several clips of a video at once, against one at a time, and the 5 x 3 views
+of a test video, decoded once, against 15 separate views. Ratios are medians of pairs, timed in turns.
 """
 
 import argparse
+import itertools
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,10 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import data
-from support.config import UserError
 from support.processes import launch
 from support.seeds import sample_generator
-from support.video import Video
 from tools.bench_step import measure, require, speedup
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
@@ -44,6 +40,14 @@ def our_views(path: Path) -> Tensor:
     return data.TestViews([path], **options)[0][1]  # uint8 (15, T, 3, 224, 224)
 
 
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """Stack, ToTorchFormatTensor and GroupNormalize of the authors: (3, T, H, W)."""
+    stacked = numpy.concatenate(images, axis=2)  # (H, W, T * 3)
+    clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)
+    mean, std = (torch.tensor(values * len(images))[:, None, None] for values in (data.MEAN, data.STD))
+    return clip.sub_(mean).div_(std).unflatten(0, (len(images), 3)).transpose(0, 1)
+
+
 class AuthorsClips(Dataset):
     """The authors' pre-training samples, with the keys, frames and crops of data.PretrainingClips."""
 
@@ -57,32 +61,23 @@ class AuthorsClips(Dataset):
         images = [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]
         top, left, height, width = data.multi_scale_crop(images[0].height, images[0].width, 224, SCALES, generator)
         images = [image.crop((left, top, left + width, top + height)) for image in images]  # GroupMultiScaleCrop
-        images = [image.resize((224, 224), Image.BILINEAR) for image in images]
-        stacked = numpy.concatenate(images, axis=2)  # Stack: (H, W, T * 3)
-        clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)  # ToTorchFormatTensor
-        mean, std = (torch.tensor(values * 16)[:, None, None] for values in (data.MEAN, data.STD))
-        return clip.sub_(mean).div_(std).view(16, 3, 224, 224).transpose(0, 1)  # GroupNormalize; (3, T, H, W)
+        return to_tensor([image.resize((224, 224), Image.BILINEAR) for image in images])
 
 
 def authors_views(path: Path) -> Tensor:
     """Load each of the 15 views from the file again: every fourth frame, resized, then cut."""
     views = []
-    for clip in range(5):
-        for crop in range(3):
-            reader = require("decord").VideoReader(str(path), num_threads=1)
-            strided = list(range(0, len(reader), 4))
-            strided += [strided[-1]] * (16 - len(strided))
-            frames = reader.get_batch(strided).asnumpy()
-            height, width = frames.shape[1:3]
-            size = (width * 224 // min(height, width), height * 224 // min(height, width))
-            images = [Image.fromarray(frame).resize(size, Image.BILINEAR) for frame in frames]
-            start = clip * (len(strided) - 16) // 4
-            stacked = numpy.stack([numpy.asarray(image) for image in images[start : start + 16]])  # (T, H, W, 3)
-            axis = 2 if width >= height else 1
-            first = int(crop * (stacked.shape[axis] - 224) / 2)
-            view = torch.from_numpy(stacked.take(range(first, first + 224), axis=axis)).permute(3, 0, 1, 2).float()
-            mean, std = (torch.tensor(values)[:, None, None, None] for values in (data.MEAN, data.STD))
-            views.append(view.div_(255).sub_(mean).div_(std))  # (3, T, 224, 224)
+    for clip, crop in itertools.product(range(5), range(3)):
+        reader = require("decord").VideoReader(str(path), num_threads=1)
+        strided = list(range(0, len(reader), 4))
+        strided += [strided[-1]] * (16 - len(strided))
+        images = [Image.fromarray(frame) for frame in reader.get_batch(strided).asnumpy()]
+        images = [data.TF.resize(image, 224) for image in images]
+        start = clip * (len(strided) - 16) // 4
+        left, top = ((side - 224) * crop // 2 for side in images[0].size)
+        views.append(
+            to_tensor([image.crop((left, top, left + 224, top + 224)) for image in images[start : start + 16]])
+        )
     return torch.stack(views)
 
 
@@ -122,62 +117,25 @@ def compare(title: str, way: Callable[[int], float], other: Callable[[int], floa
     print(f"{title}: {speedup(seconds, 'way', 'other')} times as fast; {first:.1f} against {second:.1f} ms", flush=True)
 
 
-def bench(path: Path, prepared: Path, rounds: int) -> None:
-    """Print all comparisons for one video."""
-    size = prepared.stat().st_size / path.stat().st_size
-    quality = statistics.mean(psnr(path, prepared, seed) for seed in range(20))
-    print(f"{path.name}, prepared: {size:.2f} times the size, PSNR of clips {quality:.1f} dB")
-    original, encoded, authors = our_clips(path), our_clips(prepared), AuthorsClips(path)
-    peer = "decord + PIL on the original"
-    compare(f"{path.name}, a clip against {peer}", partial(samples, original), partial(samples, authors), rounds)
-    compare(f"prepared, a clip against {peer}", partial(samples, encoded), partial(samples, authors), rounds)
-    worker = partial(through_a_worker, encoded)
-    compare(f"prepared, in a worker against {peer}", worker, partial(through_a_worker, authors), rounds // 4)
-    for file, title in ((path, path.name), (prepared, "prepared")):
-        for repeats in (2, 4):
-            several = partial(through_a_worker, our_clips(file, repeats), repeats=repeats)
-            once = partial(through_a_worker, our_clips(file))
-            compare(f"{title}, in a worker: data.repeats={repeats} against 1", several, once, rounds // 4)
-    views = partial(test_video, our_views, path), partial(test_video, authors_views, path)
-    compare(f"{path.name}, 5 x 3 test views against 15 views one by one", *views, rounds // 8)
-
-
-def psnr(original: Path, prepared: Path, seed: int) -> float:
-    """Return the peak signal-to-noise ratio, in dB, of a clip of the prepared file against the original's."""
-    clips, size = [], None
-    for path in (prepared, original):
-        generator = sample_generator(0, seed, 0)
-        with Video(path) as video:
-            frames = video.frames(data.dense_clip(len(video), 16, 4, generator))
-        size = size or list(frames.shape[-2:])
-        frames = data.TF.resize(frames, size, antialias=True)
-        clips.append(data.resized_multi_scale_crop(frames, generator, 224, SCALES, False).float())
-    return float(-10 * ((clips[0] - clips[1]) / 255).square().mean().log10())
-
-
-def prepare(path: Path, folder: Path, short: int) -> Path:
-    """Encode a video as a dataset's are."""
-    source = folder / "original" / path.name
-    source.parent.mkdir(parents=True)
-    source.symlink_to(path.resolve())
-    words = [f"data.root={source.parent}", "--to", str(folder / "prepared"), "--short", str(short), "--processes", "1"]
-    done = subprocess.run([sys.executable, "-m", "tools.prepare", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{path} cannot be prepared: {(done.stderr + done.stdout).splitlines()[-1]}")
-    return (folder / "prepared" / path.name).with_suffix(".mp4")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", type=Path)
+    parser.add_argument("video", type=Path)
+    parser.add_argument("prepared", type=Path, nargs="?")
     parser.add_argument("--repeats", type=int, default=20, help="pairs, of four samples each")
-    parser.add_argument("--short", type=int, default=256, help="as for `python -m tools.prepare`")
     options = parser.parse_args()
     require("decord")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for number, path in enumerate(options.videos):
-            bench(path, prepare(path, Path(folder, str(number)), options.short), options.repeats)
+    authors, pairs = AuthorsClips(options.video), options.repeats
+    for path in filter(None, (options.video, options.prepared)):
+        clips = our_clips(path)
+        compare(f"{path}, a clip against decord + PIL", partial(samples, clips), partial(samples, authors), pairs)
+        once, peer = partial(through_a_worker, clips), partial(through_a_worker, authors)
+        compare(f"{path}, in a worker against decord + PIL", once, peer, pairs // 4)
+        for repeats in (2, 4):
+            more = partial(through_a_worker, our_clips(path, repeats), repeats=repeats)
+            compare(f"{path}, in a worker: data.repeats={repeats} against 1", more, once, pairs // 4)
+    views = partial(test_video, our_views, options.video), partial(test_video, authors_views, options.video)
+    compare(f"{options.video}, 5 x 3 test views against 15 views one by one", *views, pairs // 8)
 
 
 if __name__ == "__main__":

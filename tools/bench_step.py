@@ -5,25 +5,34 @@
     python -m tools.bench_step configs/finetune/k400_base.yaml run.batch_per_device=2 --forward
     python -m tools.bench_step mask.decoder_ratio=0.5                         # half the decoder against all of it
     python -m tools.bench_step run.batch_per_device=16 run.precision=bf16 run.compile=always
+    python -m tools.bench_step configs/pretrain/k400_small.yaml run.batch_per_device=2 --scaling --repeats 3
 
 Model, batch and precision are those of a recipe. A CPU computes with one thread. The ratio is the median of pairs.
 Memory is measured in a process of its own for each model.
+
+--scaling times one process against two, each with its own clips. Efficiency is the time of one process's step over
+that of two, which do twice the work: 1 would be perfect. Two processes that exchange no gradients tell what the machine
+itself costs. Every round starts new processes.
 """
 
 import argparse
 import importlib
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import masking
@@ -31,7 +40,9 @@ import pretrain
 from model import SIZES, checkpoint_activations
 from support.config import UserError, parse
 from support.processes import Processes, compiler, launch, start_processes
-from tools.scale import CONFIGS, build, load_recipe, step_flops
+from tools.scale import CONFIGS, build, load_recipe
+
+SCALING = {"one": 1, "two": 2, "two, no exchange": 2}  # processes
 
 # ---- for all benchmarks ----
 
@@ -132,21 +143,28 @@ def transformers_sdpa(config: SimpleNamespace, device: torch.device) -> tuple[nn
 
 
 def build_step(name: str, config: SimpleNamespace, forward: bool, processes: Processes) -> Callable[[], None]:
-    """Return a training step, or a forward pass, of "ours", "transformers", or "all": ours with the whole decoder."""
+    """Return a training step, or a forward pass, of a model.
+
+    name: "transformers", "ours", "all" (ours with the whole decoder), or a key of SCALING (ours in parallel).
+    """
     if name == "all":
         config = SimpleNamespace(**vars(config) | dict(mask=SimpleNamespace(ratio=config.mask.ratio, decoder_ratio=0)))
     model, loss = (transformers_sdpa if name == "transformers" else ours)(config, processes.device)
     network = compiler(config.run.compile, processes.device)(model)
+    if name.startswith("two"):
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     fused = name != "transformers" or processes.device.type == "cuda"  # its default
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
 
     def step() -> None:
-        with processes.autocast(), torch.set_grad_enabled(not forward):
-            value = loss(network)
-        if not forward:
+        with network.no_sync() if name == "two, no exchange" else nullcontext():
+            with processes.autocast(), torch.set_grad_enabled(not forward):
+                value = loss(network)
+            if forward:
+                return
             value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -172,51 +190,78 @@ def peak_memory(device: torch.device) -> float:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
 
 
-def matmul_rate(processes: Processes) -> float:
-    """Return the FLOP/s of a large matrix product: the most that this machine reaches."""
-    side = 2048 if processes.device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=processes.device, dtype=processes.dtype)
-    return 2 * side**3 / statistics.median(timed(lambda: a @ a, processes.device) for _ in range(6))
-
-
 def compare(config: SimpleNamespace, options: argparse.Namespace, processes: Processes) -> None:
     """Print speed and memory of both models."""
     names = ["ours", "transformers"]
     if hasattr(config, "mask") and config.mask.decoder_ratio:
         names = ["ours", "all"]
-    ways = {}
-    for name in names:
-        step = build_step(name, config, options.forward, processes)
-        ways[name] = lambda number, step=step: timed(step, processes.device)
+    steps = {name: build_step(name, config, options.forward, processes) for name in names}
+    ways = {name: lambda number, step=step: timed(step, processes.device) for name, step in steps.items()}
     seconds = measure(ways, options.repeats)
     first, second = (statistics.median(times) for times in seconds.values())
     clips, dtype = config.run.batch_per_device, str(processes.dtype).removeprefix("torch.")
     print(
         f"ViT-{config.model.size}, {clips} clips, {dtype}: {speedup(seconds, *names)} times as fast as {names[1]}; "
-        f"{first:.3f} against {second:.3f} s a step, {clips / first:.1f} clips/s"
+        f"{first:.3f} against {second:.3f} s a step, {clips / first:.1f} clips/s",
+        flush=True,
     )
-    flops, peak = clips * step_flops(config) / (3 if options.forward else 1), matmul_rate(processes)
-    what = f"{flops / 1e9:.0f} GFLOP a step at {flops / first / 1e12:.3f} TFLOP/s"
-    print(f"    {what} = {flops / first / peak:.0%} of a matrix product's {peak / 1e12:.3f}", flush=True)
-    command = [sys.executable, "-m", "tools.bench_step", *sys.argv[1:], "--memory-of"]
-    memory = [subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout for name in names]
-    print(f"    peak memory {memory[0].strip()} against {memory[1].strip()} GB")
+    memory = [in_new_process(name) for name in names]
+    print(f"    peak memory {memory[0]:.2f} against {memory[1]:.2f} GB")
+
+
+def compare_scaling(config: SimpleNamespace, repeats: int) -> None:
+    """Print the speed of one process and of two."""
+    seconds = measure({way: lambda number, way=way: in_new_process(way, SCALING[way]) for way in SCALING}, repeats)
+    for way, processes in SCALING.items():
+        median, clips = statistics.median(seconds[way]), processes * config.run.batch_per_device
+        print(
+            f"ViT-{config.model.size}, {way}: {median:.3f} s a step of {clips} clips, {clips / median:.2f} clips/s; "
+            f"efficiency {speedup(seconds, way, 'one')}"
+        )
+
+
+def in_new_process(name: str, count: int = 0) -> float:
+    """Return what this command prints with `--child name`, in `count` processes through torchrun."""
+    command = [sys.executable]
+    if count:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += ["-m", "tools.bench_step", *sys.argv[1:], "--child", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def run_child(name: str, step: Callable[[], None], processes: Processes) -> None:
+    """Print the median seconds of a step in one of several processes, else the peak memory of two steps."""
+    if name not in SCALING:
+        for _ in range(2):
+            step()
+        return print(peak_memory(processes.device))
+    seconds = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    if processes.rank == 0:
+        print(statistics.median(seconds[1:]))  # the first is for warming up
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forward", action="store_true", help="the forward pass alone")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--scaling", action="store_true", help="one process against two")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parse(parser)
     config = read_recipe(options.settings)
+    if options.scaling and not options.child:
+        return compare_scaling(config, options.repeats)
     processes = start_processes(config.run.precision)
     torch.set_num_threads(1)
-    if options.memory_of:
-        step = build_step(options.memory_of, config, options.forward, processes)
-        for _ in range(2):
-            step()
-        return print(f"{peak_memory(processes.device):.2f}")
+    if options.child:
+        return run_child(options.child, build_step(options.child, config, options.forward, processes), processes)
     print(f"torch {torch.__version__}, {processes.device}")
     compare(config, options, processes)
 

@@ -68,21 +68,16 @@ def empty_batch(config: SimpleNamespace, positions: list[int], clips: int) -> li
     return [clip, *(torch.empty(clips, count, dtype=torch.long) for count in positions)]
 
 
-def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Return the FLOPs of a forward pass; a training step takes three times as many."""
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
-
-
 def step_flops(config: SimpleNamespace) -> int:
     """Return a recipe's FLOPs of a step per clip; with MoCo v3 per video: two clips, also forward as keys."""
     model, positions = build(config)
-    with torch.device("meta"):
+    with torch.device("meta"), FlopCounterMode(display=False) as forward:
+        batch = empty_batch(config, positions, 2 if hasattr(config, "moco") else 1)
+        model(*batch)
+    with torch.device("meta"), FlopCounterMode(display=False) as keys:
         if hasattr(config, "moco"):
-            clips = empty_batch(config, [], 2)
-            return 3 * forward_flops(model, *clips) + forward_flops(moco_v3.key_network(model), *clips)
-        return 3 * forward_flops(model, *empty_batch(config, positions, 1))
+            moco_v3.key_network(model)(*batch)
+    return 3 * forward.get_total_flops() + keys.get_total_flops()
 
 
 def kept_for_backward(model: nn.Module, *inputs: Tensor) -> int:

@@ -5,11 +5,13 @@ import math
 import os
 import statistics
 from pathlib import Path
-from typing import Any
 
 from support import toy
 from support.config import say
 from support.pictures import new_figure
+
+CASES = ["| case | overrides | pre-training loss | top-1 | steps to halfway | paper |", "|---|---|---|---|---|---|"]
+CLAIMS = ["\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |", "|---|---|---|---|"]
 
 
 def read_results(file: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -91,15 +93,20 @@ def write_report(study: dict, results: dict, page: Path, picture: Path) -> None:
     for table, axes in zip(study["tables"], panels, strict=False):
         axes.set(title=table["title"], xlim=(0, 100), xlabel="top-1, %")
         axes.invert_yaxis()
-        rows = [row | dict(top1=_top1(results, row)) for row in table["rows"]]
-        rows = [row for row in rows if row["top1"]]
-        _draw(rows, axes)
+        rows = []
+        for row in table["rows"]:
+            top1 = list(values(results, row["experiment"], row.get("stage", "finetune")).values())
+            if not top1:
+                continue
+            rows.append(_row(study, results, row, top1))
+            # the mean as a bar, seeds as dots
+            axes.barh(row["case"], statistics.mean(top1), color="lightsteelblue")
+            axes.plot(top1, [row["case"]] * len(top1), "o", color="black", markersize=3)
         if rows:
             claims = [compare(results, claim) for claim in table["claims"]]
             agreement[table["title"]] = all(agrees for _, agrees in claims)
-            sections += _section(
-                table, [_row(study, results, row) for row in rows], [line for line, _ in claims if line]
-            )
+            sections += [f"## {table['title']}\n", *CASES, *rows]
+            sections += [*CLAIMS, *(line for line, _ in claims if line), f"\n{table['why']}\n"]
     others = ", ".join(title.split(":")[0] for title, agrees in agreement.items() if not agrees) or "none"
     count = f"{sum(agreement.values())} of {len(agreement)}"
     commits = ", ".join(sorted({row["commit"] for row in results.values()}))
@@ -113,20 +120,7 @@ def write_report(study: dict, results: dict, page: Path, picture: Path) -> None:
     say(f"{page}, {picture}")
 
 
-def _section(table: dict, rows: list[str], claims: list[str]) -> list[str]:
-    return [
-        f"## {table['title']}\n",
-        "| case | overrides | pre-training loss | top-1 | steps to halfway | paper |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "\n| which is ahead of which | by, in the paper | by, here: mean (seeds) | |",
-        "|---|---|---|---|",
-        *claims,
-        f"\n{table['why']}\n",
-    ]
-
-
-def _row(study: dict, results: dict, row: dict) -> str:
+def _row(study: dict, results: dict, row: dict, top1: list[float]) -> str:
     """Return a case as a row of a table: overrides, loss, top-1 and steps as mean or median and all seeds."""
     experiment, stage = study["experiments"][row["experiment"]], row.get("stage", "finetune")
     overrides = ", ".join(f"{key}: `{words}`" for key, words in experiment.items() if words) or "–"
@@ -137,16 +131,5 @@ def _row(study: dict, results: dict, row: dict) -> str:
     seeds = [f"{step:.0f}" if step < math.inf else "never" for step in steps_to_halfway(results, row["experiment"])]
     if seeds and stage == "finetune":
         steps = f"**{seeds[(len(seeds) - 1) // 2]}** ({', '.join(seeds)})"
-    top1 = f"**{statistics.mean(row['top1']):.1f}** ({', '.join(f'{value:.1f}' for value in row['top1'])})"
-    return f"| {row['case']} | {overrides} | {loss} | {top1} | {steps} | {row.get('paper', '–')} |"
-
-
-def _top1(results: dict, row: dict) -> list[float]:
-    return [*values(results, row["experiment"], row.get("stage", "finetune")).values()]
-
-
-def _draw(rows: list[dict], axes: Any) -> None:
-    """Draw each case's mean as a bar and its seeds as dots."""
-    for row in rows:
-        axes.barh(row["case"], statistics.mean(row["top1"]), color="lightsteelblue")
-        axes.plot(row["top1"], [row["case"]] * len(row["top1"]), "o", color="black", markersize=3)
+    accuracy = f"**{statistics.mean(top1):.1f}** ({', '.join(f'{value:.1f}' for value in top1)})"
+    return f"| {row['case']} | {overrides} | {loss} | {accuracy} | {steps} | {row.get('paper', '–')} |"
