@@ -196,10 +196,9 @@ def test_command(tmp_path):
 
 
 def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
-    (tmp_path / "gt.csv").write_text(
-        "-bc,0903,0.5,0.1,0.9,0.8,12,1\r\n-bc,902,0.1,0.1,0.3,0.8,80,0\r\n\r\nab,0902,0.2,0.2,0.4,0.4,3,5\r\n"
-        "-bc,0903,0.1,0.1,0.3,0.8,11,0\r\n-bc,0903,0.50,0.1,0.9,0.8,79,1\r\n"
-    )
+    text = "-bc,0903,0.5,0.1,0.9,0.8,12,1\r\n-bc,902,0.1,0.1,0.3,0.8,80,0\r\n\r\nab,0902,0.2,0.2,0.4,0.4,3,5\r\n"
+    text += "-bc,0903,0.1,0.1,0.3,0.8,11,0\r\n-bc,0903,0.50,0.1,0.9,0.8,79,1\r\n"
+    (tmp_path / "gt.csv").write_text(text)
     frames = ava.key_frames(ava.read_ground_truth(tmp_path / "gt.csv"))
     assert list(frames) == [("-bc", 902), ("-bc", 903), ("ab", 902)]
     boxes, labels = ava.to_persons(frames["-bc", 903], 80)
@@ -210,20 +209,18 @@ def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
 
 
 def test_detections_are_read_as_they_were_written(tmp_path):
-    scores = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()  # float32, as probabilities are
-    names = ['a, "b"', "日本", *map(str, range(48))]
-    rows = [ava.Row((name, 902), LEFT, 1, score) for name, score in zip(names, scores, strict=True)]
+    scores = torch.rand(50)  # float32, as probabilities are
+    rows = [ava.Row((f'{i}, "日本"', 902), LEFT, 1, score) for i, score in enumerate(scores.tolist())]
     ava.write_rows(tmp_path / "found.csv", rows)
     again = ava.read_detections(tmp_path / "found.csv")
     assert [row[:3] for row in again] == [row[:3] for row in rows]
-    assert torch.equal(torch.tensor([row.score for row in again]), torch.tensor(scores))
+    assert torch.equal(torch.tensor([row.score for row in again]), scores)
 
 
 def test_rows_of_ava_kinetics(tmp_path):
     """Key frames at fractions of a second, and rows without a box: a key frame without persons."""
-    (tmp_path / "gt.csv").write_text(
-        "k,1.5,0.1,0.1,0.3,0.8,12,0\nk,2.5\nv,0902,0.1,0.1,0.3,0.8,12,0\nk,84.083333,0,0,1,1,3,1\nv,0903,,,,,,\n"
-    )
+    text = "k,1.5,0.1,0.1,0.3,0.8,12,0\nk,2.5\nv,0902,0.1,0.1,0.3,0.8,12,0\nk,84.083333,0,0,1,1,3,1\nv,0903,,,,,,\n"
+    (tmp_path / "gt.csv").write_text(text)
     rows = ava.read_ground_truth(tmp_path / "gt.csv")
     assert list(ava.key_frames(rows)) == [("k", 1.5), ("k", 84.083333), ("v", 902)]
     ava.write_rows(tmp_path / "again.csv", rows)
@@ -237,13 +234,8 @@ def test_rows_of_ava_kinetics(tmp_path):
 GOOD = "v,0902,0.1,0.1,0.3,0.8,12,1\n"
 AIA = {"image_id": 1798, "bbox": [100, 0, 300, 200], "category_id": 1, "score": 0.85}
 SIT = 'item { name: "sit" id: 1 }\n'
-TRUTH, FOUND, EXCLUDED, ACTIONS, PERSONS = (
-    ava.read_ground_truth,
-    ava.read_detections,
-    ava.read_exclusions,
-    ava.read_actions,
-    partial(ava.read_person_boxes, threshold=0.8),
-)
+TRUTH, FOUND, EXCLUDED, ACTIONS = ava.read_ground_truth, ava.read_detections, ava.read_exclusions, ava.read_actions
+PERSONS = partial(ava.read_person_boxes, threshold=0.8)
 BOX = "0.1,0.1,0.3,0.8"
 MISTAKES = [  # who reads it, the content of the file, what is said of it
     (TRUTH, f"{GOOD}\n{GOOD}v,0902,0,0,1,1", "line 4: 6 columns; a row is video,second,x1,y1,x2,y2,action,person"),
@@ -292,10 +284,8 @@ def test_lists_of_actions(tmp_path):
 
 def test_person_boxes_of_slowfast_and_of_ground_truth(tmp_path, capsys):
     path = tmp_path / "boxes.csv"
-    path.write_text(
-        "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
-        "v,0902,0.5,0.1,0.7,0.8,914,0.8\nw,0902,0,0,1,1,,0.7\n"  # action 914 is of a larger list
-    )
+    text = "v,0903,0.1,0.1,0.3,0.8,,0.95\nv,0903,0.5,0.1,0.7,0.8,,0.6\nv,0902,0.5,0.1,0.7,0.8,12,0.8\n"
+    path.write_text(text + "v,0902,0.5,0.1,0.7,0.8,914,0.8\nw,0902,0,0,1,1,,0.7\n")  # 914 is of a larger list
     scores = {frame: [(row.action, row.score) for row in rows] for frame, rows in PERSONS(path).items()}
     assert scores == {("v", 902): [(0, 0.8), (0, 0.8)], ("v", 903): [(0, 0.95)]}  # actions are not needed
     path.write_text("v,0902,0,0,1,1,,1\nv,0902,0.5,0,1,1,,0\n")
@@ -376,9 +366,8 @@ def test_list_of_movies(tmp_path):
     (tmp_path / "frames").mkdir()
     movies = {"-5K": "-5K.mkv", "b": "b.MP4", "frames": "frames"}
     assert ava.list_movies(tmp_path) == {video: tmp_path / name for video, name in movies.items()}
-    for name in ("none", "frames"):
-        with pytest.raises(UserError, match="there is no folder .* with movies"):
-            ava.list_movies(tmp_path / name)
+    with pytest.raises(UserError, match="there is no folder .* with movies"):
+        ava.list_movies(tmp_path / "frames")
 
 
 def test_a_folder_of_frames_is_read_like_a_video(tmp_path):
