@@ -34,6 +34,7 @@ MISTAKES = [
     (["finetune"], "mask.ratio=0.5", "unknown key 'mask.ratio'"),
     (["probe"], "optim.layer_decay=0.7", "unknown key 'optim.layer_decay'"),
     (["pretrain"], "mask.ratio=1.0", "a mask ratio of 1 masks 16 of 16 places"),
+    (["pretrain"], "mask.ratio=0.05", "a mask ratio of 0.05 masks 0 of 16 places"),
     (["pretrain"], "mask.type=tubes", "mask.type=tubes is not known; choose one of tube, random, frame"),
     (["pretrain"], "data.root=tests", "there is no folder or list file"),
     (["baselines/moco_v3"], "mask.ratio=0.5", "unknown key 'mask.ratio'"),
