@@ -52,6 +52,8 @@ def load_weights(
     errors += [f"{key} is left over" for key in sorted(left_over) if not key.startswith(lacking)]
     if errors:
         what = f"this {type(model).__name__} (another model size, model.pretrained_clip or stage?)"
+        if "fc_norm.weight" in misfits and {"encoder.norm.weight", "head.weight"} <= state.keys():
+            what += ", as it classifies by the first token (use_mean_pooling=False), which VideoMAE does not"
         raise UserError(f"{path} does not fit {what} in {len(errors)} places: {'; '.join(errors[:3])}")
     for key in own.keys() - new:
         own[key].copy_(state[key])

@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
         (classifier(classes=3), "five", r"head.bias is \(5,\), the model's \(3,\)"),
         (five, "strange", "norm_pre.bias is left over"),
         (five, "no positions", "does not fit this VideoClassifier"),
-        (five, "first token", "fc_norm.weight is missing"),
+        (five, "first token", r"classifies by the first token \(use_mean_pooling=False\)"),
         (five, "text", "safely"),
         (five, "list", "holds no named tensors"),
         (five, "empty", "holds no named tensors"),
