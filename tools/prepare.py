@@ -4,6 +4,7 @@ python -m tools.prepare data.root=/data/ucf101 --to /data/ucf101_256
 """
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -120,6 +121,9 @@ def encode(source: Path, target: Path, short: int) -> str:
                 raise BrokenVideo(f"{source}: {len(times)} frames became {len(written)}")
         os.replace(part, target)
     except OSError as error:  # reading is not what failed: that is a BrokenVideo
+        if error.errno == errno.ENAMETOOLONG:  # .mp4 is longer than .ts
+            part.unlink(missing_ok=True)
+            return f"{source}: its name is too long with the suffix .mp4"
         raise UserError(f"{target} cannot be written ({error}): fix this, then the same command resumes") from None
     except (BrokenVideo, av.FFmpegError, ValueError) as error:
         part.unlink(missing_ok=True)
