@@ -82,9 +82,6 @@ def test_tensorboard_that_is_missing_ends_in_a_sentence(settings, tmp_path, monk
     assert done.returncode == 1 and "run.tensorboard=true needs TensorBoard: pip install tensorboard" in done.stderr
 
 
-# ---- the optimizer ----
-
-
 def paper_layer(name: str, depth: int) -> int:
     """Table 10's layer-wise lr decay: 0 the cube embedding, 1 to depth the blocks, then what follows the encoder."""
     block = re.match(r"encoder\.blocks\.(\d+)\.", name)
@@ -187,6 +184,14 @@ def test_activation_checkpointing_changes_nothing(stage, settings, tmp_path):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+@pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
+def test_validation_changes_nothing_that_follows(stage, settings, finished, tmp_path):
+    for every in (0, 1):  # with drop path, which validation turns off
+        more = ["model.drop_path=0.9", f"run.validate_every={every}", f"run.folder={tmp_path / str(every)}"]
+        run(f"{stage}.py", *settings[stage], *more, "data.workers=0")
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") != losses(finished(stage))
+
+
 def test_a_trace_and_kept_checkpoints_change_nothing(settings, finished, tmp_path):
     run("pretrain.py", *settings["pretrain"], "run.profile=true", "run.keep_every=2", f"run.folder={tmp_path}")
     kept = {path.name: torch.load(path, weights_only=True)["step"] for path in tmp_path.glob("checkpoint*.pt")}
@@ -222,9 +227,6 @@ def test_only_lines_of_the_log_wait_for_the_gpu(stage, compiled, settings, tmp_p
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(losses(tmp_path)) == 1
-
-
-# ---- broken videos ----
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "probe", "baselines/moco_v3"])
