@@ -238,6 +238,14 @@ def test_broken_files_are_named_and_leave_nothing_open(tmp_path):
         list(video.every_frame())
 
 
+def test_a_frame_that_is_missing_at_the_end_is_named(videos):
+    with Video(videos["all_key_frames"]) as video:
+        video.packets.pop()
+        for decode in (lambda: list(video.every_frame()), lambda: video.frames([COUNT - 1])):
+            with pytest.raises(BrokenVideo, match=f"frame {COUNT - 1} of {COUNT} cannot be decoded"):
+                decode()
+
+
 def test_a_codec_that_nobody_knows_is_named(tmp_path):
     for file, codec, tag in (
         ("a.mkv", "libx264", b"ISO/AVC"),
