@@ -80,7 +80,7 @@ class Video(AbstractContextManager):
 
     @property
     def times(self) -> list[Fraction]:
-        """When each frame is shown, in seconds from the start of the file."""
+        """Return when each frame is shown, in seconds from the start of the file."""
         if self.ticks:
             return [tick * self.time_base for tick in self.ticks]
         return [number / self.rate for number in range(len(self))]

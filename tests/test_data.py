@@ -230,27 +230,19 @@ def test_repeats_are_clips_of_one_video_with_crops_and_masks_of_their_own(repeat
 
 def test_training_survives_broken_videos_and_names_them(tmp_path, videos):
     broken, one_frame = broken_files(tmp_path / "broken"), write_numbered(tmp_path / "one.mp4", 1)
+    (tmp_path / "broken/folder.mp4").mkdir()
+    broken["folder.mp4"] = tmp_path / "broken/folder.mp4"
     damaged = broken.pop("damaged.mkv")  # of which some frames can be read
-    (tmp_path / "broken" / "folder.mp4").mkdir()
-    broken = [*broken.values(), tmp_path / "broken" / "folder.mp4"]
-    assert len(broken) == 7
-    clips = pretraining_clips([*broken, damaged, one_frame, videos[0]])
+    clips = pretraining_clips([*broken.values(), damaged, videos[0], one_frame])
     for index, path in enumerate(clips.videos):
         clip, _, _, reports = clips[0, index]
         assert clip.shape == (1, 8, 3, 32, 32) and clip.dtype == torch.uint8
-        if path in broken:
-            assert path.name in reports[0]
-        elif path != damaged:
-            assert not reports
-    clip = clips[0, len(clips) - 2][0]
+        if path != damaged:
+            assert path.name in reports[0] if path.name in broken else not reports
     assert torch.equal(clip, clip[:, :1].expand_as(clip))  # the one frame, repeated
-
-
-def test_a_broken_training_video_is_replaced_with_the_others_own_label(tmp_path, videos):
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    for epoch in range(5):
-        _, label, broken = labelled_clips([tmp_path / "broken.mp4", videos[0]])[epoch, 0]
-        assert label == 1 and "broken.mp4" in broken[0]
+    for epoch in range(5):  # the other video comes with its own label
+        _, label, reports = labelled_clips([broken["text.mp4"], videos[0]])[epoch, 0]
+        assert label == 1 and "text.mp4" in reports[0]
 
 
 def test_memory_and_handles_stay_flat_over_600_clips(videos):
@@ -312,41 +304,22 @@ def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, de
 
 def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    videos = [tmp_path / "broken.mp4", write_numbered(tmp_path / "whole.mp4", 20)]
-    views = data.TestViews(videos, frames=4, stride=2, sampling="dense", size=32, clips=2, crops=1)
-    indices, pixels, broken = data.collate_views([views[0], views[1]])
-    assert indices == [1] and pixels.shape == (1, 2, 4, 3, 32, 32)
-    assert broken[0][0] == 0 and "broken.mp4" in broken[0][1]
-    assert data.collate_views([views[0]])[:2] == ([], None)
+    views = data.TestViews([tmp_path / "broken.mp4"], 4, 2, sampling="dense", size=32, clips=2, crops=1)
+    indices, pixels, ((index, reason),) = data.collate_views([views[0]])
+    assert (indices, pixels, index) == ([], None, 0) and "broken.mp4" in reason
 
 
 # ---- batches ----
 
 
-def global_batches(length: int, batch: int, micro_batch: int, steps: range, rank: int = 0, world_size: int = 1):
-    processes = Processes(rank, world_size, torch.device("cpu"), torch.float32)
-    return data.GlobalBatches(length, batch, micro_batch, steps, processes, seed=5)
-
-
 def test_every_epoch_is_a_shuffle_without_repetition():
-    alone = [sorted(batch) for batch in global_batches(50, 12, 12, range(8))]
+    ranks = (0, 1), (0, 2), (1, 2)  # one process, and two
+    processes = [Processes(*rank, torch.device("cpu"), torch.float32) for rank in ranks]
+    alone = [sorted(batch) for batch in data.GlobalBatches(50, 12, 12, range(8), processes[0], seed=5)]
     for epoch in range(2):
         seen = sum(alone[epoch * 4 : epoch * 4 + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48
     assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:], [])]
-    processes = [list(global_batches(50, 12, 3, range(5, 8), rank, 2)) for rank in range(2)]  # resumed at step 5
-    shards = [sum(batches[4:6], []) for batches in processes]  # of its last step, two micro-batches each
+    batches = [[*data.GlobalBatches(50, 12, 3, range(5, 8), process, seed=5)] for process in processes[1:]]  # resumed
+    shards = [sum(shard[4:6], []) for shard in batches]  # of the last step, two micro-batches each
     assert sorted(shards[0] + shards[1]) == alone[7]
-
-
-def test_batches_are_the_samples_in_order_and_broken_videos_are_noted_once(videos, tmp_path, capsys):
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    clips = pretraining_clips([*videos, tmp_path / "broken.mp4"])
-    keys = list(global_batches(4, 2, 2, range(1, 5)))
-    loaded = list(data.Batches(clips, keys, workers=1, folder=tmp_path))
-    assert len(loaded) == 4
-    for batch, tensors in zip(keys, loaded, strict=True):
-        *columns, _ = zip(*(clips[key] for key in batch), strict=True)
-        assert all(torch.equal(tensor, torch.stack(column)) for tensor, column in zip(tensors, columns, strict=True))
-    (line,) = (tmp_path / "broken_videos.txt").read_text().splitlines()
-    assert "broken.mp4" in line and capsys.readouterr().err.count("replaced by another video: ") == 1

@@ -4,22 +4,13 @@ import pytest
 import torch
 
 from masking import frame_mask, random_mask, running_cells, split, tube_mask
-from support.config import UserError
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in cubes of 2 x 16 x 16
+TUBES = {0.75: 1176, 0.85: 1328, 0.9: 1408, 0.95: 1488}  # 85 % of 196 places are 166.6, rounded down
+COUNTS = [*((tube_mask, *row) for row in TUBES.items()), (random_mask, 0.9, 1411), (frame_mask, 0.875, 1372)]
 
 
-@pytest.mark.parametrize(
-    "mask_function, ratio, masked",
-    [
-        (tube_mask, 0.75, 1176),
-        (tube_mask, 0.85, 1328),  # 166 of 196 places: 166.6 rounded down
-        (tube_mask, 0.9, 1408),
-        (tube_mask, 0.95, 1488),
-        (random_mask, 0.9, 1411),
-        (frame_mask, 0.875, 1372),
-    ],
-)
+@pytest.mark.parametrize("mask_function, ratio, masked", COUNTS)
 def test_counts_are_exact_and_true_means_masked(mask_function, ratio, masked):
     for seed in range(5):
         mask = mask_function(GRID, ratio, torch.Generator().manual_seed(seed))
@@ -29,6 +20,9 @@ def test_counts_are_exact_and_true_means_masked(mask_function, ratio, masked):
         assert len(visible) == 1568 - masked and not mask[visible].any()
         assert len(masked_positions) == masked and mask[masked_positions].all()
         assert torch.equal(torch.cat([visible, masked_positions]).sort().values, torch.arange(1568))
+        generator, unused = torch.Generator(), torch.Generator()
+        assert running_cells(masked_positions, GRID, 0, generator) is masked_positions  # all are reconstructed
+        assert torch.equal(generator.get_state(), unused.get_state())
         assert torch.equal(mask, mask_function(GRID, ratio, torch.Generator().manual_seed(seed)))
         assert not torch.equal(mask, mask_function(GRID, ratio, torch.Generator().manual_seed(seed + 5)))
 
@@ -38,12 +32,6 @@ def test_what_is_shared_in_a_mask():
     assert (tubes == tubes[0]).all() and not (anywhere == anywhere[0]).all()
     frames = frame_mask(GRID, 0.875).view(8, 196)
     assert ((frames.sum(1) == 0) | (frames.sum(1) == 196)).all() and int(frames[:, 0].sum()) == 7
-
-
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 0.001])
-def test_a_mask_that_masks_all_or_none_is_refused(ratio):
-    with pytest.raises(UserError, match="some have to be masked and some visible"):
-        tube_mask(GRID, ratio)
 
 
 # ---- which masked cubes are reconstructed ----
@@ -66,13 +54,6 @@ def test_the_number_of_reconstructed_cubes_is_exact(mask_function, mask_ratio, g
         kept = running_cells(split(mask)[1], grid, ratio, generator)
         assert mask[kept].all() and torch.equal(kept, kept.unique())  # masked, once each, ascending
         assert len(kept) == round((1 - ratio) * int(mask.sum()))
-
-
-def test_without_a_ratio_all_are_reconstructed_and_no_random_number_is_sampled():
-    generator, (_, masked) = torch.Generator().manual_seed(0), split(tube_mask(GRID, 0.9))
-    before = generator.get_state()
-    assert running_cells(masked, GRID, 0, generator) is masked
-    assert torch.equal(generator.get_state(), before)
 
 
 def v2_patterns(times, height, width, left_out):
@@ -99,13 +80,8 @@ def test_tubes_are_reconstructed_where_v2_does(ratio, grid, mask_ratio):
 
 
 @pytest.mark.parametrize("grid", [(4, 4, 4), (6, 4, 6)])
-@pytest.mark.parametrize(
-    "mask_function, mask_ratio, ratio",
-    [
-        *[(tube_mask, 0.75, 0), (random_mask, 0.75, 0), (frame_mask, 0.5, 0)],  # all masked cubes
-        *[(tube_mask, 0.75, 0.5), (tube_mask, 0.75, 0.6), (random_mask, 0.75, 0.5), (frame_mask, 0.5, 0.3)],
-    ],
-)
+@pytest.mark.parametrize("mask_function, mask_ratio", [(tube_mask, 0.75), (random_mask, 0.75), (frame_mask, 0.5)])
+@pytest.mark.parametrize("ratio", [0, 0.5, 0.6])
 def test_every_cube_is_masked_and_reconstructed_equally_often(mask_function, mask_ratio, ratio, grid):
     generator, samples = torch.Generator().manual_seed(0), 3000
     rate = torch.zeros(grid)
