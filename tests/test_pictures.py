@@ -51,33 +51,18 @@ def test_a_picture_with_a_row_for_each_video_and_an_mp4_with_all(frames, height,
     assert frame[0, bottom - 8, right + 16] == pytest.approx(30 + 10 * frames, abs=4)  # the last gray, to the right
 
 
-NAMES = {1: "walk", 2: "carry/hold (an object)", 3: "listen to (a person)", 4: "stand", 5: "sit"}
-
-
-def label_of(labels: list[float], names: dict[int, str], box: tuple[float, ...] = (0.1, 0.1, 0.9, 0.9)) -> torch.Tensor:
-    """The black rectangle (H, W) behind a person's label."""
-    picture = pictures.draw_persons(plain(BLUE, 500, 600), torch.tensor([box]), torch.tensor([labels]), names, "lime")
-    left, top, right, bottom = extent(picture, BLACK)
-    return picture[:, top : bottom + 1, left : right + 1]
-
-
 def test_persons_have_boxes_at_fractions_of_an_enlarged_frame_and_whole_labels():
+    names = {1: "walk", 2: "carry/hold (an object)"}
     box = torch.tensor([[0.25, 0.25, 0.5, 0.75]], dtype=torch.float64)
-    picture = pictures.draw_persons(plain(BLUE, 72, 96), box, torch.zeros(1, 5), NAMES, "lime")
+    picture = pictures.draw_persons(plain(BLUE, 72, 96), box, torch.zeros(1, 2), names, "lime")
     assert picture.shape == (3, 432, 576) and extent(picture, LIME) == (144, 108, 288, 324)  # six times as large
     assert extent(picture, BLACK) == (0, 0, 0, 0)  # no label below 0.3
-    picture = pictures.draw_persons(plain(BLUE, 500, 600), torch.zeros(0, 4), torch.zeros(0, 5), NAMES, "lime")
-    assert torch.equal(picture, plain(BLUE, 500, 600))
-    one = label_of([1.0, 0, 0, 0, 0], NAMES)
-    assert torch.equal(one, label_of([1.0, 0.29, 0.1, 0, 0], NAMES))  # not those below 0.3
-    assert torch.equal(one, label_of([0, 0, 1.0], {3: "walk"}))  # columns are the actions 1, 2, ...
-    assert one.shape[2] < label_of([0.99, 0, 0, 0, 0], NAMES).shape[2]  # a score, if it is not 1
-    assert torch.equal(label_of([0, 0, 0, 0, 0, 1.0], NAMES), label_of([0, 1.0], {2: "6"}))  # an action without a name
-    labels = [0.5, 0.8, 0.9, 0.6, 0.4]
-    four = label_of(labels, NAMES)
-    assert torch.equal(four, label_of([*labels[:4], 0], NAMES)) and four.shape[1] > 3 * one.shape[1]  # at most four
-    for left, top in ((0.97, 0.5), (0.97, 0.97), (0.5, 0.97), (-0.2, -0.2)):  # whole at every edge
-        assert label_of(labels, NAMES, (left, top, left + 0.3, top + 0.3)).shape == four.shape
+    sizes = []
+    for left, top in ((0.25, 0.25), (0.97, 0.5), (0.97, 0.97), (0.5, 0.97), (-0.2, -0.2)):  # whole at every edge
+        box, labels = torch.tensor([[left, top, left + 0.3, top + 0.3]]), torch.tensor([[0.2, 0.9]])
+        corners = extent(pictures.draw_persons(plain(BLUE, 500, 600), box, labels, names, "lime"), BLACK)
+        sizes.append((corners[2] - corners[0], corners[3] - corners[1]))
+    assert len(set(sizes)) == 1 and sizes[0][0] > 100
 
 
 def test_charts_of_a_log(tmp_path):

@@ -214,9 +214,6 @@ def test_other_videos_with_the_same_names_are_refused_and_prepared_copies_are_no
     assert load("other", "run.other_videos=true")["step"] == 240
 
 
-# ---- devices ----
-
-
 def test_precision_and_compilation_follow_the_device():
     for setting, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16), ("float32", torch.float32)):
         processes = start_processes(setting)
@@ -307,9 +304,6 @@ def test_a_loader_without_shared_memory_or_open_files_ends_in_a_sentence(limited
     done = subprocess.run([*limited, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "workers lack shared memory or open files" in last and "ulimit -n" in last, last
-
-
-# ---- --help, and options that are keys ----
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "probe", "detect_ava", "baselines.moco_v3"])

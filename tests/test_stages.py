@@ -181,6 +181,13 @@ def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, fini
     assert losses(tmp_path) == losses(finished(stage))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_rounds_a_little(stage, settings, finished, tmp_path):
+    run(f"{stage}.py", *settings[stage], "run.precision=bf16", "data.workers=0", f"run.folder={tmp_path}")
+    ours, theirs = losses(tmp_path), losses(finished(stage))
+    assert ours != theirs and ours[0] == pytest.approx(theirs[0], rel=0.02)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
 def test_activation_checkpointing_changes_nothing(stage, settings, tmp_path):
     same = [*settings[stage], *EVERYTHING_RANDOM[stage], "optim.epochs=1", "run.batch_per_device=4", "data.workers=0"]

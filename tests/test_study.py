@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import yaml
 from conftest import ROOT, run, table
 
@@ -34,33 +33,6 @@ def test_jobs_are_valid_differ_and_start_from_their_pre_training():
         assert config.run.seed == 1
         if hasattr(config, "mask"):
             pretrain.build(config)  # the model, the objective and the mask are possible
-
-
-def test_every_experiment_is_in_a_table_and_every_claim_is_about_its_rows():
-    named = set()
-    for part in STUDY["tables"]:
-        experiments = {row["experiment"] for row in part["rows"]}
-        named |= experiments
-        for claim in part["claims"]:
-            sides = yaml.safe_dump([claim["higher"], claim["lower"]])
-            assert set(sides.replace("-", " ").split()) <= experiments
-    assert named == STUDY["experiments"].keys()
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (["configs/pretrain/toy.yaml"], "configs/pretrain/toy.yaml is no study: it lacks about, experiments, folder"),
-        (["LICENSE.yaml"], "no study can be read from LICENSE.yaml"),
-        (["--only", "bass"], "--only=bass is not known; choose one of base, scratch"),
-        (["mask.ration=0.5"], "unknown key 'mask.ration'; the nearest valid key is 'mask.ratio'"),
-    ],
-)
-def test_mistakes_end_in_a_sentence_before_anything_is_rendered(arguments, sentence, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "LICENSE.yaml").write_text((ROOT / "LICENSE").read_text())
-    assert sentence in run("tools.study", *arguments, cwd=tmp_path, ok=False).stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"configs", "LICENSE.yaml"}
 
 
 def test_subsets_are_balanced_and_nested(toy_videos, tmp_path):
