@@ -362,7 +362,9 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
     assert not frames.keys() & ava.read_exclusions(folder / config.data.train_exclude)
+    (folder / config.data.val_exclude).write_text("val_00002,0901\n")
     validation = ava.find_validation(config.data, folder)
+    assert ("val_00002", 901) not in validation.persons and ("val_00002", 902) in validation.persons
     assert {row.frame[0] for row in validation.ground_truth} == {"val_00000", "val_00001", "val_00002"}
     detector, processes = detect_ava.build(config, NO_PERSONS), start_processes("float32")
     detect_ava.test(detector, validation, processes, config, "test", tmp_path / "out")

@@ -81,7 +81,7 @@ def test_target_of_the_center_frame(mask):
     assert float(objective.loss(prediction, target, masked[None])) == pytest.approx(error / (len(masked) / 8), rel=1e-4)
 
 
-def test_a_run_says_its_mask_learns_and_draws(finished):
+def test_a_run_says_its_mask_learns_and_draws(finished, toy_videos):
     folder = finished("pretrain")
     said = (folder / "said.txt").read_text()
     assert "24 videos; clips of 8 frames, 2 apart, 64 x 64 pixels" in said
@@ -89,6 +89,9 @@ def test_a_run_says_its_mask_learns_and_draws(finished):
     assert losses(folder)[-1] < losses(folder)[0] and len(log(folder)) == 9
     pictures = sorted((folder / "pictures").iterdir())
     assert [path.name for path in pictures] == ["00000.mp4", "00000.png"] and len(Video(pictures[0])) == 8
+    original = read_frames(list_videos(str(toy_videos), "val")[0], [4])[0]  # of the middle clip
+    shown = read_frames(pictures[0], [0])[0, :, -128::2, :128:2]  # enlarged, below its title
+    assert (shown.float() - original).abs().mean() < 4
 
 
 VARIANTS = [  # of Table 1, and sizes: cubes, of them masked, of those reconstructed

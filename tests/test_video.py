@@ -39,6 +39,7 @@ OTHERS = {
 MADE = ["late_start", "late_start_mp4", "variable_rate", "rotated", "two_streams", "all_flagged_as_key"]
 MADE += ["concatenated", "clock_wraps"]
 CUT = ["mid_gop.ts", "mid_gop.mp4", "mid_gop.mkv", "open_gop_cut.mkv", "open_gop_cut.ts", "refresh_cut.mp4"]
+CUT += ["edit_list.mp4"]
 UNEVEN = [int(40 * i + 15 * (i % 3) + 300 * (i > 30)) for i in range(COUNT)]  # milliseconds
 
 
@@ -63,9 +64,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     videos["concatenated"].write_bytes(first + second)
     shift = 2**33 - 7200 - 5 * 3600
     videos["clock_wraps"] = remux(videos["mpeg_ts"], folder / "wraps.ts", shift=shift, mpegts_copyts="1")
-    for name in CUT:  # recordings that start in mid-GOP, and stream copies cut there: less than 60 frames are left
+    for name in CUT[:-1]:  # recordings that start in mid-GOP, and stream copies cut there: less than 60 frames are left
         source = {"mid_gop": "b_frames", "open_gop_cut": "open_gop", "refresh_cut": "intra_refresh"}[Path(name).stem]
         videos[name] = remux(videos["mpeg_ts" if name == "open_gop_cut.ts" else source], folder / name, 12)
+    # frames before time 0 are in the file, and its edit list leaves them out
+    videos["edit_list.mp4"] = remux(videos["b_frames"], folder / "edit_list.mp4", shift=-12 * 12800 // 25)
     return videos
 
 
@@ -236,6 +239,14 @@ def test_broken_files_are_named_and_leave_nothing_open(tmp_path):
     damage = r"damaged.mkv: (frame \d+ of \d+ (is damaged|cannot be decoded)|.*Error)"
     with pytest.raises(BrokenVideo, match=damage), Video(broken["damaged.mkv"]) as video:
         list(video.every_frame())
+
+
+def test_a_frame_that_is_missing_at_the_end_is_named(videos):
+    with Video(videos["all_key_frames"]) as video:
+        video.packets.pop()
+        for decode in (lambda: list(video.every_frame()), lambda: video.frames([COUNT - 1])):
+            with pytest.raises(BrokenVideo, match=f"frame {COUNT - 1} of {COUNT} cannot be decoded"):
+                decode()
 
 
 def test_a_codec_that_nobody_knows_is_named(tmp_path):
