@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from conftest import ROOT, command, number_of, run, run_with_signal, turn_by_90, two_streams, write_numbered
@@ -84,20 +83,6 @@ def test_frames_and_times_stay(tmp_path):
             assert [number_of(frame) for frame in frames] == list(range(COUNT))
 
 
-def test_few_frames_are_decoded_for_a_clip(tmp_path):
-    """A key frame every 32, and most frames in between unreferenced, whatever the original's were."""
-    (tmp_path / "videos").mkdir()
-    write_numbered(tmp_path / "videos" / "one.mp4", 100, options={"g": "1000"})
-    out, _ = prepare(tmp_path / "videos")
-    with av.open(str(out / "one.mp4")) as container:
-        stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        times = sorted(packet.pts for packet in packets)
-        assert [times.index(packet.pts) for packet in packets if packet.is_keyframe] == [0, 32, 64, 96]
-        stream.codec_context.skip_frame = "NONREF"
-        assert sum(len(stream.codec_context.decode(packet)) for packet in (*packets, None)) <= 20
-
-
 def test_a_different_number_of_frames_is_an_error(tmp_path, monkeypatch):
     path, write_mp4 = video(tmp_path / "videos" / "a.mp4"), tools.prepare.write_mp4
 
@@ -107,9 +92,6 @@ def test_a_different_number_of_frames_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.prepare, "write_mp4", write_early)
     out, said = prepare(tmp_path / "videos", ok=False)
     assert f"{path}: 5 frames became" in said and not [*out.glob("*.mp4"), *out.glob("*.part")]
-
-
-# ---- the datasets' own lists ----
 
 
 @pytest.mark.parametrize("place", ["", "../lists", "ABSOLUTE"])  # below data.root, or next to it, named in two ways

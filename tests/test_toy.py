@@ -153,18 +153,6 @@ def test_the_light_of_the_background_tells_the_class_in_a_quarter_of_the_videos(
     assert sum(along) / 4000 == pytest.approx(0.35 * math.exp(-(math.radians(70) ** 2) / 2), abs=0.015)
 
 
-def test_nothing_else_in_a_single_frame_tells_the_class():
-    """In every frame, position, angle and size are distributed as in every other frame and class."""
-    quantiles = torch.linspace(0.05, 0.95, 10)
-    for motion in toy.CLASSES:
-        generator = seeded(1)
-        states = torch.stack([toy.trajectory(motion, generator) for _ in range(3000)])[:, :, [0, 11, 23]]
-        x, y, turn, size = states.unbind(1)  # (3000, 3) each
-        parts = torch.stack([x % 64 / 64, y % 64 / 64, turn % 1, (size - 11) / 11])  # all uniform in [0, 1]
-        found = parts.quantile(quantiles, dim=1)  # (10, 4, 3)
-        assert (found - quantiles[:, None, None]).abs().max() < 5 * 0.5 / 3000**0.5, motion
-
-
 def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     labels = (toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt").read_text()
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
