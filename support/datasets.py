@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
@@ -13,8 +12,6 @@ from support.config import UserError, say
 from support.lists import SUFFIXES, Entry, find_files, read_list, text_lines
 
 HEADERS = "name", "names", "label", "labels", "class", "classes", "class_name", "category"
-NUMBER_NAME = r'"?(?P<number>\d+)"?[,\s]\s*"?(?P<name>.*?)"?'  # lines of class files
-NAME_NUMBER = r'"?(?P<name>.*?)"?\s*[,\t]\s*"?(?P<number>\d+)"?'
 
 LabelledVideos = Sequence[tuple[Path, int]]  # each with the number of its class
 
@@ -134,15 +131,28 @@ def _read_classes(file: Path) -> list[tuple[int, str]]:
         lines = list(text_lines(file))
     except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
-    for pattern in (NUMBER_NAME, NAME_NUMBER):
-        matches = [re.fullmatch(pattern, line) for _, line in lines]
-        if 2 * sum(map(bool, matches)) >= len(lines):
-            if None in matches[1:]:  # the first may be a header
-                where, _ = lines[matches.index(None, 1)]
-                raise UserError(f"{where}: expected a number and a name, as in the other lines")
-            return [(int(match["number"]), match["name"]) for match in matches if match]
+    for split in (_number_first, _number_last):
+        rows = [split(line) for _, line in lines]
+        numbered = [(int(number), name) for number, name in rows if number.isdecimal()]
+        if 2 * len(numbered) >= len(rows):
+            for (where, _), (number, _) in list(zip(lines, rows, strict=True))[1:]:  # the first may be a header
+                if not number.isdecimal():
+                    raise UserError(f"{where}: expected a number and a name, as in the other lines")
+            return numbered
     names = [line.strip('"') for _, line in lines]
     return list(enumerate(names[1:] if names[0].lower() in HEADERS else names))
+
+
+def _number_first(line: str) -> tuple[str, str]:
+    """Split `number name` or `number,name`, each perhaps quoted."""
+    number = line.replace(",", " ").partition(" ")[0].partition("\t")[0]
+    return number.strip('"'), line.removeprefix(number).strip(' \t,"')
+
+
+def _number_last(line: str) -> tuple[str, str]:
+    """Split `name,number`, each perhaps quoted."""
+    name, _, number = line.replace("\t", ",").rpartition(",")
+    return number.strip(' "'), name.strip(' "')
 
 
 def labelled_videos(

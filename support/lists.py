@@ -4,7 +4,6 @@ import csv
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,6 @@ from support.config import UserError
 SUFFIXES = tuple(
     ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 )
-QUOTED = re.compile(r'"(?P<path>[^"]*)(?P<label>.*)')
-WITH_SUFFIX = re.compile(rf"(?P<path>.*?({'|'.join(map(re.escape, SUFFIXES))}))(?P<label>([, \t].*)?)", re.IGNORECASE)
-WITHOUT_SUFFIX = re.compile(r"(?P<path>.*?)(?P<label>([, \t]-?\d*)*)")
 SYSTEM_NAMES = "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"
 PREPARED = "prepared.json"  # marks a folder that tools/prepare.py filled
 
@@ -131,8 +127,17 @@ def _cells(line: str) -> list[str]:
 
 def _split_line(line: str) -> tuple[str, str]:
     """Split a line into a path, perhaps quoted, and a label or "". The first suffix of a video ends a path."""
-    match = QUOTED.fullmatch(line) or WITH_SUFFIX.fullmatch(line) or WITHOUT_SUFFIX.fullmatch(line)
-    return match["path"], match["label"].strip(' \t,"')
+    if line.startswith('"'):
+        path, _, label = line[1:].partition('"')
+        return path, label.strip(' \t,"')
+    words = line.replace(",", " ").replace("\t", " ").split(" ")
+    ends = [count for count, word in enumerate(words, 1) if word.lower().endswith(SUFFIXES)]
+    if ends:
+        words = words[: ends[0]]
+    while not ends and len(words) > 1 and (not words[-1] or _is_number(words[-1])):  # a name without a suffix
+        words.pop()
+    end = len(" ".join(words))
+    return line[:end], line[end:].strip(' \t,"')
 
 
 def _is_number(text: str) -> bool:
