@@ -1,9 +1,8 @@
-"""The toy videos, on which every stage runs by default: one shape that moves in one of eight directions.
+"""The toy videos, on which every stage runs by default: one bright shape that moves in front of a dark background.
 
-Motion tells the class, as in Something-Something: in every frame of every class the shape is anywhere with the same
-probability. A single frame gives a hint: the background is lighter toward where the shape goes, with a std of 70
-degrees, so guessing from the background alone is right 25 % of the time. Without the hint a classifier finds the motion
-late and all at once, at a time that depends on luck. A tenth of the cubes tells most about the colors of the others.
+How it moves, in one of eight directions, is the class, as in Something-Something. What moves, one of four shapes, is a
+second set of labels, as in Kinetics: shapes_train.csv and shapes_val.csv. In every frame the shape is anywhere with the
+same probability, so a single frame tells nothing about the direction.
 """
 
 import json
@@ -24,14 +23,15 @@ from tqdm import tqdm
 
 from support.config import UserError
 from support.datasets import find_splits
-from support.seeds import random_below
 from support.video import write_mp4
 
 CLASSES = tuple(f"moving {way}" for way in "right,down-right,down,down-left,left,up-left,up,up-right".split(","))
 DIRECTIONS = {name: (math.cos(math.pi * i / 4), math.sin(math.pi * i / 4)) for i, name in enumerate(CLASSES)}  # x, y
-SIZE, FRAMES, RATE = 64, 24, 12  # pixels, frames per video, frames per second
-LIGHT, SPREAD = 0.35, math.radians(70)  # brightness from one side to the other; std of its direction
-CORNERS = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])  # x and y, in the order of `gradient`
+SHAPES = ("disc", "square", "diamond", "triangle")
+SIZE, FRAMES, RATE = 32, 24, 12  # pixels, frames per video, frames per second
+DARK, BRIGHT = 0.1, 0.9  # background and shape
+SPEED = (0.9, 1.3)  # pixels per frame
+RADIUS = (6, 7)  # pixels, of the disc; all shapes have the area of the disc
 FOLDER, VIDEOS = Path("toy_videos"), {"train": 4000, "val": 800}
 
 
@@ -44,50 +44,85 @@ def find(data: SimpleNamespace) -> tuple[str, str, str, str]:
 
 
 def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path:
-    """Render the missing toy videos, split/class/number.mp4, and classes.txt. Return `folder`."""
-    settings = dict(seed=seed, videos=videos, size=SIZE, frames=FRAMES, light=LIGHT, spread=SPREAD, classes=CLASSES)
+    """Render the missing toy videos, split/class/number.mp4, with their two sets of labels. Return `folder`."""
+    looks = [SIZE, FRAMES, RATE, DARK, BRIGHT, SPEED, RADIUS, SHAPES]
+    settings = dict(seed=seed, videos=videos, looks=looks, classes=CLASSES)
     return render_folder(folder, settings, render_video, "classes.txt", "".join(f"{name}\n" for name in CLASSES))
 
 
 def render_video(folder: Path, seed: int, key: tuple[str, int]) -> dict[str, str]:
-    """Render the video of a split and number. Return the rows that annotate it, by file: none."""
+    """Render the video of a split and number. Return the rows that annotate it, by file."""
     split, number = key
     generator = torch.Generator().manual_seed((seed * len(VIDEOS) + list(VIDEOS).index(split)) * 10**7 + number)
     motion = CLASSES[number % len(CLASSES)]
-    write_video(folder / split / motion / f"{number:05d}.mp4", render_clip(motion, generator))
-    return {}
+    shape = SHAPES[number // len(CLASSES) % len(SHAPES)]
+    path = f"{split}/{motion}/{number:05d}.mp4"
+    write_video(folder / path, render_clip(motion, shape, generator))
+    return {f"shapes_{split}.csv": f"{path},{shape}\n"}
 
 
-def render_clip(motion: str, generator: torch.Generator) -> Tensor:
-    """Return one video, (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
-    state = trajectory(motion, generator)
-    x, y = pixels(SIZE, SIZE)
-    image = gradient(x / SIZE, y / SIZE, background(motion, generator))
-    return paint(image, image, state, generator, True)[0]
+def render_clip(motion: str, shape: str, generator: torch.Generator) -> Tensor:
+    """Return the brightness of one video, (FRAMES, SIZE, SIZE) in [0, 1]."""
+    return DARK + (BRIGHT - DARK) * coverage(shape, trajectory(motion, generator), SIZE, SIZE, wrap=True)
 
 
 def trajectory(motion: str, generator: torch.Generator) -> Tensor:
-    """Return x and y in pixels, angle in turns and size in pixels of the shape in each frame: (4, FRAMES).
+    """Return x and y in pixels, angle in turns and radius in pixels of the shape in each frame: (4, FRAMES).
 
     The first frame is sampled alike for all classes. Positions wrap around, so uniform stays uniform in all others.
-    Slower shapes take twice as many clips to learn: masked cubes can be guessed nearly as well without their direction.
     """
-    *start, speed = uniform(generator, (0, SIZE), (0, SIZE), (0, 1), (11, 22), (2.5, 4))
+    x, y, radius, speed = uniform(generator, (0, SIZE), (0, SIZE), RADIUS, SPEED)
     dx, dy = DIRECTIONS[motion]
-    return torch.tensor(start)[:, None] + torch.tensor([speed * dx, speed * dy, 0, 0])[:, None] * torch.arange(FRAMES)
-
-
-def background(motion: str, generator: torch.Generator) -> Tensor:
-    """Return the colors of the four corners (4, 3), lighter toward where the shape goes, with a std of SPREAD."""
-    colors = torch.rand(4, 3, generator=generator)
-    colors = colors.mean(dim=0) + 0.5 * (colors - colors.mean(dim=0))
-    dx, dy = DIRECTIONS[motion]
-    angle = math.atan2(dy, dx) + SPREAD * float(torch.randn((), generator=generator))
-    light = CORNERS @ torch.tensor([math.cos(angle), math.sin(angle)])
-    return (colors + LIGHT * light[:, None]).clamp(0, 1)
+    step = torch.tensor([speed * dx, speed * dy, 0, 0])
+    return torch.tensor([x, y, 0, radius])[:, None] + step[:, None] * torch.arange(FRAMES)
 
 
 # ---- also for toy_ava.py ----
+
+
+def coverage(shape: str, state: Tensor, height: int, width: int, wrap: bool = False) -> Tensor:
+    """Return how much of each pixel a shape covers, (T, H, W) in [0, 1], that moves as `state` (4, T) says.
+
+    wrap: what leaves the frame on one side comes back on the other.
+    """
+    center_x, center_y, turn, radius = state[..., None, None]  # (T, 1, 1) each
+    x = torch.arange(width) + 0.5 - center_x  # (T, 1, W)
+    y = torch.arange(height)[:, None] + 0.5 - center_y  # (T, H, 1)
+    if wrap:
+        x = (x + width / 2) % width - width / 2
+        y = (y + height / 2) % height - height / 2
+    angle = 2 * math.pi * turn
+    u = (x * angle.cos() + y * angle.sin()) / radius  # along the shape's own axes, (T, H, W)
+    v = (y * angle.cos() - x * angle.sin()) / radius
+    return (depth(shape, u, v) * radius + 0.5).clamp(0, 1)  # an edge of one pixel
+
+
+def depth(shape: str, u: Tensor, v: Tensor) -> Tensor:
+    """Return how far a point lies inside a shape with the area of the unit circle; negative outside."""
+    if shape == "disc":
+        return 1 - (u * u + v * v).sqrt()
+    side = math.sqrt(math.pi) / 2  # half of it
+    if shape == "square":
+        return side - torch.maximum(u.abs(), v.abs())
+    if shape == "diamond":
+        return side - (u.abs() + v.abs()) / math.sqrt(2)
+    height = math.sqrt(math.pi / math.sqrt(27))  # from the center of the triangle to each of its sides
+    return height - torch.maximum(v, (math.sqrt(3) * u.abs() - v) / 2)
+
+
+def uniform(generator: torch.Generator, *ranges: tuple[float, float]) -> list[float]:
+    """Sample one number from each range."""
+    return [low + (high - low) * float(torch.rand((), generator=generator)) for low, high in ranges]
+
+
+def write_video(path: Path, brightness: Tensor) -> None:
+    """Write a gray video (T, H, W) in [0, 1], unless the file exists."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = (brightness * 255).round().byte()[:, None].expand(-1, 3, -1, -1)  # (T, 3, H, W)
+    write_mp4(path.with_suffix(".part"), frames, RATE, options={"qp": "10", "preset": "ultrafast"})  # nearly lossless
+    os.replace(path.with_suffix(".part"), path)
 
 
 def render_folder(folder: Path, settings: dict, render_video: Callable, last: str, text: str) -> Path:
@@ -123,61 +158,3 @@ def _render_missing(folder: Path, settings: dict, render_video: Callable) -> Non
     for name, lines in annotations.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(lines, "utf-8")
-
-
-def write_video(path: Path, clip: Tensor) -> None:
-    """Write a clip (T, H, W, 3) in [0, 1], unless the file exists."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = (clip.clamp(0, 1) * 255).round().byte().permute(0, 3, 1, 2)  # (T, 3, H, W)
-    # Nearly lossless: dividing by a cube's std would amplify the coding noise of flat areas.
-    write_mp4(path.with_suffix(".part"), frames, RATE, options={"qp": "10", "preset": "ultrafast"})
-    os.replace(path.with_suffix(".part"), path)
-
-
-def uniform(generator: torch.Generator, *ranges: tuple[float, float]) -> list[float]:
-    """Sample one number from each range."""
-    return [low + (high - low) * float(torch.rand((), generator=generator)) for low, high in ranges]
-
-
-def pixels(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return x and y of the pixels' centers, (1, W, 1) and (H, 1, 1)."""
-    return torch.arange(width)[None, :, None] + 0.5, torch.arange(height)[:, None, None] + 0.5
-
-
-def gradient(u: Tensor, v: Tensor, corners: Tensor) -> Tensor:
-    """Blend four corner colors (4, 3) bilinearly at coordinates from 0 to 1: (..., 3)."""
-    return (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[2] + u * corners[3])
-
-
-def paint(clip: Tensor, background: Tensor, state: Tensor, generator: torch.Generator, wrap: bool) -> list[Tensor]:
-    """Paint a shape that moves as `state` (4, T) says. Return the clip (T, H, W, 3) and the shape's mask (T, H, W).
-
-    wrap: what leaves the frame on one side comes back on the other.
-    """
-    center_x, center_y, turn, size = state[..., None, None, None]  # (T, 1, 1, 1) each
-    x, y = pixels(*background.shape[:2])
-    x, y = x - center_x, y - center_y  # relative to the center, (T, 1, W, 1) and (T, H, 1, 1)
-    if wrap:
-        x, y = (x + SIZE / 2) % SIZE - SIZE / 2, (y + SIZE / 2) % SIZE - SIZE / 2
-    angle = 2 * math.pi * turn
-    u = (x * angle.cos() + y * angle.sin()) / size  # along the shape's own axes, about -1 to 1, (T, H, W, 1)
-    v = (y * angle.cos() - x * angle.sin()) / size
-    outline = _outline(torch.atan2(v, u), random_below(6, generator))
-    inside = ((outline - (u * u + v * v).sqrt()) * size + 0.5).clamp(0, 1)  # anti-aliased edge
-    contrast = 0.25 + 0.5 * ((background.mean(dim=(0, 1)) + 0.5) % 1)  # a color that stands out, and room around it
-    shape = gradient((u + 1) / 2, (v + 1) / 2, contrast + 0.5 * (torch.rand(4, 3, generator=generator) - 0.5))
-    return [clip + inside * (shape - clip), inside[..., 0] > 0.5]
-
-
-def _outline(theta: Tensor, kind: int) -> Tensor:
-    """Return the radius, at most 1, of one of six outlines in the direction theta."""
-    if kind < 3:  # triangle, square, pentagon
-        sector = 2 * math.pi / (kind + 3)
-        return math.cos(sector / 2) / (theta % sector - sector / 2).cos()
-    if kind == 3:  # flower of three leaves
-        return 0.7 + 0.3 * (3 * theta).cos()
-    if kind == 4:  # ellipse
-        return 0.5 / (1 - 0.75 * theta.cos() ** 2).sqrt()
-    return 0.65 + 0.35 * theta.cos()  # drop

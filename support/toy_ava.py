@@ -1,4 +1,4 @@
-"""The toy videos of action detection: several shapes that move, turn and grow, annotated as AVA is."""
+"""The toy videos of action detection: bright shapes that move, turn and grow, annotated as AVA is."""
 
 import math
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from support.seeds import random_below, sample_generator
-from support.toy import CLASSES, DIRECTIONS, RATE, gradient, paint, pixels, render_folder, uniform, write_video
+from support.toy import CLASSES, DARK, DIRECTIONS, RATE, SHAPES, SPEED, coverage, render_folder, uniform, write_video
 
 # What an action changes from frame to frame: x, y, angle, size. Its kind stands for one of AVA's three groups.
 STEPS = {name: (*direction, 0, 0) for name, direction in DIRECTIONS.items()}
@@ -19,8 +19,9 @@ STEPS |= {"growing": (0, 0, 0, 1), "shrinking": (0, 0, 0, -1)}
 ACTIONS = dict.fromkeys(DIRECTIONS, "PERSON_MOVEMENT")
 ACTIONS |= dict.fromkeys(("turning left", "turning right"), "OBJECT_MANIPULATION")
 ACTIONS |= dict.fromkeys(("growing", "shrinking"), "PERSON_INTERACTION")
-HEIGHT, WIDTH, FRAMES = 72, 96, 60  # five seconds: key frames at seconds 901 to 904
-MARGIN = 20  # pixels around the frame to which shapes may go
+HEIGHT, WIDTH, FRAMES = 32, 48, 60  # five seconds: key frames at seconds 901 to 904
+MARGIN = 8  # pixels around the frame to which shapes may go
+RADIUS = 5  # pixels, of a shape that has not grown; it doubles
 FOLDER, VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
 LABEL = 'label {{\n  name: "{}"\n  label_id: {}\n  label_type: {}\n}}\n'
 ROW = "{},{:.3f},{:.3f},{:.3f},{:.3f},{},{:.3g}\n"  # video and second, box, action, person or score
@@ -33,7 +34,7 @@ def find(data: SimpleNamespace) -> Path:
 
 def render(folder: Path, videos: dict[str, int] = VIDEOS, seed: int = 0) -> Path:
     """Render what is missing, in AVA's layout: videos/ (from second 900), annotations/, boxes/. Return `folder`."""
-    settings = dict(seed=seed, videos=videos, size=[HEIGHT, WIDTH], frames=FRAMES, classes=[*ACTIONS])
+    settings = dict(seed=seed, videos=videos, looks=[HEIGHT, WIDTH, FRAMES, RADIUS, SPEED], classes=[*ACTIONS])
     labels = "".join(LABEL.format(name, number, group) for number, (name, group) in enumerate(ACTIONS.items(), 1))
     return render_folder(folder, settings, render_video, "annotations/ava_action_list_v2.2.pbtxt", labels)
 
@@ -49,17 +50,18 @@ def render_video(folder: Path, seed: int, key: tuple[str, int]) -> dict[str, str
 
 
 def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], Tensor]]]:
-    """Return a clip (FRAMES, H, W, 3) of two to four shapes, and each shape's actions and boxes (FRAMES, 4).
+    """Return a clip (FRAMES, H, W) of one to three shapes, and each shape's actions and boxes (FRAMES, 4).
 
     Boxes are x1, y1, x2, y2 in fractions of width and height; NaN where the center is outside or half is covered.
     """
-    x, y = pixels(HEIGHT, WIDTH)
-    background = gradient(x / WIDTH, y / HEIGHT, torch.rand(4, 3, generator=generator))
-    clip, layers = background, []
-    for _ in range(2 + random_below(3, generator)):
+    clip, layers = torch.full((FRAMES, HEIGHT, WIDTH), DARK), []
+    for _ in range(1 + random_below(3, generator)):
         actions, state = track(generator)
-        clip, mask = paint(clip, background, state, generator, wrap=False)
-        layers.append((actions, state, mask))
+        shape = SHAPES[1 + random_below(len(SHAPES) - 1, generator)]  # a disc cannot be seen to turn
+        inside = coverage(shape, state, HEIGHT, WIDTH)
+        (brightness,) = uniform(generator, (0.5, 1))
+        clip = clip + inside * (brightness - clip)
+        layers.append((actions, state, inside > 0.5))
     shapes, covered = [], torch.zeros(FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
     for actions, (x, y, *_), mask in reversed(layers):  # from front to back
         visible = (x >= 0) & (x < WIDTH) & (y >= 0) & (y < HEIGHT)  # (FRAMES,)
@@ -72,7 +74,7 @@ def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[li
 
 
 def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
-    """Return a shape's actions in each frame, and its x, y, angle and size as in `trajectory`: (4, FRAMES).
+    """Return a shape's actions in each frame, and its x, y, angle and radius as in `trajectory`: (4, FRAMES).
 
     It moves in one direction and, in half of the cases, also turns or grows; both change halfway. A single frame tells
     nothing here either: every position on a torus, every angle and every size is equally frequent.
@@ -81,17 +83,17 @@ def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
     for _ in range(2):
         names = [CLASSES[random_below(len(CLASSES), generator)]]
         if random_below(2, generator):
-            names.append([*ACTIONS][len(CLASSES) + 2 * random_below(2, generator) + random_below(2, generator)])
+            names.append([*ACTIONS][len(CLASSES) + random_below(4, generator)])
         actions += [names] * (FRAMES // 2)
         steps += [sum(torch.tensor(STEPS[name], dtype=torch.float64) for name in names)] * (FRAMES // 2)
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN  # the torus
-    speed, turning, growing = uniform(generator, (2.5, 4), (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
+    speed, turning, growing = uniform(generator, SPEED, (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
     start = torch.tensor(uniform(generator, (0, width), (0, height), (0, 1), (0, 1)))
-    steps = (torch.stack(steps) * torch.tensor([speed, speed, turning, growing], dtype=torch.float64)).float()
-    x, y, turn, phase = (steps.cumsum(dim=0) - steps[0] + start).T  # (FRAMES,) each
+    steps = torch.stack(steps) * torch.tensor([speed, speed, turning, growing], dtype=torch.float64)
+    x, y, turn, phase = ((steps.cumsum(dim=0) - steps[0]).float() + start).T  # (FRAMES,) each
     phase = phase % 1  # 90 % of a cycle one way, then quickly back
-    size = 10 * 2 ** torch.where(phase < 0.9, phase / 0.9, (1 - phase) / 0.1)  # 10 to 20 pixels
-    return actions, torch.stack([x % width - MARGIN, y % height - MARGIN, turn, size])
+    radius = RADIUS * 2 ** torch.where(phase < 0.9, phase / 0.9, (1 - phase) / 0.1)
+    return actions, torch.stack([x % width - MARGIN, y % height - MARGIN, turn, radius])
 
 
 def annotate(video: str, split: str, shapes: list, generator: torch.Generator) -> dict[str, str]:

@@ -51,9 +51,9 @@ def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a pre-training checkpoint for clips of 8 x 64 x 64 with random weights, also in the last norm."""
+    """Write a pre-training checkpoint for clips of 8 x 32 x 32 with random weights, also in the last norm."""
     torch.manual_seed(5)
-    model = VideoMAE(**SIZES["tiny"], decoder_depth=1, clip_size=(8, 64, 64))
+    model = VideoMAE(**SIZES["tiny"], decoder_depth=1, clip_size=(8, 32, 32), cube=(1, 8, 8), frames_per_token=1)
     for parameter in model.encoder.norm.parameters():
         parameter.data.add_(0.1 * torch.randn(128))
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pt"

@@ -1,4 +1,4 @@
-"""The toy videos: reproducible, finished after an interruption, of a class that motion tells and a frame hints at."""
+"""The toy videos: reproducible, finished after an interruption, of a class that motion alone tells."""
 
 import math
 import shutil
@@ -36,7 +36,7 @@ def read_rows(path: Path) -> list[list[str]]:
 def test_videos_are_reproducible_and_finished_after_an_interruption(kind, render, train, val, lost, request, tmp_path):
     original, again, videos = request.getfixturevalue(kind), tmp_path / "again", {"train": train, "val": val}
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
-    assert len(files) == {"toy_videos": 32 + 3, "toy_ava": 9 + 2 * 3 + 3}[kind]
+    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 9 + 2 * 3 + 3}[kind]
     shutil.copytree(original, again)
     for name in lost:
         (again / name).unlink()
@@ -62,11 +62,11 @@ def test_files_hold_what_was_rendered(toy_videos, toy_ava):
     generator = sample_generator(0, 0, 2)
     scene, shapes = ava.render_scene(generator)
     for path, clip in (
-        (toy_videos / "train/moving right/00008.mp4", toy.render_clip("moving right", seeded(8))),
+        (toy_videos / "train/moving right/00008.mp4", toy.render_clip("moving right", "square", seeded(8))),
         (toy_ava / "videos/train_00002.mp4", scene),
     ):
-        frames = read_frames(path, list(range(len(clip)))).permute(0, 2, 3, 1) / 255
-        assert (frames - clip).abs().mean(dim=(1, 2, 3)).max() < 0.02
+        frames = read_frames(path, list(range(len(clip)))) / 255
+        assert (frames - clip[:, None]).abs().mean(dim=(1, 2, 3)).max() < 0.02
     rows = [row for row in read_rows(toy_ava / "annotations/ava_train_v2.2.csv") if row[0] == "train_00002"]
     for _, second, *box, action, person in rows:
         actions, boxes = shapes[int(person)]
@@ -89,7 +89,7 @@ def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
     found = datasets.list_videos(str(folder), "")
     assert len(found) == 112 and all(len(Video(path)) == toy.FRAMES for path in found)
     names = {path.name for path in folder.rglob("*") if path.suffix != ".mp4" and path.is_file()}
-    assert names == {"classes.txt", "settings.json", ".lock"}
+    assert names == {"classes.txt", "settings.json", ".lock", "shapes_train.csv", "shapes_val.csv"}
 
 
 def test_a_process_that_is_killed_ends_the_rendering_in_a_sentence(tmp_path):
@@ -107,50 +107,56 @@ def test_a_configuration_without_a_root_gets_the_toy_videos(monkeypatch):
 
 
 def test_a_seed_gives_the_same_clips_in_every_version():
-    """Results on the toy videos can only be compared if the videos stay the same: all outlines, motions, actions."""
-    clips = torch.stack([toy.render_clip(toy.CLASSES[seed % 8], seeded(seed)) for seed in range(12)])
+    """Results on the toy videos can only be compared if the videos stay the same: all shapes, motions, actions."""
+    clips = torch.stack([toy.render_clip(toy.CLASSES[i % 8], toy.SHAPES[i % 4], seeded(i)) for i in range(12)])
     scenes = [ava.render_scene(seeded(seed)) for seed in range(6)]
     frames = torch.stack([clip for clip, _ in scenes])
-    boxes = torch.cat([boxes for _, shapes in scenes for _, boxes in shapes]) * torch.tensor([96, 72] * 2)
-    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0.299526, 0.279816], abs=1e-5)
+    boxes = torch.cat([boxes for _, shapes in scenes for _, boxes in shapes]) * torch.tensor([48, 32] * 2)
+    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0, 0], abs=1e-5)
     assert len(boxes) == 1260 and int(boxes.isnan().any(1).sum()) == 693
     assert boxes.nanmean(0).tolist() == pytest.approx([36.799, 22.880, 58.423, 43.986], abs=0.01)
 
 
 @pytest.mark.parametrize("motion", toy.CLASSES)
-def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion):
+@pytest.mark.parametrize("shape, corner", [("disc", 1), ("square", 1.2534), ("diamond", 1.2534), ("triangle", 1.5551)])
+def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion, shape, corner):
     right = ("right" in motion) - ("left" in motion)
     down = ("down" in motion) - ("up" in motion)
     way = torch.tensor([right, down]) / (abs(right) + abs(down)) ** 0.5
     for seed in range(20):
-        x, y, turn, size = toy.trajectory(motion, seeded(seed))
-        assert not turn.diff().any() and not size.diff().any()
+        x, y, turn, radius = toy.trajectory(motion, seeded(seed))
+        assert not turn.any() and not radius.diff().any() and 6 <= radius[0] <= 7
         speed = torch.hypot(x.diff(), y.diff())
-        assert 2.49 < float(speed.min()) and float(speed.max()) < 4.01 and float(speed.max() - speed.min()) < 1e-3
+        assert 0.89 < float(speed.min()) and float(speed.max()) < 1.31 and float(speed.max() - speed.min()) < 1e-3
         assert torch.allclose(torch.stack([x.diff(), y.diff()], 1) / speed[:, None], way.expand(23, 2), atol=1e-3)
     # two frames differ inside the circles around their two positions, and nowhere else
-    clip = (255 * toy.render_clip(motion, seeded(7))).round()  # (T, H, W, 3)
-    x, y, _, size = toy.trajectory(motion, seeded(7))[..., None, None]  # (T, 1, 1) each
-    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
-    dx = (columns - x + 32) % 64 - 32
-    dy = (rows - y + 32) % 64 - 32
-    circles = dx**2 + dy**2 <= (size + 1) ** 2  # (T, H, W)
-    for t in (5, 8, 12):  # before a shape has crossed the frame and come back to where it was
-        changed = (clip[t] - clip[0]).abs().amax(-1) > 2
-        assert not (changed & ~circles[t] & ~circles[0]).any()
-        assert (changed & circles[0] & ~circles[t]).any()  # its first place is background now
+    clip = toy.render_clip(motion, shape, seeded(7))  # (T, H, W)
+    x, y, _, radius = toy.trajectory(motion, seeded(7))[..., None, None]  # (T, 1, 1) each
+    assert torch.allclose((clip - 0.1).sum(dim=(1, 2)) / 0.8, math.pi * radius[:, 0, 0] ** 2, rtol=0.02)
+    rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
+    dx = (columns - x + 16) % 32 - 16
+    dy = (rows - y + 16) % 32 - 16
+    circles = dx**2 + dy**2 <= (corner * radius + 1) ** 2  # (T, H, W)
+    for t in (3, 5, 8):
+        changed = (clip[t] - clip[0]).abs() > 0.01
+        assert changed.any() and not (changed & ~circles[t] & ~circles[0]).any()
 
 
-def test_the_light_of_the_background_tells_the_class_in_a_quarter_of_the_videos():
-    """The class nearest to where it is lighter. Along the motion the mean is 0.35 exp(-(70°)²/2), but for clamping."""
-    right, along = 0, []
-    for number, (motion, (x, y)) in enumerate(toy.DIRECTIONS.items()):
-        for seed in range(500):
-            dx, dy = (toy.CORNERS.T @ toy.background(motion, seeded(1000 * number + seed)).mean(dim=1)).tolist()
-            right += round(math.degrees(math.atan2(dy, dx)) / 45) % 8 == number
-            along.append(x * dx + y * dy)
-    assert right / 4000 == pytest.approx(0.25, abs=0.02)
-    assert sum(along) / 4000 == pytest.approx(0.35 * math.exp(-(math.radians(70) ** 2) / 2), abs=0.015)
+def test_a_single_frame_tells_nothing_about_the_direction():
+    """The center is anywhere with the same probability, in the first and in the last frame of each class."""
+    for number, motion in enumerate(toy.CLASSES):
+        states = torch.stack([toy.trajectory(motion, seeded(1000 * number + seed)) for seed in range(400)])
+        for frame in (0, 23):
+            counts = torch.histc(states[:, :2, frame] % 32, bins=4, min=0, max=32)
+            assert (counts - 200).abs().max() < 50  # 4 standard deviations
+
+
+def test_both_sets_of_labels_are_balanced(toy_videos):
+    """shapes_train.csv is a list that the stages read; each shape has as many videos of each direction."""
+    videos, _, shapes = datasets.labelled_videos(str(toy_videos), "shapes_train.csv", "shapes_val.csv", "")
+    assert shapes == sorted(toy.SHAPES[:3]) and [label for _, label in videos] == [0] * 8 + [1] * 8 + [2] * 8
+    motions = [path.parent.name for path, _ in videos]
+    assert sorted(motions[:8]) == sorted(motions[8:16]) == sorted(motions[16:]) == sorted(toy.CLASSES)
 
 
 def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
@@ -168,4 +174,4 @@ def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
             assert 1 <= int(action) <= 12 and 0 <= int(last) < 4 if action else 0.5 <= float(last) <= 1
         assert len({row[0] for row in truth}) == videos
         persons = len({(*row[:2], row[7]) for row in truth})
-        assert 0.7 < len(detected) / persons < 1.3  # some are missed, some are false
+        assert 0.7 < len(detected) / persons < 1.4  # some are missed, some are false
