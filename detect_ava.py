@@ -47,11 +47,11 @@ import data
 from model import Encoder, checkpoint_activations, cube_grid, initialize_from_scratch, parameter_groups
 from support import ava, toy_ava
 from support.average_precision import average_precisions, evaluate, report, summarize
-from support.checkpoint import describe, load_checkpoint, save_checkpoint
+from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.pictures import draw_persons, side_by_side
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
-from support.run import Log, check_writable, split_batch, warmup_cosine
+from support.run import Log, check_writable, count_steps, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import BrokenVideo
 from support.weight_files import weights_file
@@ -281,19 +281,21 @@ def train(config: SimpleNamespace) -> None:
     batch = config.optim.batch_size
     micro_batch, accumulation = split_batch(len(clips), batch, world_size, config.run.batch_per_device)
     steps_per_epoch = len(clips) // batch
-    total = round(config.optim.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * batch / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * batch / 256
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
     identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
+        check_length(checkpoint, config, steps_per_epoch)
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(clips):,} key frames with {len(labels):,} boxes for training, {len(test_set.persons):,} for validation, "
@@ -327,9 +329,10 @@ def train(config: SimpleNamespace) -> None:
                     with processes.autocast():
                         logits = network(clip, rois)  # (M, classes)
                     loss = detection_loss(logits, labels, len(clip))
-                    (loss / accumulation).backward()
+                    scaler.scale(loss / accumulation).backward()
                 loss_sum += loss.detach()
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
             done = step + 1
@@ -341,8 +344,8 @@ def train(config: SimpleNamespace) -> None:
             kept = log.epoch_ends(done, config.run.keep_every)
             validating = log.epoch_ends(done, config.run.validate_every) and done < total
             if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
-                save_checkpoint(log, config, **state, **identity)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                save_checkpoint(log, config, **state, step=done, **identity)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
             if validating:

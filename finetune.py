@@ -29,12 +29,12 @@ from tqdm import tqdm
 import data
 from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_groups
 from support import toy
-from support.checkpoint import describe, load_checkpoint, save_checkpoint
+from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.randaugment import rand_augment
-from support.run import Log, check_writable, split_batch, warmup_cosine
+from support.run import Log, check_writable, count_steps, split_batch, warmup_cosine
 from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
 from support.seeds import random_below, seed_device
 from support.weights import (
@@ -159,19 +159,21 @@ def train(config: SimpleNamespace) -> None:
         what = "one video at a time has no other to be mixed with"
         raise UserError(f"{what}: raise run.batch_per_device, or set optim.mixup=0 optim.cutmix=0")
     steps_per_epoch = len(videos) // batch
-    total = round(config.optim.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * batch / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * batch / 256
 
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
     identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
+        check_length(checkpoint, config, steps_per_epoch)
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for validation, {len(names)} classes; {repeats} "
@@ -210,9 +212,10 @@ def train(config: SimpleNamespace) -> None:
                     with processes.autocast():
                         logits = network(clip.as_subclass(Tensor))  # (R B, classes)
                     loss = F.cross_entropy(logits.float(), targets)
-                    (loss / accumulation).backward()
+                    scaler.scale(loss / accumulation).backward()
                 loss_sum += loss.detach()
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
             done = step + 1
@@ -224,8 +227,8 @@ def train(config: SimpleNamespace) -> None:
             kept = log.epoch_ends(done, config.run.keep_every)
             validating = log.epoch_ends(done, config.run.validate_every) and done < total
             if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
-                save_checkpoint(log, config, **state, **identity)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                save_checkpoint(log, config, **state, step=done, **identity)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
             if validating:

@@ -28,12 +28,12 @@ import data
 import masking
 from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tokens, parameter_groups
 from support import toy
-from support.checkpoint import describe, load_checkpoint, save_checkpoint
+from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
 from support.pictures import estimate_statistics, save_videos, with_captions
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, split_batch, warmup_cosine
+from support.run import Log, count_steps, split_batch, warmup_cosine
 from support.seeds import sample_generator, seed_device
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
@@ -193,8 +193,7 @@ def train(config: SimpleNamespace) -> None:
     batch = config.optim.batch_size // repeats
     micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // repeats)
     steps_per_epoch = len(videos) // batch
-    total = round(config.optim.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
@@ -203,13 +202,16 @@ def train(config: SimpleNamespace) -> None:
         checkpoint_activations(model)
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
 
     start = 0
     identity = dict(videos=describe(videos), model_options=model.options)
     if checkpoint := load_checkpoint(config, DEFAULT, **identity):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
+        check_length(checkpoint, config, steps_per_epoch)
     cubes = len(model.pos_embed)  # N
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
@@ -245,9 +247,10 @@ def train(config: SimpleNamespace) -> None:
                     with processes.autocast():
                         prediction = network(data.normalize(clip), visible, masked)  # (B, N_mask, pixels)
                     loss = loss_of(prediction, target_frames, masked)
-                    (loss / accumulation).backward()
+                    scaler.scale(loss / accumulation).backward()
                 loss_sum += loss.detach()
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
             done = step + 1
@@ -258,8 +261,8 @@ def train(config: SimpleNamespace) -> None:
             stopped = stop.requested()
             kept = log.epoch_ends(done, config.run.keep_every)
             if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
-                save_checkpoint(log, config, **state, **identity)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                save_checkpoint(log, config, **state, step=done, **identity)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 

@@ -24,11 +24,11 @@ import data
 from finetune import test_and_write
 from model import Encoder, cube_grid
 from support import toy
-from support.checkpoint import describe, load_checkpoint, save_checkpoint
+from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import labelled_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, split_batch, warmup_cosine
+from support.run import Log, count_steps, split_batch, warmup_cosine
 from support.weights import check_init, encoder_options, load_weights
 
 DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
@@ -104,8 +104,7 @@ def train(config: SimpleNamespace) -> None:
     batch = config.optim.batch_size
     micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device)
     steps_per_epoch = len(videos) // batch
-    total = round(config.optim.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * batch / 256
 
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=config.optim.momentum)  # no weight decay
@@ -115,6 +114,7 @@ def train(config: SimpleNamespace) -> None:
         heads.load_state_dict(checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
+        check_length(checkpoint, config, steps_per_epoch)
     say(
         f"{folder}: linear probes of ViT-{config.model.size}, {' and '.join(probes)}\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for the test, {len(names)} classes\n"
@@ -143,6 +143,7 @@ def train(config: SimpleNamespace) -> None:
                 for name, network in networks.items():
                     with processes.autocast():
                         latent = features[name](clip).float()  # (B, D)
+                    # the linear layer computes in float32, so that float16 needs no GradScaler here
                     with nullcontext() if last or world_size == 1 else network.no_sync():
                         loss = F.cross_entropy(network(latent), labels)
                         (loss / accumulation).backward()

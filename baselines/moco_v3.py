@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, which hold
 import data
 from model import Encoder, checkpoint_activations, initialize
 from support import toy
-from support.checkpoint import describe, load_checkpoint, save_checkpoint
+from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
 from support.datasets import list_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, split_batch, warmup_cosine
+from support.run import Log, count_steps, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import Video
 from support.weights import encoder_options
@@ -203,8 +203,7 @@ def train(config: SimpleNamespace) -> None:
         needed = f"run.batch_per_device={2 * batch // world_size} (with run.recompute=true clips need less memory)"
         raise UserError(f"{what}: set {needed}, or a smaller optim.batch_size")
     steps_per_epoch = len(videos) // batch
-    total = round(config.optim.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * batch / 256
 
     f_k = key_network(f_q.to(device))
@@ -212,13 +211,16 @@ def train(config: SimpleNamespace) -> None:
         checkpoint_activations(f_q)
     learned = [parameter for parameter in f_q.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=config.optim.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
     start = 0
     identity = dict(videos=describe(videos), model_options=f_q.options)
     if checkpoint := load_checkpoint(config, DEFAULT, **identity):
         f_q.load_state_dict(checkpoint["model"])
         f_k.load_state_dict(checkpoint["key_network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
+        check_length(checkpoint, config, steps_per_epoch)
     say(
         f"{config.run.folder}: MoCo v3, ViT-{config.model.size}, {sum(p.numel() for p in f_q.parameters()):,} "
         f"parameters, {sum(p.numel() for p in f_q.encoder.parameters()):,} of them the encoder's\n"
@@ -252,9 +254,10 @@ def train(config: SimpleNamespace) -> None:
                     k, _ = keys(clip)  # (2 B, dim)
             (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)  # (B, dim)
             loss = contrastive_loss(q1, k2, tau) + contrastive_loss(q2, k1, tau)
-            loss.backward()
+            scaler.scale(loss).backward()
             loss_sum += loss.detach()
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
             done = step + 1
@@ -268,7 +271,7 @@ def train(config: SimpleNamespace) -> None:
             kept = log.epoch_ends(done, config.run.keep_every)
             if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=f_q.state_dict(), key_network=f_k.state_dict(), optimizer=optimizer.state_dict())
-                save_checkpoint(log, config, **state, step=done, **identity)
+                save_checkpoint(log, config, **state, scaler=scaler.state_dict(), step=done, **identity)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 

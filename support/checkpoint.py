@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.config import UserError, as_dict, flatten, load_config
+from support.config import UserError, as_dict, flatten, load_config, say
 from support.lists import PREPARED
 from support.processes import gather
-from support.run import Log
+from support.run import Log, count_steps
 
 # When a run resumes. A lower learning rate is the remedy if a loss is no longer finite.
 MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops", "optim.base_lr")
+MAY_CHANGE += ("optim.steps", "optim.warmup_steps", "optim.epochs", "optim.warmup_epochs")
 
 
 def save_checkpoint(log: Log, config: SimpleNamespace, **content: Any) -> None:
@@ -70,9 +71,9 @@ def all_finite(content: dict[str, Any]) -> bool:
 def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> dict[str, Any] | None:
     """Return the checkpoint that a run left in its folder, or None, the same on all processes.
 
-    These may change when a run resumes: where the data is, the loader's workers, the test views, and all of `run` but
-    the seed. identity: what else may not change: the videos, and classes, actions or the frozen encoder of a stage.
-    Raises UserError for a checkpoint of another configuration or identity, and if processes see different ones.
+    The keys of MAY_CHANGE may change when a run resumes, and all of `run` but the seed. identity: what else may not
+    change: the videos, and classes, actions or the frozen encoder of a stage. Raises UserError for a checkpoint of
+    another configuration or identity, and if processes see different ones.
     """
     folder = Path(config.run.folder)
     path = folder / "checkpoint.pt"
@@ -123,6 +124,17 @@ def check_identity(folder: Path, checkpoint: dict, identity: dict, other_videos:
             raise UserError(f"{what}: set another run.folder, or restore them to resume")
     if not other_videos:
         check_videos(folder, checkpoint, identity["videos"])
+
+
+def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int) -> None:
+    """Say so if a run that resumes has other numbers of steps. Raises UserError if these steps are done."""
+    before, warmup_before = count_steps(SimpleNamespace(**checkpoint["config"]["optim"]), steps_per_epoch)
+    total, warmup = count_steps(config.optim, steps_per_epoch)
+    if total != before and total <= checkpoint["step"]:
+        what = f"{config.run.folder} holds a run of {before:,} steps, {checkpoint['step']:,} of them done"
+        raise UserError(f"{what}: {total:,} are too few, set optim.steps or optim.epochs higher, or another run.folder")
+    if (total, warmup) != (before, warmup_before):
+        say(f"the run of {before:,} steps continues to {total:,}; the learning rate follows the new schedule")
 
 
 def check_videos(folder: Path, checkpoint: dict, now: dict) -> None:

@@ -48,8 +48,8 @@ def start_processes(precision: str, workers: int = 0) -> Processes:
     precision: run.precision. workers: data.workers; a process without GPU leaves cores to them.
     """
     device = find_device()
-    fast = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    dtype = pick({"auto": fast, "bf16": torch.bfloat16, "float32": torch.float32}, precision, "run.precision")
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": fast_dtype(device)}
+    dtype = pick(dtypes, precision, "run.precision")
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -82,11 +82,13 @@ def find_device() -> torch.device:
     return torch.device(accelerator.type, index)
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether products are faster in bf16: on GPUs, but not on NVIDIA's before Ampere, which emulate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu"
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return bf16 on GPUs, fp16 on NVIDIA's before Ampere, which emulate bf16, and float32 on CPUs."""
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
 def loader_workers(workers: int) -> int:

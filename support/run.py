@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from support.config import UserError, as_dict, say
 from support.pictures import draw_log
-from support.processes import Processes, gather
+from support.processes import Processes, compiler, gather
 
 
 def split_batch(videos: int, batch: int, world_size: int, at_most: int) -> tuple[int, int]:
@@ -45,6 +45,13 @@ def split_batch(videos: int, batch: int, world_size: int, at_most: int) -> tuple
     accumulation = per_process // micro_batch
     say(f"batch of {batch} videos = {world_size} processes x {accumulation} accumulated x {micro_batch}")
     return micro_batch, accumulation
+
+
+def count_steps(optim: SimpleNamespace, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the number of steps of a run, and how many of them are warm-up. optim: that group of its configuration."""
+    if optim.steps:
+        return optim.steps, optim.warmup_steps
+    return round(optim.epochs * steps_per_epoch), round(optim.warmup_epochs * steps_per_epoch)
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -96,6 +103,8 @@ class Log:
             raise UserError(errors[0])
         say(f"{total:,} steps; starting at step {start:,}")
         self.bar = tqdm(initial=start, total=total, unit="step", disable=processes.rank > 0)
+        if start < total and compiler(config.run.compile, self.device) is torch.compile:
+            self.bar.set_description("compiling the model: the first step takes minutes")
         self.step = start  # of the last line
         self.waited = 0.0  # seconds that loading had cost by then
         self.since = time.perf_counter()
@@ -109,6 +118,7 @@ class Log:
         with self.bar, tracer or nullcontext():
             for step in steps:
                 yield step
+                self.bar.set_description(refresh=False)  # all is compiled
                 self.bar.update()
                 if tracer:
                     tracer.step()

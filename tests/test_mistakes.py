@@ -14,7 +14,7 @@ MISTAKES = [
     (STAGES, "model.cube=[2,8]", "model.cube expects list such as [2, 16, 16]"),
     (STAGES, "run.log_every=0", "run.log_every=0 has to be at least 1"),
     (STAGES, "optim.epochs=0", "optim.epochs=0 has to be at least 1"),
-    (STAGES, "run.precision=fp16", "run.precision=fp16 is not known"),
+    (STAGES, "run.precision=fp8", "run.precision=fp8 is not known; choose one of float32, bf16, fp16, auto"),
     (STAGES, "optim.batch_size=1000", "are fewer than one batch of 1000: set optim.batch_size so that it is"),
     (STAGES, "data.root=/nowhere", "there is no folder"),
     (DOWNSTREAM, "init=none.pt", "no weights at init=none.pt: make them with pretrain.py"),

@@ -56,13 +56,14 @@ def test_a_checkpoint_of_another_version_resumes_and_one_of_other_videos_only_on
     reference, folder = finished(stage), tmp_path / "run"
     content = run_of(folder, reference)
     del content["config"]["run"]["profile"]
+    content.pop("scaler", None)
     content["config"]["run"]["gone"] = 3
     torch.save(content | dict(videos=dict(count=99, digest="")), folder / "checkpoint.pt")
     done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", ok=False)
     assert done.returncode == 1 and "99 training videos, which differ from today's" in done.stderr
     assert "resume with run.other_videos=true" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]  # nothing is touched
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "run.other_videos=true")
+    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", "run.other_videos=true", "run.precision=fp16")
     assert f"starting at step {content['step']}" in done.stderr and "run.gone, run.profile" in done.stderr
     assert len(losses(folder)) == 1
 
@@ -82,12 +83,30 @@ def test_a_run_belongs_to_its_classes_and_encoder(stage, changes, sentence, sett
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("setting, before", [("optim.epochs=4", 3), ("run.seed=7", 0)])
+@pytest.mark.parametrize("setting, before", [("optim.batch_size=4", 8), ("run.seed=7", 0)])
 def test_a_run_belongs_to_its_configuration(setting, before, settings, finished):
     for stage in STAGES:
         folder, (key, now) = finished(stage), setting.split("=")
         done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", setting, ok=False)
         assert done.returncode == 1 and f"{folder} holds a run with {key}={before}, not {now}" in done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_is_extended_and_not_shortened(stage, settings, finished, tmp_path):
+    """All steps before the end were warm-up: the run equals one that was as long from the start."""
+    constant = ["moco.momentum=1"] if stage == "baselines/moco_v3" else []
+    short = finished(stage, "optim.warmup_epochs=3", *constant)
+    steps = log(short)[-1]["step"]
+    longer = [*settings[stage], *constant, f"optim.steps={steps + 2}", f"optim.warmup_steps={steps}"]
+    shutil.copytree(short, tmp_path / "extended")
+    done = run(f"{stage}.py", *longer, f"run.folder={tmp_path / 'extended'}")
+    sentence = f"the run of {steps} steps continues to {steps + 2}; the learning rate follows the new schedule"
+    assert sentence in done.stderr and f"{steps + 2} steps; starting at step {steps}\n" in done.stderr
+    assert "continues" not in run(f"{stage}.py", *longer, f"run.folder={tmp_path / 'whole'}").stderr
+    assert same_tensors(tmp_path / "extended", tmp_path / "whole")
+    assert losses(tmp_path / "extended") == losses(tmp_path / "whole")
+    done = run(f"{stage}.py", *longer, f"optim.steps={steps}", f"run.folder={tmp_path / 'whole'}", ok=False)
+    assert f"a run of {steps + 2} steps, {steps + 2} of them done: {steps} are too few, set optim.steps" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT, ROOT, command
 
 from support.checkpoint import describe, load_checkpoint, write_checkpoint
 from support.config import UserError, as_dict, load_config
-from support.processes import Processes, compiler, find_device, has_fast_bf16, launch, start_processes
+from support.processes import Processes, compiler, fast_dtype, find_device, launch, start_processes
 from support.run import Log, check_writable, lock_folder, open_log, peak_memory, split_batch, warmup_cosine
 from support.seeds import random_below, sample_generator, seed_device
 
@@ -122,6 +122,16 @@ def test_lines_have_the_speed_of_training_alone_and_a_loss_that_is_no_number_end
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_bar_says_that_the_model_is_compiled_until_the_first_step_is_done(tmp_path, capsys):
+    for setting, start in (("always", 0), ("never", 0), ("always", 2)):  # the last has nothing left to do
+        config = load_config(TOY, [f"run.folder={tmp_path}", f"run.compile={setting}"])
+        log = Log(config, ALONE, start, 2, epoch=81, clips_per_step=8)
+        before = capsys.readouterr().err
+        assert ("compiling the model" in before) == ((setting, start) == ("always", 0))
+        assert list(log.progress(range(start, 2))) == list(range(start, 2))
+        assert "compiling" not in capsys.readouterr().err
+
+
 def test_a_system_without_resource_logs_no_memory(monkeypatch):
     assert 0.05 < peak_memory(torch.device("cpu")) < 100
     monkeypatch.setitem(sys.modules, "resource", None)
@@ -215,7 +225,8 @@ def test_other_videos_with_the_same_names_are_refused_and_prepared_copies_are_no
 
 
 def test_precision_and_compilation_follow_the_device():
-    for setting, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16), ("float32", torch.float32)):
+    dtypes = dict(auto=torch.float32, float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    for setting, dtype in dtypes.items():
         processes = start_processes(setting)
         if not torch.cuda.is_available():
             assert processes == Processes(0, 1, torch.device("cpu"), dtype)
@@ -231,12 +242,15 @@ def test_a_process_takes_the_accelerator_of_its_rank(kind, count, rank, monkeypa
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    assert find_device() == torch.device(kind, rank) and (kind == "cuda" or has_fast_bf16(find_device()))
+    for native in (True, False):  # Ampere, Turing
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert fast_dtype(find_device()) == (torch.bfloat16 if native or kind != "cuda" else torch.float16)
+    assert find_device() == torch.device(kind, rank)
     monkeypatch.setenv("LOCAL_RANK", str(count))
     with pytest.raises(UserError, match=f"there are {count} GPUs: give torchrun a smaller --nproc_per_node"):
         find_device()
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert find_device() == torch.device("cpu") and not has_fast_bf16(find_device())
+    assert find_device() == torch.device("cpu") and fast_dtype(find_device()) == torch.float32
 
 
 def test_every_module_imports_where_a_system_lacks_fcntl_and_resource():

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import DOWNSTREAM, EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run, tensors
+from conftest import DOWNSTREAM, EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run, same_tensors, tensors
 
 import support.run
 from support.config import as_dict, load_config
@@ -178,11 +178,33 @@ def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, fini
     assert losses(tmp_path) == losses(finished(stage))
 
 
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.003)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_rounds_a_little(stage, settings, finished, tmp_path):
-    run(f"{stage}.py", *settings[stage], "run.precision=bf16", "data.workers=0", f"run.folder={tmp_path}")
-    ours, theirs = losses(tmp_path), losses(finished(stage))
-    assert ours != theirs and ours[0] == pytest.approx(theirs[0], rel=0.02)
+def test_half_precision_rounds_a_little_and_resumes_bit_for_bit(
+    stage, precision, tolerance, settings, finished, tmp_path
+):
+    words = [*settings[stage], f"run.precision={precision}", "data.workers=0", "run.keep_every=2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(f"{stage}.py", *words, f"run.folder={whole}")
+    ours, theirs = losses(whole), losses(finished(stage))
+    assert ours != theirs and ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    resumed.mkdir()
+    shutil.copy(whole / "checkpoint_0002.pt", resumed / "checkpoint.pt")
+    run(f"{stage}.py", *words, f"run.folder={resumed}")
+    scalers = [torch.load(folder / "checkpoint.pt", weights_only=True).get("scaler") for folder in (whole, resumed)]
+    assert same_tensors(whole, resumed) and scalers[0] == scalers[1]
+    assert bool(scalers[0]) == (precision == "fp16" and stage != "probe")  # which has no gradients in fp16
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava", "baselines/moco_v3"])
+def test_a_step_whose_scaled_gradients_overflow_is_skipped(stage, settings, finished, tmp_path):
+    content = torch.load(finished(stage) / "checkpoint.pt", weights_only=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**80).state_dict()
+    torch.save(content | dict(step=content["step"] - 1, scaler=scaler), tmp_path / "checkpoint.pt")
+    run(f"{stage}.py", *settings[stage], "run.precision=fp16", "data.workers=0", f"run.folder={tmp_path}")
+    after = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert after["scaler"]["scale"] == 2.0**79 and len(losses(tmp_path)) == 1
+    assert all(torch.equal(after["model"][name], content["model"][name]) for name in content["model"])
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
