@@ -1,8 +1,8 @@
 """The toy videos, on which every stage runs by default: one bright shape that moves in front of a dark background.
 
-How it moves, in one of eight directions, is the class, as in Something-Something. What moves, one of four shapes, is a
+How it moves, on one of four lines, is the class, as in Something-Something. What moves, one of three shapes, is a
 second set of labels, as in Kinetics: shapes_train.csv and shapes_val.csv. In every frame the shape is anywhere with the
-same probability, so a single frame tells nothing about the direction.
+same probability, so a single frame tells nothing about the class.
 """
 
 import json
@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from support.config import UserError
 from support.datasets import find_splits
+from support.seeds import random_below
 from support.video import write_mp4
 
-CLASSES = tuple(f"moving {way}" for way in "right,down-right,down,down-left,left,up-left,up,up-right".split(","))
-DIRECTIONS = {name: (math.cos(math.pi * i / 4), math.sin(math.pi * i / 4)) for i, name in enumerate(CLASSES)}  # x, y
-SHAPES = ("disc", "square", "diamond", "triangle")
+CLASSES = ("horizontal", "main diagonal", "vertical", "antidiagonal")  # the line on which the shape moves, either way
+SHAPES = ("disc", "square", "diamond")
 SIZE, FRAMES, RATE = 32, 24, 12  # pixels, frames per video, frames per second
 DARK, BRIGHT = 0.1, 0.9  # background and shape
 SPEED = (0.9, 1.3)  # pixels per frame
-RADIUS = (6, 7)  # pixels, of the disc; all shapes have the area of the disc
+RADIUS = (4.5, 5.5)  # pixels, of the disc; all shapes have the area of the disc
 FOLDER, VIDEOS = Path("toy_videos"), {"train": 4000, "val": 800}
 
 
@@ -72,12 +72,18 @@ def trajectory(motion: str, generator: torch.Generator) -> Tensor:
     The first frame is sampled alike for all classes. Positions wrap around, so uniform stays uniform in all others.
     """
     x, y, radius, speed = uniform(generator, (0, SIZE), (0, SIZE), RADIUS, SPEED)
-    dx, dy = DIRECTIONS[motion]
+    dx, dy = direction(motion, generator)
     step = torch.tensor([speed * dx, speed * dy, 0, 0])
     return torch.tensor([x, y, 0, radius])[:, None] + step[:, None] * torch.arange(FRAMES)
 
 
 # ---- also for toy_ava.py ----
+
+
+def direction(motion: str, generator: torch.Generator) -> tuple[float, float]:
+    """Return x and y of a step of length 1, one way or the other."""
+    angle = math.pi * (CLASSES.index(motion) / 4 + random_below(2, generator))
+    return math.cos(angle), math.sin(angle)
 
 
 def coverage(shape: str, state: Tensor, height: int, width: int, wrap: bool = False) -> Tensor:
@@ -104,10 +110,7 @@ def depth(shape: str, u: Tensor, v: Tensor) -> Tensor:
     side = math.sqrt(math.pi) / 2  # half of it
     if shape == "square":
         return side - torch.maximum(u.abs(), v.abs())
-    if shape == "diamond":
-        return side - (u.abs() + v.abs()) / math.sqrt(2)
-    height = math.sqrt(math.pi / math.sqrt(27))  # from the center of the triangle to each of its sides
-    return height - torch.maximum(v, (math.sqrt(3) * u.abs() - v) / 2)
+    return side - (u.abs() + v.abs()) / math.sqrt(2)  # diamond
 
 
 def uniform(generator: torch.Generator, *ranges: tuple[float, float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The toy videos of action detection: bright shapes that move, turn and grow, annotated as AVA is."""
+"""The toy videos of action detection: bright squares that move, turn and grow, annotated as AVA is."""
 
 import math
 from functools import partial
@@ -10,18 +10,16 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from support.seeds import random_below, sample_generator
-from support.toy import CLASSES, DARK, DIRECTIONS, RATE, SHAPES, SPEED, coverage, render_folder, uniform, write_video
+from support.toy import CLASSES, DARK, RATE, SPEED, coverage, direction, render_folder, uniform, write_video
 
-# What an action changes from frame to frame: x, y, angle, size. Its kind stands for one of AVA's three groups.
-STEPS = {name: (*direction, 0, 0) for name, direction in DIRECTIONS.items()}
-STEPS |= {"turning left": (0, 0, -1, 0), "turning right": (0, 0, 1, 0)}
-STEPS |= {"growing": (0, 0, 0, 1), "shrinking": (0, 0, 0, -1)}
-ACTIONS = dict.fromkeys(DIRECTIONS, "PERSON_MOVEMENT")
+# What the other actions change from frame to frame: angle, size. A kind stands for one of AVA's three groups.
+STEPS = {"turning left": (-1, 0), "turning right": (1, 0), "growing": (0, 1), "shrinking": (0, -1)}
+ACTIONS = dict.fromkeys(CLASSES, "PERSON_MOVEMENT")
 ACTIONS |= dict.fromkeys(("turning left", "turning right"), "OBJECT_MANIPULATION")
 ACTIONS |= dict.fromkeys(("growing", "shrinking"), "PERSON_INTERACTION")
 HEIGHT, WIDTH, FRAMES = 32, 48, 60  # five seconds: key frames at seconds 901 to 904
 MARGIN = 8  # pixels around the frame to which shapes may go
-RADIUS = 5  # pixels, of a shape that has not grown; it doubles
+RADIUS = 4  # pixels, of a square that has not grown; it doubles
 FOLDER, VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
 LABEL = 'label {{\n  name: "{}"\n  label_id: {}\n  label_type: {}\n}}\n'
 ROW = "{},{:.3f},{:.3f},{:.3f},{:.3f},{},{:.3g}\n"  # video and second, box, action, person or score
@@ -50,15 +48,14 @@ def render_video(folder: Path, seed: int, key: tuple[str, int]) -> dict[str, str
 
 
 def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[list[str]], Tensor]]]:
-    """Return a clip (FRAMES, H, W) of one to three shapes, and each shape's actions and boxes (FRAMES, 4).
+    """Return a clip (FRAMES, H, W) of one to three squares, and each shape's actions and boxes (FRAMES, 4).
 
     Boxes are x1, y1, x2, y2 in fractions of width and height; NaN where the center is outside or half is covered.
     """
     clip, layers = torch.full((FRAMES, HEIGHT, WIDTH), DARK), []
     for _ in range(1 + random_below(3, generator)):
         actions, state = track(generator)
-        shape = SHAPES[1 + random_below(len(SHAPES) - 1, generator)]  # a disc cannot be seen to turn
-        inside = coverage(shape, state, HEIGHT, WIDTH)
+        inside = coverage("square", state, HEIGHT, WIDTH)  # a disc cannot be seen to turn
         (brightness,) = uniform(generator, (0.5, 1))
         clip = clip + inside * (brightness - clip)
         layers.append((actions, state, inside > 0.5))
@@ -76,21 +73,24 @@ def render_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[list[li
 def track(generator: torch.Generator) -> tuple[list[list[str]], Tensor]:
     """Return a shape's actions in each frame, and its x, y, angle and radius as in `trajectory`: (4, FRAMES).
 
-    It moves in one direction and, in half of the cases, also turns or grows; both change halfway. A single frame tells
+    It moves on one line and, in half of the cases, also turns or grows; both change halfway. A single frame tells
     nothing here either: every position on a torus, every angle and every size is equally frequent.
     """
+    speed, turning, growing = uniform(generator, SPEED, (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
     actions, steps = [], []
     for _ in range(2):
         names = [CLASSES[random_below(len(CLASSES), generator)]]
+        dx, dy = direction(names[0], generator)
+        turn = grow = 0
         if random_below(2, generator):
-            names.append([*ACTIONS][len(CLASSES) + random_below(4, generator)])
+            names.append([*STEPS][random_below(len(STEPS), generator)])
+            turn, grow = STEPS[names[1]]
         actions += [names] * (FRAMES // 2)
-        steps += [sum(torch.tensor(STEPS[name], dtype=torch.float64) for name in names)] * (FRAMES // 2)
+        steps += [torch.tensor([speed * dx, speed * dy, turning * turn, growing * grow])] * (FRAMES // 2)
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN  # the torus
-    speed, turning, growing = uniform(generator, SPEED, (1 / 60, 1 / 30), (1 / 40, 1 / 24))  # per frame
     start = torch.tensor(uniform(generator, (0, width), (0, height), (0, 1), (0, 1)))
-    steps = torch.stack(steps) * torch.tensor([speed, speed, turning, growing], dtype=torch.float64)
-    x, y, turn, phase = ((steps.cumsum(dim=0) - steps[0]).float() + start).T  # (FRAMES,) each
+    steps = torch.stack(steps)  # (FRAMES, 4)
+    x, y, turn, phase = (start + steps.cumsum(dim=0) - steps[0]).T  # (FRAMES,) each
     phase = phase % 1  # 90 % of a cycle one way, then quickly back
     radius = RADIUS * 2 ** torch.where(phase < 0.9, phase / 0.9, (1 - phase) / 0.1)
     return actions, torch.stack([x % width - MARGIN, y % height - MARGIN, turn, radius])
