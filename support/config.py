@@ -97,7 +97,7 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     elif stored:
         source, chosen = "the checkpoint", flatten(stored)
         if differ := sorted(defaults.keys() ^ chosen.keys()):
-            _check_stage(default.parent, chosen, defaults)
+            _check_stage(default.parent, chosen)
             say(
                 f"{source} was made by another version: these keys take their defaults or are gone: {', '.join(differ)}"
             )
@@ -124,14 +124,14 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     return config
 
 
-def _check_stage(folder: Path, chosen: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _check_stage(folder: Path, chosen: dict[str, Any]) -> None:
     """Raise UserError if a checkpoint's keys are those of another stage, not of another version of this one."""
-    differences = {}
+    unknown = {}
     for file in folder.parent.glob("*/defaults.yaml"):
-        differences[file.parent.name] = len(read_yaml(file).keys() ^ chosen.keys())
-    stage = min(differences, key=differences.__getitem__)
-    if stage != folder.name and chosen.keys() - defaults.keys():
-        raise UserError(f"the checkpoint is one of another stage, {stage}: name one of {folder.name}")
+        unknown[file.parent.name] = len(chosen.keys() - read_yaml(file).keys())
+    stage = min(unknown, key=unknown.__getitem__)
+    if unknown[stage] < unknown[folder.name]:
+        raise UserError(f"the checkpoint is one of another stage, {stage}: {folder.name} needs one of its own")
 
 
 def as_dict(config: SimpleNamespace) -> dict:

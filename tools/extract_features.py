@@ -152,8 +152,8 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     if unreadable == len(files):
         raise UserError("none of the videos can be read; see above")
     say(
-        f"{arguments.out}: features of {len(files) - unreadable:,} videos in .npz files; {unreadable:,} videos cannot be "
-        f"read. Next: numpy.load(FILE)['features'], see docs/features.md"
+        f"{arguments.out}: features of {len(files) - unreadable:,} videos, {unreadable:,} cannot be read. "
+        f"Next: numpy.load(FILE)['features'], see docs/features.md"
     )
 
 
