@@ -270,7 +270,7 @@ def train(config: SimpleNamespace) -> None:
             draw(videos[number], number, config, model, [config.mask.ratio], path)
         pictures = ", pictures/" if config.run.pictures else ""
         say(
-            f"{folder}: {total:,} steps done, loss {log.last_loss():.4f}: checkpoint.pt, loss.png{pictures}. "
+            f"{folder}: {total:,} steps done{log.last_loss()}: checkpoint.pt, loss.png{pictures}. "
             f"Next: {finetune_command(config, folder / 'checkpoint.pt')}"
         )
 

@@ -274,7 +274,7 @@ def train(config: SimpleNamespace) -> None:
 
     if rank == 0:
         say(
-            f"{log.folder}: {total:,} steps done, loss {log.last_loss():.4f}: checkpoint.pt, loss.png. Next: "
+            f"{log.folder}: {total:,} steps done{log.last_loss()}: checkpoint.pt, loss.png. Next: "
             f"{finetune_command(config, log.folder / 'checkpoint.pt')} run.folder=runs/finetune/moco_v3"
         )
 

@@ -143,10 +143,11 @@ class Log:
                     tag = f"{values['encoder']}/{name}" if "encoder" in values else name
                     self.board.add_scalar(tag, value, values["step"])
 
-    def last_loss(self) -> float:
-        """Return the loss of the last line that has one, also if the run was finished before."""
+    def last_loss(self) -> str:
+        """Return the last loss, also of a run that was finished before, as text; "" without any."""
         lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
-        return [line["loss"] for line in lines if "loss" in line][-1]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return f", loss {losses[-1]:.4f}" if losses else ""
 
     def epoch_ends(self, step: int, every: int) -> bool:
         """Return whether a step ends an epoch of which every `every`-th counts; 0: none."""
