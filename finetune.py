@@ -33,16 +33,7 @@ from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
-from support.processes import (
-    Processes,
-    StopSignals,
-    average,
-    compiler,
-    gather,
-    launch,
-    loader_workers,
-    start_processes,
-)
+from support.processes import Processes, StopSignals, average, compiler, gather, launch, loader_workers, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, split_batch, warmup_cosine
 from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
