@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,12 +297,14 @@ def train(config: SimpleNamespace) -> None:
         scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
+    in_first_layer = ""
+    if config.optim.layer_decay < 1:
+        in_first_layer = f", in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(clips):,} key frames with {len(labels):,} boxes for training, {len(test_set.persons):,} for validation, "
         f"{len(test_set.actions)} of {config.data.actions} actions evaluated; clips of {config.data.frames} frames\n"
-        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
-        f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
+        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}{in_first_layer}"
     )
     log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch)
     network = compiled(model)
@@ -360,6 +363,12 @@ def train(config: SimpleNamespace) -> None:
             mean_ap = test(model, test_set, processes, config, "testing", folder)
     log.write(step=total, test_mAP=mean_ap)
     log.draw()
+    pictures = ", pictures/" if config.run.pictures else ""
+    weights = (folder / "checkpoint.pt").as_posix()
+    say(
+        f"{folder}: mAP {mean_ap:.2f} at IoU 0.5: detections.csv, mAP.json, loss.png, accuracy.png{pictures}. "
+        f"Next: python -m tools.draw_detections VIDEO... --weights {quote(weights)}"
+    )
 
 
 @torch.inference_mode()

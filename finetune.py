@@ -15,6 +15,7 @@ import argparse
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 
 import torch
@@ -32,7 +33,7 @@ from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
-from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
+from support.processes import Processes, StopSignals, average, compiler, gather, launch, loader_workers, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, count_steps, split_batch, warmup_cosine
 from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
@@ -174,12 +175,14 @@ def train(config: SimpleNamespace) -> None:
         scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
+    in_first_layer = ""
+    if config.optim.layer_decay < 1:
+        in_first_layer = f", in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{len(videos):,} videos for training, {len(val_videos):,} for validation, {len(names)} classes; {repeats} "
         f"clips of each video, of {config.data.frames} frames, {config.data.size} x {config.data.size} pixels\n"
-        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}, "
-        f"in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
+        f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}{in_first_layer}"
     )
     log = Log(config, processes, start, total, steps_per_epoch, clips_per_step=batch * repeats)
     network = compiled(model)
@@ -240,6 +243,11 @@ def train(config: SimpleNamespace) -> None:
             top1 = test_and_write(model, val_videos, names, processes, config, folder)
     log.write(step=total, test_top1=top1)
     log.draw()
+    weights = (folder / "checkpoint.pt").as_posix()
+    say(
+        f"{folder}: top-1 {top1:.2f} %: scores.csv, classes.csv, loss.png, accuracy.png. "
+        f"Next: python finetune.py --predict VIDEO... --weights {quote(weights)}"
+    )
 
 
 @torch.inference_mode()
@@ -364,11 +372,11 @@ def predict_videos(arguments: argparse.Namespace) -> None:
     weights = arguments.weights
     config = stored_config(weights, DEFAULT, arguments.settings)
     check(config)
+    videos = named_videos(arguments.predict)
+    config.data.workers = min(loader_workers(config.data.workers), len(videos) - 1)
     processes = start_processes(config.run.precision, config.data.workers)
     model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(processes.device)
     names = class_names(weights, config, model.options["classes"])
-    videos = named_videos(arguments.predict)
-    config.data.workers = min(config.data.workers, len(videos) - 1)
     clips, crops = config.data.test_clips, config.data.test_crops
     scores, broken = test(model, videos, processes, config, clips, crops, "predicting")
     for reason in broken:

@@ -33,7 +33,7 @@ from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
 from support.pictures import estimate_statistics, save_videos, with_captions
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, count_steps, split_batch, warmup_cosine
+from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
 from support.seeds import sample_generator, seed_device
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, stored_config
@@ -271,8 +271,11 @@ def train(config: SimpleNamespace) -> None:
         for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
             path = folder / "pictures" / f"{number:05d}"
             draw(videos[number], number, config, model, [config.mask.ratio], path)
-        pictures = " and pictures/" if config.run.pictures else ""
-        say(f"{folder}: {total:,} steps done; see checkpoint.pt, log.jsonl{pictures}")
+        pictures = ", pictures/" if config.run.pictures else ""
+        say(
+            f"{folder}: {total:,} steps done{log.last_loss()}: checkpoint.pt, loss.png{pictures}. "
+            f"Next: {finetune_command(config, folder / 'checkpoint.pt')}"
+        )
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from support.checkpoint import check_length, describe, load_checkpoint, save_che
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import labelled_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, count_steps, split_batch, warmup_cosine
+from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
 from support.weights import check_init, encoder_options, load_weights
 
 DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
@@ -165,12 +165,16 @@ def train(config: SimpleNamespace) -> None:
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 
+        results = []
         with stop.at_once():
             for name, probe in probes.items():
                 say(f"{name} encoder:")
                 top1 = test_and_write(probe, val_videos, names, processes, config, folder / name)
                 log.write(step=total, encoder=name, test_top1=top1)
+                results.append(f"{top1:.2f} % ({name} encoder)")
     log.draw()
+    files = "scores.csv and classes.csv of each encoder, accuracy.png"
+    say(f"{folder}: top-1 {' and '.join(results)}: {files}. Next: {finetune_command(config, config.init)}")
 
 
 def main() -> None:

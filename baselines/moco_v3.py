@@ -37,7 +37,7 @@ from support.checkpoint import check_length, describe, load_checkpoint, save_che
 from support.config import UserError, load_config, parse, say
 from support.datasets import list_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
-from support.run import Log, count_steps, split_batch, warmup_cosine
+from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device
 from support.video import Video
 from support.weights import encoder_options
@@ -275,7 +275,11 @@ def train(config: SimpleNamespace) -> None:
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 
-    say(f"{log.folder}: {total:,} steps done; see checkpoint.pt and log.jsonl")
+    if rank == 0:
+        say(
+            f"{log.folder}: {total:,} steps done{log.last_loss()}: checkpoint.pt, loss.png. Next: "
+            f"{finetune_command(config, log.folder / 'checkpoint.pt')} run.folder=runs/finetune/moco_v3"
+        )
 
 
 def main() -> None:

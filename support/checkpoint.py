@@ -100,6 +100,8 @@ def read_run(path: Path, default: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
         checkpoint["config"] = as_dict(load_config(default, [], checkpoint["config"]))
         checkpoint["step"] = int(checkpoint["step"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}, or set another run.folder") from None
     except Exception as error:  # torch.load raises many types
         what = f"{path} is not a whole checkpoint of a run ({type(error).__name__})"
         raise UserError(f"{what}: delete it or set another run.folder") from None

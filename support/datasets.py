@@ -1,5 +1,6 @@
 """List a dataset's videos for training and for validation, with their classes. support/lists.py reads the files."""
 
+import glob
 import json
 import os
 from array import array
@@ -60,9 +61,16 @@ def list_videos(root: str, selection: str) -> Videos:
 
 
 def named_videos(names: list[Path]) -> list[Path]:
-    """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder."""
-    videos = []
+    """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder.
+
+    Windows' shells leave a pattern such as *.mp4 as it is, so it is expanded here, unless a file has this name.
+    """
+    paths = []
     for name in names:
+        matches = [] if name.exists() else glob.glob(str(name), recursive=True)
+        paths += map(Path, sorted(matches) or [name])
+    videos = []
+    for name in paths:
         if name.is_dir():
             videos += list_videos(str(name), "")
         elif name.suffix.lower() in (".txt", ".csv", ".json"):

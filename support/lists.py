@@ -102,6 +102,8 @@ def _read_flagged(root: str, file: Path, pattern: str, flag: int) -> Iterator[En
 def _read_lines(root: str, file: Path, labels: bool = True) -> Iterator[Entry]:
     for where, line in text_lines(file):
         path, label = _split_line(line)
+        if "\\" in path and not os.path.isfile(os.path.join(root, path)):  # a list made on Windows
+            path = path.replace("\\", "/")
         is_video = path.lower().endswith(SUFFIXES) or os.path.isfile(os.path.join(root, path))
         first, *more = label.replace(",", " ").replace(";", " ").split() or [""]
         if not is_video or (labels and more and _is_number(first)):  # such as 'path frames label', for frames

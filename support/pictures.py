@@ -3,7 +3,6 @@
 import json
 import textwrap
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from support.config import UserError, say
+from support.config import say
 from support.video import write_mp4
 
 ACCURACIES = ("top1", "top5", "test_top1", "mAP", "test_mAP")  # in log.jsonl
@@ -101,9 +100,7 @@ def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, 
 
 
 def draw_log(folder: Path) -> None:
-    """Chart a run's log.jsonl as loss.png and, once it was tested, accuracy.png, if matplotlib is installed."""
-    if not find_spec("matplotlib"):
-        return
+    """Chart a run's log.jsonl as loss.png and, once it was tested, accuracy.png."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     for name, unit, keys in (("loss", "loss", ("loss",)), ("accuracy", "percent", ACCURACIES)):
         curves = defaultdict(list)
@@ -123,12 +120,10 @@ def draw_log(folder: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure, in inches, that keeps labels inside. Raises UserError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("charts need matplotlib: pip install -r requirements-docs.txt") from None
+    """Return an empty matplotlib figure, in inches, that keeps labels inside."""
+    import matplotlib  # here, since it takes half a second
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams["text.parse_math"] = False  # names of classes and files may hold $
     return Figure((width, height), layout="constrained")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import yaml
 from torch.profiler import profile, schedule
 from tqdm import tqdm
 
-from support.config import UserError, as_dict, say
+from support.config import UserError, as_dict, flatten, load_config, say
 from support.pictures import draw_log
 from support.processes import Processes, compiler, gather
 
@@ -152,6 +153,12 @@ class Log:
                     tag = f"{values['encoder']}/{name}" if "encoder" in values else name
                     self.board.add_scalar(tag, value, values["step"])
 
+    def last_loss(self) -> str:
+        """Return the last loss, also of a run that was finished before, as text; "" without any."""
+        lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return f", loss {losses[-1]:.4f}" if losses else ""
+
     def epoch_ends(self, step: int, every: int) -> bool:
         """Return whether a step ends an epoch of which every `every`-th counts; 0: none."""
         return every > 0 and step % (every * self.epoch) == 0
@@ -167,6 +174,28 @@ class Log:
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
+
+
+def finetune_command(config: SimpleNamespace, init: str | Path) -> str:
+    """Return the command that fine-tunes the weights `init` of a run, with its recipe's namesake if there is one."""
+    recipes = Path(__file__).parents[1] / "configs" / "finetune"
+    namesake = recipes / f"{Path(config.run.folder).name}.yaml"
+    words = ["python"]
+    if "RANK" in os.environ:
+        words = ["torchrun"]
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        words.append(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
+    words.append("finetune.py")
+    recipe = recipes / "toy.yaml"
+    if config.data.root:
+        recipe = namesake if namesake.exists() else recipes / "own.yaml"
+        words += [f"configs/finetune/{recipe.name}", f"data.root={config.data.root}"]
+    words.append(f"init={Path(init).as_posix()}")
+    default, own = flatten(as_dict(load_config(recipe, []))), flatten(as_dict(config))
+    for key in ("model.size", "model.cube", "data.frames", "data.size"):
+        if own[key] != default[key]:
+            words.append(f"{key}={own[key]}".replace(" ", ""))
+    return shlex.join(words)
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:

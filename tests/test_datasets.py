@@ -214,6 +214,11 @@ def test_videos_of_a_tree_a_list_from_elsewhere_and_a_command_line(tmp_path, mon
         assert list(list_videos(str(root), selection)) == videos
     (root / "list=a.txt").write_text("a/y.AVI 0\n")
     assert list(named_videos([x, root / "b", root / "list=a.txt"])) == [x, x, y]
+    tree(root, "1.mp4", "[1].mp4", "*.mp4")  # names that look like patterns, next to patterns that no shell expanded
+    assert named_videos([root / "[1].mp4", root / "*.mp4"]) == [root / "[1].mp4", root / "*.mp4"]
+    assert named_videos([root / "*/*.AVI", root / "[12].*", root / "?.avi"]) == [y, root / "1.mp4", root / "?.avi"]
+    (root / "windows.txt").write_text("a\\y.AVI\n")
+    assert [(entry.path, entry.label) for entry in list_entries(str(root), "windows.txt")] == [(str(y), "a")]
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path):

@@ -390,6 +390,12 @@ def test_validation_with_boxes_of_aia(toy_ava, tmp_path):
     assert frame == ("val_00001", 902) and row.score == 0.9 and row.box == pytest.approx((0.1, 0.1, 0.5, 0.6))
 
 
+def test_actions_beyond_those_of_the_configuration(toy_ava, tmp_path):
+    (tmp_path / "list.pbtxt").write_text('item { name: "sit" id: 13 }')
+    with pytest.raises(UserError, match="list.pbtxt lists action 13, more than data.actions=12"):
+        ava.find_validation(configured(f"data.labels={tmp_path / 'list.pbtxt'}").data, toy_ava)
+
+
 # ---- whole runs; what all stages have in common is in test_stages.py ----
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ from videos import SIZE, broken_files, number_of, write_numbered
 
 import data
 import model as m
+from support.config import UserError
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint
 from tools.export_hugging_face import export
-from tools.extract_features import windows
+from tools.extract_features import result_files, windows
 
 TOOL = "tools.extract_features"
 PLAIN = dict(frames=4, stride=3, size=SIZE[1], window_stride=12, last="repeat")
@@ -209,10 +210,18 @@ def test_broken_videos_are_named_and_the_others_done(pretrained, tmp_path):
         done = run(TOOL, *words, good, "--out", tmp_path / "out")
         assert all(f"cannot be read: {path}: " in done.stderr for path in files)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.npz"]
-        last = f"1 files of features below {tmp_path / 'out'}; {len(files)} videos cannot be read"
-        assert done.stderr.splitlines()[-1] == last
+        last = f"{tmp_path / 'out'}: features of 1 videos, {len(files)} cannot be read. Next: "
+        assert done.stderr.splitlines()[-1].startswith(last)
     done = run(TOOL, *words, "--out", tmp_path / "none", ok=False)
     assert done.returncode == 1 and "none of the videos can be read" in done.stderr
+
+
+def test_folders_of_features_are_those_of_the_videos_on_one_drive_alone():
+    one, other, far = map(PureWindowsPath, ("C:/a/x.mp4", "c:/A/b/x.mp4", "D:/a/x.mp4"))
+    out = PureWindowsPath("out")
+    assert result_files([one, other, one], out) == {out / "x.npz": one, out / "b/x.npz": other}
+    with pytest.raises(UserError, match="the videos are on different drives"):
+        result_files([one, far], out)
 
 
 # ---- mistakes ----

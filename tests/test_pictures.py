@@ -77,10 +77,6 @@ def test_charts_of_a_log(tmp_path):
         assert read(tmp_path / name).float().std() > 10
 
 
-def test_only_charts_import_matplotlib_and_say_so_if_it_is_missing():
-    code = (
-        "import sys; import support.pictures, tools.study; assert 'matplotlib' not in sys.modules;"
-        "sys.modules['matplotlib'] = None; support.pictures.new_figure(1, 1)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.endswith("UserError: charts need matplotlib: pip install -r requirements-docs.txt\n")
+def test_only_charts_import_matplotlib():
+    code = "import sys, support.pictures, tools.study; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -63,7 +63,7 @@ def test_frames_and_times_stay(tmp_path):
         write_numbered(root / "full_range.avi", COUNT, "mjpeg", size=(320, 240), pixel_format="yuvj420p"),
     ]
     out, said = prepare(root, processes=2)
-    assert f"12 of 12 videos are in {out}: train with data.root={out}" in said
+    assert f"12 of 12 videos are in {out}. Next: train with data.root={out}" in said
     sizes = {"large": (256, 340), "tall": (456, 256), "odd": (254, 340), "phone": (96, 64)}
     for original in (*numbered, *others):
         prepared = (out / original.relative_to(root)).with_suffix(".mp4")

@@ -16,10 +16,20 @@ from conftest import ENVIRONMENT, ROOT, command
 from support.checkpoint import describe, load_checkpoint, write_checkpoint
 from support.config import UserError, as_dict, load_config
 from support.processes import Processes, compiler, fast_dtype, find_device, launch, start_processes
-from support.run import Log, check_writable, lock_folder, open_log, peak_memory, split_batch, warmup_cosine
+from support.run import (
+    Log,
+    check_writable,
+    finetune_command,
+    lock_folder,
+    open_log,
+    peak_memory,
+    split_batch,
+    warmup_cosine,
+)
 from support.seeds import random_below, sample_generator, seed_device
 
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
+SSV2 = str(TOY.with_name("ssv2_base.yaml"))
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 VIDEOS = dict(count=2, digest="that of the test")
 
@@ -54,6 +64,21 @@ def test_random_numbers_are_a_function_of_what_they_are_for():
             seed_device(seed, micro_step, rank)
             sampled.add(float(torch.rand(())))
     assert len(sampled) == 4
+
+
+def test_the_next_command_has_the_recipe_and_sizes_of_the_run(monkeypatch):
+    size = ["model.size=S", "data.root=my videos", "run.folder=runs/x"]
+    commands = {
+        "python finetune.py init=a/w.pt": [],
+        "python finetune.py configs/finetune/ssv2_base.yaml data.root=d init=a/w.pt": [SSV2, "data.root=d"],
+        "python finetune.py configs/finetune/own.yaml 'data.root=my videos' init=a/w.pt model.size=S": [SSV2, *size],
+    }
+    for following, settings in commands.items():
+        assert finetune_command(load_config(TOY, settings), Path("a/w.pt")) == following
+    monkeypatch.setenv("RANK", "0")
+    assert finetune_command(load_config(TOY, []), "w.pt") == "torchrun finetune.py init=w.pt"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert finetune_command(load_config(TOY, []), "w.pt") == "torchrun --nproc_per_node=8 finetune.py init=w.pt"
 
 
 # ---- the split of a batch ----

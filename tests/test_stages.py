@@ -47,6 +47,10 @@ def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
     assert [line["lr"] for line in lines] == pytest.approx(expected) and expected[0] == 0 < max(expected) <= peak
     assert not list(folder.glob("*.tmp")) and not (folder / "broken_videos.txt").exists()
     assert all((folder / name).exists() for name in RESULTS[stage])
+    tested = [line[key] for line in log(folder) for key in ("test_top1", "test_mAP") if key in line]
+    numbers = [f"{number:.2f}" for number in tested] or [f"loss {lines[-1]['loss']:.4f}"]
+    result, _ = printed.splitlines()[-1].split(". Next: python ")
+    assert result.startswith(f"{folder}: ") and all(number in result for number in numbers)
     assert (folder / "loss.png").exists() and (folder / "accuracy.png").exists() == (stage in DOWNSTREAM)
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,13 +54,13 @@ def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.M
     return model.encoder, getattr(model, "fc_norm", nn.Identity())
 
 
-def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
-    """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
-    videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
-    try:
-        above = os.path.commonpath([video.parent for video in videos])
-    except ValueError:
-        raise UserError("the videos are on different drives: give those of one drive at a time") from None
+def result_files(videos: list[PurePath], out: Path) -> dict[Path, PurePath]:
+    """Return {file of features: video}, in folders below `out` as the videos, absolute, below their common one."""
+    videos = list(dict.fromkeys(videos))
+    common = [folder for folder in videos[0].parents if all(video.is_relative_to(folder) for video in videos)]
+    if not common:
+        raise UserError("the videos are on different drives: give those of one drive at a time")
+    above = common[0]
     files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
     if len(files) < len(videos):
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
@@ -122,7 +122,8 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     settings = windowing | dict(keep=keep, bf16=bf16, checksum_of_weights=zlib.crc32(parameters.numpy()))
     encoder, norm = encoder.to(processes.device), norm.to(processes.device)
 
-    files = result_files(named_videos(arguments.videos), arguments.out)
+    videos = [Path(os.path.abspath(video)) for video in named_videos(arguments.videos)]
+    files = result_files(videos, arguments.out)
     say(f"{len(files):,} videos, {sum(file.exists() for file in files):,} of them done; {settings}")
     files_of_rank = list(files)[processes.rank :: processes.world_size]
     todo = [file for file in files_of_rank if not is_done(file, settings | dict(video=files[file]))]
@@ -150,7 +151,10 @@ def extract(arguments: argparse.Namespace, config: SimpleNamespace) -> None:
     unreadable = len(gather(broken))
     if unreadable == len(files):
         raise UserError("none of the videos can be read; see above")
-    say(f"{len(files) - unreadable:,} files of features below {arguments.out}; {unreadable:,} videos cannot be read")
+    say(
+        f"{arguments.out}: features of {len(files) - unreadable:,} videos, {unreadable:,} cannot be read. "
+        f"Next: numpy.load(FILE)['features'], see docs/features.md"
+    )
 
 
 def write(file: Path, **content: object) -> None:

@@ -56,9 +56,9 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     text = "".join(f"{reason}\n" for reason in broken)
     (out / "unreadable.txt").write_text(text, "utf-8", errors="surrogateescape")
     lock.release()
-    print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}: train with data.root={out}")
+    print(text, end="")
+    print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}. Next: train with data.root={out}")
     if broken:
-        print(text, end="")
         raise SystemExit(1)
 
 

@@ -86,7 +86,7 @@ def _side(results: dict, claim: dict, side: str) -> dict[str, float]:
 
 
 def write_report(study: dict, results: dict, page: Path, picture: Path) -> None:
-    """Write the tables as Markdown and the chart. Raises UserError without matplotlib."""
+    """Write the tables as Markdown and the chart."""
     figure = new_figure(10, 1 + 1.3 * len(study["tables"]))
     panels = figure.subplots(-(-len(study["tables"]) // 2), 2, squeeze=False).flat
     agreement, sections = {}, []
