@@ -113,14 +113,8 @@ def test_every_step_is_adamw_of_the_paper(stage, settings, tmp_path, monkeypatch
     monkeypatch.setattr(
         module(stage), "parameter_groups", lambda model, *x: models.append(model) or groups_of(model, *x)
     )
-    more = [
-        "optim.betas=[0.8, 0.97]",
-        "optim.min_lr=0.003",
-        "optim.weight_decay=0.3",
-        "data.workers=0",
-        f"run.folder={tmp_path}",
-    ]
-    run(f"{stage}.py", *settings[stage], *more)
+    more = ["optim.betas=[0.8, 0.97]", "optim.min_lr=0.003", "optim.weight_decay=0.3", "data.workers=0"]
+    run(f"{stage}.py", *settings[stage], *more, f"run.folder={tmp_path}")
     optim = load_config(module(stage).DEFAULT, [str(tmp_path / "config.yaml")]).optim
     depth = len(models[0].encoder.blocks)
     assert cleared == list(range(1, len(steps) + 1))
