@@ -285,7 +285,6 @@ def train(config: SimpleNamespace) -> None:
 
     if config.target.frames == "input":
         log.write(step=total, **compare_with_copies(model, objective, fixed_clips))
-    log.draw()
     if rank == 0:
         for number in spread(len(val_videos), config.run.pictures):
             path = folder / "pictures" / f"{number:05d}"
