@@ -3,7 +3,7 @@
     laptop:   torchrun probe.py                        # toy videos, from the encoder that `torchrun pretrain.py` leaves
     8 GPUs:   torchrun --nproc_per_node=8 probe.py configs/probe/ssv2_base.yaml data.root=/data/ssv2 init=pretrained.pt
 
-An encoder with random weights, PyTorch's own initialization, can be probed next to it, on the same clips.
+Encoders with random weights can be probed next to it, on the same clips.
 The same command resumes from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from finetune import test_and_write
-from model import Encoder, cube_grid
+from model import Encoder, cube_grid, initialize
 from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
@@ -66,13 +66,18 @@ class LinearProbe(nn.Module):
 
 
 def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
-    """Return the probes to train side by side: of the pre-trained encoder and, if wanted, of a random one."""
+    """Return the probes to train side by side: of the pre-trained encoder and, if wanted, of two random ones.
+
+    Their weights are PyTorch's ("random") and those with which VideoMAE's pre-training starts ("initial").
+    """
     probes = {}
-    for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
+    for name in ["pre-trained", "random", "initial"] if config.model.against_random else ["pre-trained"]:
         torch.manual_seed(config.run.seed)
         encoder = encoder_options(config, config.init)
         probes[name] = LinearProbe(**encoder, classes=classes, batch_norm=config.model.batch_norm)
     load_weights(probes["pre-trained"], config.init, fresh=("head.",))
+    if config.model.against_random:
+        initialize(probes["initial"].encoder.blocks, nn.init.xavier_uniform_)
     return probes
 
 
