@@ -363,10 +363,11 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
         (folder / f"videos/{name}.mp4").unlink()
     (folder / "videos/val_00001.mp4").write_bytes((toy_ava / "videos/val_00001.mp4").read_bytes()[:500])
     config = configured("init=scratch", f"data.root={folder}", "run.pictures=0")
+    (folder / config.data.train_exclude).write_text("train_00002,0901\n")
     frames, _ = ava.find_training(config.data, folder)
     assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
-    assert not frames.keys() & ava.read_exclusions(folder / config.data.train_exclude)
+    assert ("train_00002", 901) not in frames and ("train_00002", 902) in frames
     (folder / config.data.val_exclude).write_text("val_00002,0901\n")
     validation = ava.find_validation(config.data, folder)
     assert ("val_00002", 901) not in validation.persons and ("val_00002", 902) in validation.persons
@@ -442,7 +443,7 @@ MISTAKES = [
     (["--weights", "y.pt"], "--test needs --weights FILE"),
     (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
     (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv no person"),
-    (["init=scratch", "data.val={tmp}/other.csv"], "other.csv no row of an action in "),
+    (["init=scratch", "data.val={tmp}/b.csv", "data.val_exclude={tmp}/a.csv"], "b.csv no row of an action in "),
 ]
 
 
@@ -450,8 +451,8 @@ MISTAKES = [
 def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path, words, sentence):
     keys = [row.split(",")[:2] for row in (toy_ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()]
     (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
-    excluded = (toy_ava / "annotations/ava_val_excluded_timestamps_v2.2.csv").read_text().split()
-    (tmp_path / "other.csv").write_text(f"{excluded[0]},0.1,0.1,0.5,0.5,1,0\n")
+    (tmp_path / "a.csv").write_text("val_00000,0902\n")
+    (tmp_path / "b.csv").write_text("val_00000,0902,0.1,0.1,0.5,0.5,1,0\n")
     words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
     done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
     with pytest.raises(UserError, match=sentence):
