@@ -45,8 +45,8 @@ def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Render toy videos for detection: 6 for training, 3 for validation. Tests must not change them."""
-    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
+    """Render toy videos for detection: 8 for training, 3 for validation. Tests must not change them."""
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 8, "val": 3})
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,8 @@ def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
     augment = ["data.repeats=2", "data.randaugment=[4, 7, 0.5]", "data.flip=true", "run.validate_every=2"]
     augment += ["data.test_clips=2", "data.test_crops=3", "optim.layer_decay=0.7"]
     classes = [f"init={pretrained}", "data.classes=classes.txt", *small]
-    detection = ["init=scratch", "data.short_side=36", "optim.layer_decay=0.7", "run.pictures=1"]
+    detection = ["init=scratch", "data.short_side=36", "optim.layer_decay=0.7"]
+    detection += ["run.pictures=1", "run.validate_every=2"]
     return {
         "pretrain": [*same, *videos, *clips, "optim.base_lr=0.02", "run.pictures=1"],
         "finetune": [*same, *videos, *classes, *augment],

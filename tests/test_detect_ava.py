@@ -365,7 +365,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     config = configured("init=scratch", f"data.root={folder}", "run.pictures=0")
     (folder / config.data.train_exclude).write_text("train_00002,0901\n")
     frames, _ = ava.find_training(config.data, folder)
-    assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
+    assert re.search("1 of 8 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
     assert ("train_00002", 901) not in frames and ("train_00002", 902) in frames
     (folder / config.data.val_exclude).write_text("val_00002,0901\n")

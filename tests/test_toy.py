@@ -30,13 +30,13 @@ def read_rows(path: Path) -> list[list[str]]:
     "kind, render, train, val, lost",
     [
         ("toy_videos", toy.render, 24, 8, ["classes.txt", "train/moving right/00008.mp4"]),
-        ("toy_ava", ava.render, 6, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
+        ("toy_ava", ava.render, 8, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
     ],
 )
 def test_videos_are_reproducible_and_finished_after_an_interruption(kind, render, train, val, lost, request, tmp_path):
     original, again, videos = request.getfixturevalue(kind), tmp_path / "again", {"train": train, "val": val}
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
-    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 9 + 2 * 3 + 3}[kind]
+    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 11 + 2 * 3 + 3}[kind]
     shutil.copytree(original, again)
     for name in lost:
         (again / name).unlink()
@@ -165,7 +165,7 @@ def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
     assert [labels.count(group) for group in groups] == [8, 2, 2]
     assert all(f'name: "{name}"\n  label_id: {i}\n' in labels for i, name in enumerate(ava.ACTIONS, 1))
-    for split, videos in (("train", 6), ("val", 3)):
+    for split, videos in (("train", 8), ("val", 3)):
         truth = read_rows(toy_ava / f"annotations/ava_{split}_v2.2.csv")
         detected = read_rows(toy_ava / f"boxes/ava_{split}_predicted_boxes.csv")
         for video, second, *box, action, last in truth + detected:
