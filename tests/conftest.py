@@ -45,8 +45,8 @@ def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Render toy videos for detection: 6 for training, 3 for validation. Tests must not change them."""
-    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
+    """Render toy videos for detection: 8 for training, 3 for validation. Tests must not change them."""
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 8, "val": 3})
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,7 @@ EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
         *("optim.mixup=0.8", "optim.cutmix=1.0", "model.drop_path=0.2", "model.dropout=0.5"),
         *("data.crop_area=[0.3, 1.0]", "data.crop_aspect=[0.75, 1.3333]", "data.erase=0.25"),
     ],
-    "probe": ["data.scales=[1, 0.875, 0.75, 0.66]"],
+    "probe": ["data.scales=[1, 0.875, 0.75, 0.66]", "model.batch_norm=true"],
     "detect_ava": ["model.drop_path=0.5", "data.jitter_boxes=true", "data.jitter_colors=true"],
     "baselines/moco_v3": ["data.flip=true"],
 }
@@ -94,17 +94,20 @@ EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
 def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
     """Return for each stage the settings of nine to twelve steps of eight clips."""
     same = ["optim.batch_size=8", "optim.epochs=3", "optim.warmup_epochs=1"]
-    same += ["run.log_every=1", "run.checkpoint_every=4"]  # not a divisor of the steps
+    same += ["data.workers=1", "run.log_every=1", "run.checkpoint_every=4"]  # 4 is not a divisor of the steps
     videos = [f"data.root={toy_videos}", "data.train=train", "data.val=val"]
-    small = ["data.frames=4", "data.size=32", "run.batch_per_device=16"]
+    clips = ["data.frames=4", "data.stride=2"]
+    small = [*clips, "data.size=16", "run.batch_per_device=16"]  # positions of 8 x 32 x 32 are interpolated
     augment = ["data.repeats=2", "data.randaugment=[4, 7, 0.5]", "data.flip=true", "run.validate_every=2"]
     augment += ["data.test_clips=2", "data.test_crops=3", "optim.layer_decay=0.7"]
     classes = [f"init={pretrained}", "data.classes=classes.txt", *small]
+    detection = ["init=scratch", "data.short_side=36", "optim.layer_decay=0.7"]
+    detection += ["run.pictures=1", "run.validate_every=2"]
     return {
-        "pretrain": [*same, *videos, "optim.base_lr=0.02", "run.pictures=1", "run.validate_every=2"],
+        "pretrain": [*same, *videos, *clips, "optim.base_lr=0.02", "run.pictures=1", "run.validate_every=2"],
         "finetune": [*same, *videos, *classes, *augment],
-        "probe": [*same, *videos, *classes],
-        "detect_ava": [*same, f"data.root={toy_ava}", "init=scratch", "optim.layer_decay=0.7", "run.pictures=1"],
+        "probe": [*same, *videos, *classes, "model.batch_norm=false"],  # whose statistics depend on micro-batches
+        "detect_ava": [*same, f"data.root={toy_ava}", *clips, *detection],
         "baselines/moco_v3": [*same, *videos[:2], *small, "moco.mlp_dim=32", "moco.dim=16"],
     }
 

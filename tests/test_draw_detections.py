@@ -17,7 +17,7 @@ from tools import draw_detections
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector with random weights, for clips of 8 x 64 x 64."""
+    """A detector with random weights, for clips of 8 x 32 x 32."""
     config = configured("init=scratch")
     detector = randomized(detect_ava.build(config, NO_PERSONS))
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pt"

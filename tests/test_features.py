@@ -36,11 +36,11 @@ def videos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory) -> Path:
     torch.manual_seed(1)
-    model = m.VideoClassifier(**m.encoder_size("tiny"), clip_size=(8, 64, 64), classes=5)
+    model = m.VideoClassifier(**m.encoder_size("tiny"), clip_size=(8, 32, 32), cube=(1, 8, 8), classes=5)
     torch.nn.init.normal_(model.fc_norm.weight, 1, 0.1)
     torch.nn.init.normal_(model.fc_norm.bias, 0, 0.1)
     path = tmp_path_factory.mktemp("fine_tuned") / "checkpoint.pt"
-    config = dict(data=dict(frames=8, stride=4, size=64), model=dict(cube=[2, 16, 16]))
+    config = dict(data=dict(frames=8, stride=4, size=32), model=dict(cube=[1, 8, 8]))
     torch.save(dict(model=model.state_dict(), model_options=model.options, config=config), path)
     return path
 
@@ -113,22 +113,23 @@ def test_few_frames_are_in_memory(tmp_path, window_stride, most):
 
 
 def keep_of(tokens: torch.Tensor, keep: str) -> torch.Tensor:
-    """What is kept of tokens (B, 64, D), 4 times of 4 x 4 places."""
+    """What is kept of tokens (B, 128, D), 8 times of 4 x 4 places."""
     if keep == "mean":
-        return tokens.sum(1) / 64
-    return tokens.view(len(tokens), 4, 16, -1).sum(2) / 16 if keep == "time" else tokens
+        return tokens.sum(1) / 128
+    return tokens.view(len(tokens), 8, 16, -1).sum(2) / 16 if keep == "time" else tokens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep, shape", [("mean", ()), ("time", (4,)), ("tokens", (64,))])
+@pytest.mark.parametrize("keep, shape", [("mean", ()), ("time", (8,)), ("tokens", (128,))])
 def test_features_equal_transformers(videos, pretrained, fine_tuned, tmp_path, keep, shape):
     """Pre-trained, with the last norm; fine-tuned, with fc_norm of what is kept: for the mean, what the head sees."""
     export(build_from_checkpoint(pretrained, m.VideoMAE), tmp_path / "hf", True, [])
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf").eval()
-    options = dict(frames=8, stride=2, size=64, window_stride=6, last="repeat")
+    options = dict(frames=8, stride=2, size=32, window_stride=6, last="repeat")
     clips = data.normalize(torch.stack([clip for clip, _ in windows(videos / "a/x.mp4", **options)]))
     expected = keep_of(theirs(clips.transpose(1, 2)).last_hidden_state, keep)
-    more = ["--keep", keep, "--window-stride", "6", "data.stride=2", "run.batch_per_device=4", "--out"]
+    more = ["--keep", keep, "--window-stride", "6", "data.frames=8", "data.size=32", "data.stride=2"]
+    more += ["run.batch_per_device=4", "--out"]
     for weights in (pretrained, tmp_path / "hf"):
         run(TOOL, videos / "a/x.mp4", "--weights", weights, *more, tmp_path / weights.name)
         stored = read(tmp_path / weights.name / "x.npz")
@@ -155,7 +156,8 @@ def test_weights_of_every_kind(videos, pretrained, fine_tuned, tmp_path):
     encoder = {key: state[key] for key in state if key.startswith("encoder.")}
     torch.save(encoder | {"head.weight": heads["weight"]}, tmp_path / "detector.pth")
     torch.save({"module": {key.removeprefix("encoder."): tuned[key] for key in tuned}}, tmp_path / "official.pth")
-    settings = ["data.frames=8", "data.size=64", "data.stride=2", "model.pretrained_clip=[8,64,64]", "data.workers=0"]
+    settings = ["data.frames=8", "data.size=32", "data.stride=2", "data.workers=0"]
+    settings += ["model.pretrained_clip=[8,32,32]", "model.cube=[1,8,8]"]
 
     def features(weights: Path, settings: list[str]) -> np.ndarray:
         out = tmp_path / f"{weights.name} {len(settings)}"
@@ -176,7 +178,7 @@ def test_weights_of_every_kind(videos, pretrained, fine_tuned, tmp_path):
 
 def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
     """One file per video, below --out as below the folder; the same by two processes."""
-    words = ["--weights", pretrained, "data.stride=1", "--out"]
+    words = ["--weights", pretrained, "data.frames=8", "data.stride=1", "--out"]
     run(TOOL, videos / "a/x.mp4", *words, tmp_path / "one", videos)  # named twice
     done = run(TOOL, videos, *words, tmp_path / "two", processes=2)
     assert "8 windows [" in done.stderr and "9 windows [" not in done.stderr  # rank 0: the first and the third video
@@ -232,9 +234,9 @@ def test_folders_of_features_are_those_of_the_videos_on_one_drive_alone():
     [
         (["--weights", "none.pt"], "no weights at none.pt"),
         (["--window-stride", "0"], "--window-stride 0 has to be at least 1"),
-        (["data.frames=7"], "a clip of 7 frames is not a whole number of cubes"),
+        (["data.frames=7", "model.cube=[2,8,8]"], "a clip of 7 frames is not a whole number of cubes"),
         (["optim.layer_decay=1"], "unknown key 'optim.layer_decay'"),
-        (["model.cube=[2,8,8]"], "does not fit this LinearProbe"),
+        (["data.frames=8", "model.cube=[2,8,8]"], "does not fit this LinearProbe"),
         (["y.mp4", "y.avi"], "differ only in their suffix"),
     ],
 )
@@ -245,10 +247,10 @@ def test_mistakes_end_in_a_sentence(videos, pretrained, tmp_path, words, sentenc
 
 
 def test_other_settings_weights_or_videos_are_not_mixed_into_a_folder(videos, pretrained, tmp_path):
-    words = ["data.stride=2", "--out", tmp_path, "--weights", pretrained]
+    words = ["data.frames=8", "data.stride=2", "--out", tmp_path, "--weights", pretrained]
     run(TOOL, videos / "a/x.mp4", *words)
     before = (tmp_path / "x.npz").read_bytes()
-    learned = torch.load(pretrained) | dict(positions=torch.randn(4 * 4 * 4, 128))
+    learned = torch.load(pretrained) | dict(positions=torch.randn(8 * 4 * 4, 128))
     torch.save(learned, tmp_path / "learned.pt")
     for video, more, sentence in (
         ("a/x.mp4", ["--keep", "time"], "was made with keep=mean, not time: delete it or give another --out"),

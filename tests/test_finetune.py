@@ -114,13 +114,13 @@ def test_what_a_run_prints_and_leaves(finished, pretrained):
 @pytest.mark.parametrize("start", ["scratch", "pretrained", "finetuned"])
 def test_a_model_starts_from_scratch_or_from_weights_at_another_size(start, pretrained, finished):
     folder, stored = finished("finetune"), torch.load(pretrained)["model"]
-    size = ["data.frames=8", "data.size=96"] if start == "finetuned" else []  # 4 and 32 before
+    size = ["data.frames=8", "data.size=48"] if start == "finetuned" else []  # 4 and 16 before
     path = {"scratch": start, "pretrained": pretrained, "finetuned": folder / "checkpoint.pt"}[start]
     more = [f"init={path}", "model.drop_path=0.5", "model.dropout=0.5", *size]
     config = load_config(finetune.DEFAULT, [str(folder / "config.yaml"), *more])
     model = finetune.build(config, 8)
     assert model.dropout.p == model.encoder.blocks[-1].drop_path.p == 0.5
-    assert model.options["clip_size"] == ([4, 32, 32] if start == "scratch" else [8, 64, 64])
+    assert model.options["clip_size"] == ([4, 16, 16] if start == "scratch" else [8, 32, 32])
     finetuned, block = torch.load(folder / "checkpoint.pt"), "encoder.blocks.2.mlp.fc1.weight"
     same = [key for key, value in model.state_dict().items() if torch.equal(value, finetuned["model"][key])]
     assert (len(same) == len(finetuned["model"])) == (start == "finetuned")  # with the head; the others have learned
@@ -132,7 +132,7 @@ def test_a_model_starts_from_scratch_or_from_weights_at_another_size(start, pret
 
 
 def color_settings(videos: Path, folder: Path, *more: str) -> list[str]:
-    clips = [f"data.root={videos}", "data.train=train", "data.val=val", "data.frames=2", "data.size=32"]
+    clips = [f"data.root={videos}", "data.train=train", "data.val=val", "data.frames=2", "data.size=16"]
     return [*clips, "init=scratch", "data.workers=0", "run.validate_every=0", f"run.folder={folder}", *more]
 
 
@@ -199,12 +199,12 @@ def foreign(toy_videos, finished, tmp_path_factory) -> tuple[Path, Path, list[st
     torch.save({"module": state}, folder / "official.pth")
     (folder / "hub").mkdir()
     torch.save(to_hugging_face(content["model"]), folder / "hub/pytorch_model.bin")
-    sizes = dict(num_frames=8, image_size=64, tubelet_size=2, patch_size=16, hidden_size=128, num_hidden_layers=4)
+    sizes = dict(num_frames=8, image_size=32, tubelet_size=1, patch_size=8, hidden_size=128, num_hidden_layers=4)
     labels = {str(i): f"HF {name}" for i, name in enumerate(content["classes"])}
     (folder / "hub/config.json").write_text(json.dumps(dict(id2label=labels) | sizes))
     options = content["config"]["data"]
     settings = [f"data.{key}={options[key]}" for key in ("frames", "size", "stride", "test_clips", "test_crops")]
-    settings += [f"data.root={toy_videos}", "data.train=train", "data.val=val", "model.pretrained_clip=[8,64,64]"]
+    settings += [f"data.root={toy_videos}", "data.train=train", "data.val=val", "model.pretrained_clip=[8,32,32]"]
     return folder / "official.pth", folder / "hub", settings
 
 

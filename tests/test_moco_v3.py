@@ -26,7 +26,7 @@ EMBEDDING = ["encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"]
 
 
 def configured(*settings: str):
-    small = ["data.frames=4", "data.size=32", "moco.mlp_dim=32", "moco.dim=16"]
+    small = ["data.frames=4", "data.stride=2", "data.size=32", "moco.mlp_dim=32", "moco.dim=16"]
     return load_config(moco_v3.DEFAULT, [*small, *settings])
 
 
@@ -63,7 +63,7 @@ def transcribed_loss(f_q: torch.nn.Module, f_k: torch.nn.Module, views: list[Ten
 def test_weights_start_as_in_moco_v3s_code():
     """Xavier's uniform distribution; queries, keys and values are matrices of their own."""
     state = moco_v3.build(configured()).state_dict()
-    sides = {EMBEDDING[0]: 1536 + 128, "encoder.blocks.1.attn.qkv.weight": 128 + 128}
+    sides = {EMBEDDING[0]: 192 + 128, "encoder.blocks.1.attn.qkv.weight": 128 + 128}
     for key, side in (sides | {"encoder.blocks.1.mlp.fc1.weight": 128 + 512}).items():
         bound = math.sqrt(6 / side)
         assert bound * 0.999 < float(state[key].abs().max()) <= bound

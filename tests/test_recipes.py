@@ -210,8 +210,8 @@ pretrain/ssv2_large | ssv2 L | 0.0006 | - | 74.3 75.4
 pretrain/ucf101_base | ucf101 k400 B | 0.000225 | - | 91.3
 pretrain/hmdb51_base | hmdb51 k400 B | 0.000225 | - | 62.6
 pretrain/own* | k400 B | 0.000984375 | - |
-pretrain/toy* | k400 B | 0.002 | - |
-pretrain/toy_picture* | k400 B | 0.004 | - |
+pretrain/toy* | k400 B | - | - |
+pretrain/toy_picture* | k400 B | - | - |
 finetune/k400_small | k400 S | 0.002 | pretrain/k400_small | 79.0 93.8
 finetune/k400_base | k400 B | 0.002 | pretrain/k400_base | 81.5 95.1 80.0
 finetune/k400_large | k400 L | 0.002 | pretrain/k400_large | 85.2 96.8
@@ -235,10 +235,10 @@ finetune/hmdb51_base | hmdb51 k400 B | 0.0005 | pretrain/hmdb51_base | 62.6
 finetune/hmdb51_base_from_k400 | hmdb51 k400 B | 0.0005 | pretrain/k400_base | 73.3
 finetune/hmdb51_base_scratch | scratch hmdb51 k400 B | 0.0008 | scratch | 18.0
 finetune/own* | ucf101 k400 B | 6.25e-05 | pytorch_model.bin |
-finetune/toy* | k400 B | 0.001875 | pretrain/toy |
+finetune/toy* | k400 B | - | pretrain/toy |
 probe/ssv2_base | ssv2 B | 0.4 | pretrain/ssv2_base | 38.9 34.7
 probe/k400_base | k400 B | 0.4 | pretrain/k400_base |
-probe/toy* | k400 B | 0.025 | pretrain/toy |
+probe/toy* | k400 B | - | pretrain/toy |
 detect/k400_small | ava S | 0.0005 | pretrain/k400_small | 22.5
 detect/k400_base | ava B | 0.000125 | pretrain/k400_base | 26.7
 detect/k400_large | ava L | 0.000125 | pretrain/k400_large | 34.3
@@ -250,12 +250,12 @@ detect/k400_large_finetuned | labels ava L | 0.00025 | finetune/k400_large | 37.
 detect/k400_huge_finetuned | labels ava H | 0.00025 | finetune/k400_huge | 39.5
 detect/k700_large_finetuned | labels ava L | 0.00025 | finetune/k700_large | 39.3
 detect/authors* | ava B | 0.000125 | pretrain/k400_base |
-detect/toy* | ava B | 0.001 | pretrain/toy |
+detect/toy* | ava B | - | pretrain/toy |
 baselines/k400_base | k400 B | 0.0024 | - | 74.2 62.4 93.2 67.9 80.0 68.5 96.1 73.3
 baselines/ssv2_base | ssv2 B | 0.0024 | - | 54.2 33.7 69.6 38.9
 baselines/ucf101_base | ucf101 k400 B | 0.0001125 | - | 81.7 91.3
 baselines/hmdb51_base | hmdb51 k400 B | 0.0001125 | - | 39.2 62.6
-baselines/toy* | k400 B | 0.001 | - |
+baselines/toy* | k400 B | - | - |
 """
 ROWS = [[cell.strip() for cell in row.split("|")] for row in RECIPES.strip().splitlines()]
 PAPER = [row for row in ROWS if not row[0].endswith("*")]
@@ -310,9 +310,11 @@ def test_every_value_is_the_papers_or_a_named_deviation(name, columns, peak, ini
 def test_learning_rate_weights_header_and_size(name, columns, peak, init, results):
     name = name.rstrip("*")
     config, text = load(name), (CONFIGS / f"{name}.yaml").read_text("utf-8")
-    assert config.optim.base_lr * config.optim.batch_size / 256 == pytest.approx(float(peak))
+    scaled = config.optim.base_lr * config.optim.batch_size / 256
+    assert peak == "-" or scaled == pytest.approx(float(peak))
     for base, batch, product in re.findall(r"base_lr: (\S+) +# x (\d+) / 256 = (\S+)", text):
-        assert (float(base), int(batch), float(product)) == (config.optim.base_lr, config.optim.batch_size, float(peak))
+        assert (float(base), int(batch)) == (config.optim.base_lr, config.optim.batch_size)
+        assert float(product) == pytest.approx(scaled)
     assert config.run.folder == f"runs/{name}" and config.run.seed == 0
     assert (config.run.precision, config.run.compile, config.run.profile) == ("auto", "auto", False)
     header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))

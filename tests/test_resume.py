@@ -147,7 +147,7 @@ def test_a_signal_ends_validation_and_the_test_at_once(stage, at, settings, tmp_
 def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrained, tmp_path, monkeypatch):
     init, folder = tmp_path / "init.pt", tmp_path / "run"
     shutil.copy(pretrained, init)
-    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=64", f"run.folder={folder}"]
+    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=32", f"run.folder={folder}"]
     replace = os.replace
 
     def interrupt(source: Path, target: Path) -> None:  # the second checkpoint

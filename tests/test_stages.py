@@ -30,7 +30,7 @@ def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
     folder = random_run(finished, stage)
     printed, lines = (folder / "said.txt").read_text(), [line for line in log(folder) if "loss" in line]
     steps = len(lines)
-    assert steps == (6 if stage == "detect_ava" else 9)  # 19 key frames or 24 videos, 8 in a batch
+    assert steps == (6 if stage == "detect_ava" else 9)  # 21 key frames or 24 videos, 8 in a batch
     assert f"{steps} steps; starting at step 0" in printed
     assert {"loss", "step", "epoch", "lr", "clips_per_second", "waiting_for_data", "memory_gb"} <= set(lines[0])
     assert [line["step"] for line in lines] == list(range(1, steps + 1)) and lines[-1]["epoch"] == 3

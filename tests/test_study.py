@@ -97,7 +97,7 @@ def test_a_tiny_study_from_the_command_to_the_chart(toy_videos, tmp_path, monkey
     assert tuple(first.values())[:4] == ("few", "3", "pretrain", "")
     assert tuple(second.values())[:3] == ("few", "3", "finetune") and second["loss"] == ""
     assert second["curve"].startswith("3:2.")  # three steps
-    assert 0.5 < float(first["loss"]) < 5 and 0 <= float(second["top1"]) <= 100
+    assert 0.1 < float(first["loss"]) < 5 and 0 <= float(second["top1"]) <= 100
     assert first["command"].startswith("python pretrain.py ") and f"data.train={few}" in first["command"]
     assert all(row["torch"] and row["commit"] and float(row["seconds"]) >= 0 for row in (first, second))
     assert "8 videos" in (folder / "few_seed3/pretrain/output.txt").read_text()

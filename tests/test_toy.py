@@ -30,13 +30,13 @@ def read_rows(path: Path) -> list[list[str]]:
     "kind, render, train, val, lost",
     [
         ("toy_videos", toy.render, 24, 8, ["classes.txt", "train/moving right/00008.mp4"]),
-        ("toy_ava", ava.render, 6, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
+        ("toy_ava", ava.render, 8, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
     ],
 )
 def test_videos_are_reproducible_and_finished_after_an_interruption(kind, render, train, val, lost, request, tmp_path):
     original, again, videos = request.getfixturevalue(kind), tmp_path / "again", {"train": train, "val": val}
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
-    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 9 + 2 * 3 + 3}[kind]
+    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 11 + 2 * 3 + 3}[kind]
     shutil.copytree(original, again)
     for name in lost:
         (again / name).unlink()
@@ -112,9 +112,9 @@ def test_a_seed_gives_the_same_clips_in_every_version():
     scenes = [ava.render_scene(seeded(seed)) for seed in range(6)]
     frames = torch.stack([clip for clip, _ in scenes])
     boxes = torch.cat([boxes for _, shapes in scenes for _, boxes in shapes]) * torch.tensor([48, 32] * 2)
-    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0, 0], abs=1e-5)
-    assert len(boxes) == 1260 and int(boxes.isnan().any(1).sum()) == 693
-    assert boxes.nanmean(0).tolist() == pytest.approx([36.799, 22.880, 58.423, 43.986], abs=0.01)
+    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0.1114517, 0.0658047], abs=1e-5)
+    assert len(boxes) == 780 and int(boxes.isnan().any(1).sum()) == 480
+    assert boxes.nanmean(0).tolist() == pytest.approx([17.930, 8.630, 33.340, 23.347], abs=0.01)
 
 
 @pytest.mark.parametrize("motion", toy.CLASSES)
@@ -125,9 +125,10 @@ def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion, shap
     way = torch.tensor([right, down]) / (abs(right) + abs(down)) ** 0.5
     for seed in range(20):
         x, y, turn, radius = toy.trajectory(motion, seeded(seed))
-        assert not turn.any() and not radius.diff().any() and 6 <= radius[0] <= 7
+        assert not turn.any() and not radius.diff().any() and toy.RADIUS[0] <= radius[0] <= toy.RADIUS[1]
         speed = torch.hypot(x.diff(), y.diff())
-        assert 0.89 < float(speed.min()) and float(speed.max()) < 1.31 and float(speed.max() - speed.min()) < 1e-3
+        assert toy.SPEED[0] - 0.01 < float(speed.min()) and float(speed.max()) < toy.SPEED[1] + 0.01
+        assert float(speed.max() - speed.min()) < 1e-3
         assert torch.allclose(torch.stack([x.diff(), y.diff()], 1) / speed[:, None], way.expand(23, 2), atol=1e-3)
     # two frames differ inside the circles around their two positions, and nowhere else
     clip = toy.render_clip(motion, shape, seeded(7))  # (T, H, W)
@@ -164,7 +165,7 @@ def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
     assert [labels.count(group) for group in groups] == [8, 2, 2]
     assert all(f'name: "{name}"\n  label_id: {i}\n' in labels for i, name in enumerate(ava.ACTIONS, 1))
-    for split, videos in (("train", 6), ("val", 3)):
+    for split, videos in (("train", 8), ("val", 3)):
         truth = read_rows(toy_ava / f"annotations/ava_{split}_v2.2.csv")
         detected = read_rows(toy_ava / f"boxes/ava_{split}_predicted_boxes.csv")
         for video, second, *box, action, last in truth + detected:

@@ -124,6 +124,7 @@ def test_prediction_loss_and_logits_equal_transformers(tmp_path, clip_size, cube
     prediction, expected = own(clip, visible, masked), theirs(clip.transpose(1, 2), bool_masked_pos=mask)
     assert relative(prediction, expected.logits) < 1e-5
     more = [f"data.frames={clip_size[0]}", f"data.size={clip_size[1]}", f"model.cube={list(cube)}"]
+    more.append("target.normalize=true")
     loss = pretrain.Objective(load_config(pretrain.DEFAULT, more)).loss(prediction, frames, masked)
     assert abs(float(loss - expected.loss)) < 1e-5 * float(expected.loss)
 
@@ -347,7 +348,8 @@ def test_the_encoder_is_built_for_the_clips_of_the_pretraining(tmp_path):
     model = autoencoder(clip_size=(6, 32, 64))
     save(model, tmp_path / "own.pt")
     torch.save(model.state_dict(), tmp_path / "official.pth")
-    config = load_config(FINETUNE, ["data.frames=4", "data.size=96", "model.pretrained_clip=[8,48,48]"])
+    settings = ["data.frames=4", "data.size=96", "model.pretrained_clip=[8,48,48]", "model.cube=[2,16,16]"]
+    config = load_config(FINETUNE, settings)
     clips = {"scratch": [4, 96, 96], tmp_path / "own.pt": [6, 32, 64], tmp_path / "official.pth": [8, 48, 48]}
     for init, clip_size in clips.items():
         expected = dict(width=128, depth=4, heads=4, clip_size=clip_size, cube=[2, 16, 16])
@@ -434,8 +436,9 @@ CLASSES = ["brush hair", "Jump_up", "été", "run", "0"]
 def fine_tuned(tmp_path: Path) -> Path:
     """A checkpoint as finetune.py writes it."""
     model = classifier()
-    more = dict(classes=CLASSES, config=as_dict(load_config(FINETUNE, ["data.frames=4", "data.size=32"])))
-    return save(model, tmp_path / "checkpoint.pt", positions=model.encoder.pos_embed, **more)
+    config = as_dict(load_config(FINETUNE, ["data.frames=4", "data.size=32", "model.cube=[2,16,16]"]))
+    more = dict(classes=CLASSES, config=config, positions=model.encoder.pos_embed)
+    return save(model, tmp_path / "checkpoint.pt", **more)
 
 
 @torch.no_grad()
