@@ -37,14 +37,18 @@ DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
 class LinearProbe(nn.Module):
     """A frozen encoder with its last norm, the mean over its tokens, and a linear layer, which alone learns.
 
-    Table 11 says no more about the model; here there is no batch norm before the linear layer.
+    Table 11 says no more about the model. batch_norm: before the linear layer, without parameters, as in MAE's linear
+    probing; the statistics are those of a process's micro-batch.
     """
 
-    def __init__(self, *, classes: int, **encoder: Any) -> None:
+    def __init__(self, *, classes: int, batch_norm: bool = False, **encoder: Any) -> None:
         super().__init__()
         self.encoder = Encoder(**encoder).requires_grad_(False)
         self.options = self.encoder.options | dict(classes=classes)
-        self.head = nn.Linear(self.options["width"], classes)
+        width = self.options["width"]
+        self.head = nn.Linear(width, classes)
+        if batch_norm:
+            self.head = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), self.head)
         self.train()
 
     def train(self, mode: bool = True) -> "LinearProbe":
@@ -66,7 +70,8 @@ def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
     probes = {}
     for name in ["pre-trained", "random"] if config.model.against_random else ["pre-trained"]:
         torch.manual_seed(config.run.seed)
-        probes[name] = LinearProbe(**encoder_options(config, config.init), classes=classes)
+        encoder = encoder_options(config, config.init)
+        probes[name] = LinearProbe(**encoder, classes=classes, batch_norm=config.model.batch_norm)
     load_weights(probes["pre-trained"], config.init, fresh=("head.",))
     return probes
 

@@ -77,20 +77,25 @@ def test_the_encoder_is_frozen_and_always_in_eval_mode(colored_videos, pretraine
         assert not torch.allclose(probes["random"].features(clip), expected, atol=0.1)
 
 
-def test_the_loss_is_that_of_softmax_regression_on_the_features(colored_videos, pretrained, tmp_path):
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_loss_is_that_of_softmax_regression_on_the_features(colored_videos, pretrained, tmp_path, batch_norm):
     """Three steps of SGD with momentum (Table 11), written out on the same clips."""
     more = ["data.scales=[1.0]", "optim.batch_size=12", "optim.epochs=3", "optim.momentum=0.8"]
+    more.append(f"model.batch_norm={batch_norm}")
     settings = short(colored_videos, pretrained, tmp_path, *more, "model.against_random=false", "run.seed=1")
     run("probe.py", *settings)
     config = load_config(probe.DEFAULT, settings)
     videos, _, _ = labelled_videos(str(colored_videos), "train", "val", "")
     model = probe.build(config, 3)["pre-trained"]
     clips = data.LabelledClips(videos, 1, data_config=config.data, augment=lambda x, _: data.center_crop(x, 32))
-    weight, bias = model.head.weight.detach().clone(), model.head.bias.detach().clone()
+    linear = model.head[1] if batch_norm else model.head
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
     velocity, expected = [torch.zeros_like(weight), torch.zeros_like(bias)], []
     for step in range(3):
         frames, labels, _ = data.collate([clips[step, index] for index in range(12)])  # (12, 1, T, 3, 32, 32), (12,)
         features = model.features(data.normalize(frames.squeeze(1)))
+        if batch_norm:
+            features = (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-6).sqrt()
         probabilities = (features @ weight.T + bias).softmax(dim=1)
         expected.append(float(-probabilities[torch.arange(12), labels].log().mean()))
         error = (probabilities - torch.eye(3)[labels]) / 12

@@ -190,7 +190,7 @@ TABLES = {
     "pretrain": [MODEL, OTHERS, {"optim.min_lr": 1e-5}, TABLE_9, PRETRAINING],  # min_lr: the authors' scripts
     "finetune": [MODEL, OTHERS, LABELLED, AUTHORS_CLASSIFICATION, {"optim.min_lr": 1e-6}, TABLE_10]
     + [FINETUNING, ABLATION, FROM_SCRATCH],
-    "probe": [MODEL, OTHERS, LABELLED, {"model.against_random": False}, TABLE_11],
+    "probe": [MODEL, OTHERS, LABELLED, {"model.against_random": False, "model.batch_norm": False}, TABLE_11],
     "detect": [MODEL, OTHERS, AVA, {"optim.min_lr": 1e-6}, TABLE_12, DETECTION],
     "baselines": [MODEL, OTHERS, MOCO_V3],
 }
