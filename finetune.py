@@ -31,7 +31,8 @@ from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_
 from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
+from support.datasets import Classes, LabelledVideos, labelled_videos
+from support.lists import named_videos
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, split_batch, warmup_cosine

@@ -30,7 +30,7 @@ from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tok
 from support import toy
 from support.checkpoint import describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import list_videos, named_videos
+from support.lists import list_videos, named_videos
 from support.pictures import estimate_statistics, save_videos, with_captions
 from support.processes import StopSignals, average, compiler, launch, start_processes
 from support.run import Log, split_batch, warmup_cosine

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from support.config import UserError, say
-from support.datasets import SUFFIXES
+from support.lists import SUFFIXES
 from support.video import BrokenVideo, Video
 
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from videos import broken_files
 
 import tools.prepare
-from support.datasets import list_videos
+from support.lists import list_videos
 from support.video import Video, read_frames
 
 COUNT = 40

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from tqdm.contrib.concurrent import thread_map
 
 from support.config import UserError, load_config, parse
-from support.datasets import Classes, find_splits, list_entries, named_videos
-from support.lists import Entry
+from support.datasets import Classes
+from support.lists import Entry, find_splits, list_entries, named_videos
 from support.processes import launch
 from support.video import BrokenVideo, Video
 
