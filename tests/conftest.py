@@ -94,8 +94,7 @@ EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
 def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
     """Return for each stage the settings of nine to twelve steps of eight clips."""
     same = ["optim.batch_size=8", "optim.epochs=3", "optim.warmup_epochs=1"]
-    same += ["run.log_every=1", "run.checkpoint_every=4"]  # not a divisor of the steps
-    same += ["data.workers=0"]  # the fastest, for a few batches
+    same += ["run.log_every=1", "data.workers=0"]  # without processes: the fastest, for a few batches
     videos = [f"data.root={toy_videos}", "data.train=train", "data.val=val"]
     small = ["data.frames=4", "data.size=32", "run.batch_per_device=16"]
     augment = ["data.repeats=2", "data.randaugment=[4, 7, 0.5]", "data.flip=true", "run.validate_every=2"]

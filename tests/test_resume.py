@@ -56,7 +56,7 @@ def before_checkpoint(number: int, act: Callable[[], None], monkeypatch) -> None
 def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finished, tmp_path):
     """The main process alone is killed, and its workers end; everything random is on."""
     reference, folder = random_run(finished, stage), tmp_path / "run"
-    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}"]
+    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
     run_with_signal(command(f"{stage}.py", *settings[stage], *more, "data.workers=2"), "checkpoint.pt 2 SIGKILL itself")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # the next one is not finished
     assert (folder / "checkpoint.tmp").exists()
@@ -135,7 +135,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
 def test_a_signal_ends_validation_and_the_test_at_once(stage, checkpoint, settings, tmp_path, monkeypatch):
     """The signal comes with the checkpoint before the validation of fine-tuning and before the test of detection."""
     folder = tmp_path / "run"
-    words = [*settings[stage], f"run.folder={folder}", "run.checkpoint_every=100", "run.validate_every=1"]
+    words = [*settings[stage], f"run.folder={folder}", "run.validate_every=1"]
     before_checkpoint(checkpoint, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     printed = run(f"{stage}.py", *words, ok=False).stderr
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
@@ -148,6 +148,7 @@ def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrai
     init, folder = tmp_path / "init.pt", tmp_path / "run"
     shutil.copy(pretrained, init)
     words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=64", f"run.folder={folder}"]
+    words += ["run.checkpoint_every=4"]
 
     def interrupt() -> None:
         raise KeyboardInterrupt
