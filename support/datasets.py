@@ -124,11 +124,7 @@ def labelled_videos(
         raise UserError(f"no validation video exists, not even {val_videos[0][0]}: look at data.root and data.val")
     if per_class:
         videos = [video for _, group in groupby(videos, itemgetter(1)) for video in islice(group, per_class)]
-    return _as_videos(videos), _as_videos(val_videos), table.names
-
-
-def _as_videos(pairs: list[tuple[str, int]]) -> Videos:
-    return Videos((path for path, _ in pairs), (label for _, label in pairs))
+    return Videos(*zip(*videos, strict=True)), Videos(*zip(*val_videos, strict=True)), table.names
 
 
 def hold_out(videos: list[tuple[str, int]], names: list[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

@@ -33,7 +33,7 @@ class Videos(Sequence):
     since reading an object writes its reference count.
     """
 
-    def __init__(self, paths: Iterable[str], classes: Iterable[int] = ()) -> None:
+    def __init__(self, paths: Iterable[str] = (), classes: Iterable[int] = ()) -> None:
         self.text, self.ends = bytearray(), array("Q", [0])
         for path in paths:
             self.text += os.fsencode(path)
