@@ -57,10 +57,7 @@ def build_encoder(weights: Path, config: SimpleNamespace) -> tuple[Encoder, nn.M
 def result_files(videos: list[Path], out: Path) -> dict[Path, Path]:
     """Return {file of features: video}, in folders below `out` as the videos' below their common one."""
     videos = list(dict.fromkeys(Path(os.path.abspath(video)) for video in videos))
-    try:
-        above = os.path.commonpath([video.parent for video in videos])
-    except ValueError:
-        raise UserError("the videos are on different drives: give those of one drive at a time") from None
+    above = os.path.commonpath([video.parent for video in videos])
     files = {out / video.relative_to(above).with_suffix(".npz"): video for video in videos}
     if len(files) < len(videos):
         raise UserError(f"some of the videos below {above} differ only in their suffix: rename one of each two")
