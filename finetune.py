@@ -32,7 +32,8 @@ from model import VideoClassifier, checkpoint_activations, cube_grid, parameter_
 from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import Classes, LabelledVideos, labelled_videos, named_videos
+from support.datasets import Classes, LabelledVideos, labelled_videos
+from support.lists import named_videos
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, loader_workers, start_processes
 from support.randaugment import rand_augment
 from support.run import Log, check_writable, count_steps, split_batch, warmup_cosine

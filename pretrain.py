@@ -34,7 +34,7 @@ from model import SIZES, VideoMAE, checkpoint_activations, cube_grid, gather_tok
 from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
-from support.datasets import list_videos, named_videos
+from support.lists import list_videos, named_videos
 from support.pictures import copy_visible, estimate_statistics, save_videos, with_captions
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine

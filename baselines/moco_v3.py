@@ -35,7 +35,7 @@ from model import Encoder, checkpoint_activations, initialize
 from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, say
-from support.datasets import list_videos
+from support.lists import list_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
 from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
 from support.seeds import random_below, seed_device

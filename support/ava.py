@@ -20,13 +20,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from support.config import UserError, say
-from support.datasets import SUFFIXES
+from support.lists import SUFFIXES
 from support.video import BrokenVideo, Video
 
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
 GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, to 63, to 80
 STRING = r'"(?:\\.|[^"\\\n])*"'  # in a list of actions; it may hold braces and \"
-BLOCK = re.compile(rf'\w+\s*:?\s*\{{((?:{STRING}|[^{{}}"])*)\}}\s*')
+BLOCK = re.compile(rf'\w+\s*:?\s*\{{((?:{STRING}|[^{{}}"])*)\}}|\S')  # or a character that belongs to none
 
 Frame = tuple[str, float]  # a key frame: video and second, an int if it is whole
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 in fractions of width and height
@@ -192,17 +192,14 @@ def read_actions(path: Path) -> Actions:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no list of actions can be read from {path}: {error}") from None
     actions: Actions = {}
-    place = len(text) - len(text.lstrip())
-    while place < len(text) or not actions:
-        where = f"{path}, line {1 + text.count(chr(10), 0, place)}"
-        block = BLOCK.match(text, place)
-        fields = dict(re.findall(rf"(\w+)\s*:\s*({STRING}|\w+)", block[1] if block else ""))
+    for block in BLOCK.finditer(text if text.strip() else "?"):
+        fields = dict(re.findall(rf"(\w+)\s*:\s*({STRING}|\w+)", block[1] or ""))
         name, number = fields.get("name", ""), fields.get("label_id", fields.get("id", ""))
         if not name.startswith('"') or not number.isdecimal() or int(number) in (0, *actions):
             form = 'item { name: "sit" id: 11 }, each id once, from 1'
-            raise UserError(f"{where}: a list of actions is made of blocks such as {form}")
+            line = 1 + text.count("\n", 0, block.start())
+            raise UserError(f"{path}, line {line}: a list of actions is made of blocks such as {form}")
         actions[int(number)] = re.sub(r"\\(.)", r"\1", name[1:-1]), fields.get("label_type", "")
-        place = block.end()
     known = {14: "walk", 15: "answer phone", 63: "write", 64: "fight/hit (a person)"}  # the last and first of groups
     if all(actions.get(number) == (name, "") for number, name in known.items()):
         return {number: (name, GROUPS[(number > 14) + (number > 63)]) for number, (name, _) in actions.items()}

@@ -18,22 +18,19 @@ from typing import Any
 
 import yaml
 
-LIMITS = {  # of numbers, for several keys each; those of all others are 0 and infinity
-    (
-        1,
-        math.inf,
-    ): "model.decoder_depth model.cube moco.mlp_dim moco.dim data.actions data.frames data.stride data.size "
-    "data.repeats data.test_clips data.test_crops optim.batch_size optim.epochs run.batch_per_device run.log_every "
-    "run.checkpoint_every",
-    (0, 0.9999): "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio",
-    (0.01, 1): "data.scales data.crop_area",
-    (0.01, 1000): "data.crop_aspect data.rate",
-    (0, 1): "mask.ratio data.erase moco.momentum",
-    (0.001, math.inf): "moco.temperature",
-    (-1, math.inf): "data.workers",
-    (0, 2**32 - 1): "run.seed",
-}
-LIMITS_OF = {key: limits for limits, keys in LIMITS.items() for key in keys.split()}
+LIMITS = (  # of numbers, from and to, for several keys each; those of all others are 0 and infinity
+    (1, math.inf, "data.actions data.frames data.stride data.size data.repeats data.test_clips data.test_crops"),
+    (1, math.inf, "model.decoder_depth model.cube moco.mlp_dim moco.dim optim.batch_size optim.epochs"),
+    (1, math.inf, "run.batch_per_device run.log_every run.checkpoint_every"),
+    (0, 0.9999, "model.drop_path model.dropout optim.betas optim.label_smoothing optim.momentum mask.decoder_ratio"),
+    (0.01, 1, "data.scales data.crop_area"),
+    (0.01, 1000, "data.crop_aspect data.rate"),
+    (0, 1, "mask.ratio data.erase moco.momentum"),
+    (0.001, math.inf, "moco.temperature"),
+    (-1, math.inf, "data.workers"),
+    (0, 2**32 - 1, "run.seed"),
+)
+LIMITS_OF = {key: (low, high) for low, high, keys in LIMITS for key in keys.split()}
 
 
 class UserError(ValueError):
@@ -98,9 +95,8 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
         source, chosen = "the checkpoint", flatten(stored)
         if differ := sorted(defaults.keys() ^ chosen.keys()):
             _check_stage(default.parent, chosen)
-            say(
-                f"{source} was made by another version: these keys take their defaults or are gone: {', '.join(differ)}"
-            )
+            what = f"these keys take their defaults or are gone: {', '.join(differ)}"
+            say(f"{source} was made by another version: {what}")
             chosen = {key: value for key, value in chosen.items() if key in defaults}
     else:
         source, chosen = str(default), read_yaml(default)

@@ -1,83 +1,18 @@
-"""List a dataset's videos for training and for validation, with their classes. support/lists.py reads the files."""
+"""The classes of a dataset's videos, for training and for validation. support/lists.py lists the videos."""
 
-import glob
 import json
 import os
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
 from support.config import UserError, say
-from support.lists import SUFFIXES, Entry, find_files, read_list, text_lines
+from support.lists import Entry, Videos, find_files, list_entries, list_videos, text_lines  # noqa: F401 (for notebooks)
 
 HEADERS = "name", "names", "label", "labels", "class", "classes", "class_name", "category"
 
 LabelledVideos = Sequence[tuple[Path, int]]  # each with the number of its class
-
-
-class Videos(Sequence):
-    """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
-
-    They are in a few large arrays, which forked loader workers share. A list would soon be copied into each worker,
-    since reading an object writes its reference count.
-    """
-
-    def __init__(self, paths: Iterable[str], classes: Iterable[int] = ()) -> None:
-        self.text, self.ends = bytearray(), array("Q", [0])
-        for path in paths:
-            self.text += os.fsencode(path)
-            self.ends.append(len(self.text))
-        self.classes = array("Q", classes)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int | slice) -> Path | tuple[Path, int] | list:
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
-        place = range(len(self))[index]
-        path = Path(os.fsdecode(bytes(self.text[self.ends[place] : self.ends[place + 1]])))
-        return (path, self.classes[place]) if self.classes else path
-
-
-def list_entries(root: str, selection: str, labels: bool = True) -> Iterator[Entry]:
-    """Yield the videos of `read_list`. Raises UserError if there are none, or one is named twice."""
-    hashes = set()  # a million strings would need much more memory
-    for entry in read_list(root, selection, labels):
-        path = os.path.normpath(entry.path)
-        if hash(path) in hashes:
-            raise UserError(f"{entry.where}: {path} is named a second time; delete one of the two")
-        hashes.add(hash(path))
-        yield entry
-    if not hashes:
-        raise UserError(f"no videos found in {selection or root} (files ending in {' '.join(SUFFIXES)})")
-
-
-def list_videos(root: str, selection: str) -> Videos:
-    """List paths without labels, perhaps a million: pre-training needs no labels."""
-    return Videos(entry.path for entry in list_entries(root, selection, labels=False))
-
-
-def named_videos(names: list[Path]) -> list[Path]:
-    """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder.
-
-    Windows' shells leave a pattern such as *.mp4 as it is, so it is expanded here, unless a file has this name.
-    """
-    paths = []
-    for name in names:
-        matches = [] if name.exists() else glob.glob(str(name), recursive=True)
-        paths += map(Path, sorted(matches) or [name])
-    videos = []
-    for name in paths:
-        if name.is_dir():
-            videos += list_videos(str(name), "")
-        elif name.suffix.lower() in (".txt", ".csv", ".json"):
-            videos += list_videos(str(name.parent), name.name)
-        else:
-            videos.append(name)
-    return videos
 
 
 class Classes:
@@ -189,11 +124,7 @@ def labelled_videos(
         raise UserError(f"no validation video exists, not even {val_videos[0][0]}: look at data.root and data.val")
     if per_class:
         videos = [video for _, group in groupby(videos, itemgetter(1)) for video in islice(group, per_class)]
-    return _as_videos(videos), _as_videos(val_videos), table.names
-
-
-def _as_videos(pairs: list[tuple[str, int]]) -> Videos:
-    return Videos((path for path, _ in pairs), (label for _, label in pairs))
+    return Videos(*zip(*videos, strict=True)), Videos(*zip(*val_videos, strict=True)), table.names
 
 
 def hold_out(videos: list[tuple[str, int]], names: list[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -210,19 +141,3 @@ def hold_out(videos: list[tuple[str, int]], names: list[str]) -> tuple[list[tupl
     if untested:
         say(f"{untested} of {len(names)} classes have fewer than five videos and are never tested: set data.val")
     return kept, held_out
-
-
-def find_splits(root: str, train: str, val: str) -> tuple[str, str]:
-    """Return data.train and data.val. If data.train is empty, the folders train/ and val/ below `root` are meant.
-
-    Test videos are left out. Without such folders, an empty data.train means every video below `root`.
-    """
-    splits = []
-    for names in (("train", "training"), ("val", "valid", "validation"), ("test", "testing")):
-        splits.append(next((name for name in names if Path(root, name).is_dir()), ""))
-    train_folder, val_folder, test_folder = splits
-    if train or not train_folder or not (val_folder or test_folder):
-        return train, val
-    val = val or val_folder
-    say(f"{root}: training on data.train={train_folder}, validation on data.val={val}; the rest is left out")
-    return train_folder, val

@@ -1,14 +1,15 @@
-"""Read the lists of videos that datasets are distributed with."""
+"""List the videos of a dataset, as its own files name them."""
 
 import csv
 import glob
 import json
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.config import UserError
+from support.config import UserError, say
 
 SUFFIXES = tuple(
     ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
@@ -23,6 +24,88 @@ class Entry(NamedTuple):
     path: str
     label: str | int  # the name or the number of its class; "" if the dataset gives none
     where: str  # the file and line that name the video
+
+
+class Videos(Sequence):
+    """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
+
+    They are in a few large arrays, which forked loader workers share. A list would soon be copied into each worker,
+    since reading an object writes its reference count.
+    """
+
+    def __init__(self, paths: Iterable[str] = (), classes: Iterable[int] = ()) -> None:
+        self.text, self.ends = bytearray(), array("Q", [0])
+        for path in paths:
+            self.text += os.fsencode(path)
+            self.ends.append(len(self.text))
+        self.classes = array("Q", classes)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Path | tuple[Path, int] | list:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        path = Path(os.fsdecode(bytes(self.text[self.ends[place] : self.ends[place + 1]])))
+        return (path, self.classes[place]) if self.classes else path
+
+
+def list_videos(root: str, selection: str) -> Videos:
+    """List paths without labels, perhaps a million: pre-training needs no labels."""
+    return Videos(entry.path for entry in list_entries(root, selection, labels=False))
+
+
+def named_videos(names: list[Path]) -> list[Path]:
+    """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder.
+
+    Windows' shells leave a pattern such as *.mp4 as it is, so it is expanded here, unless a file has this name.
+    """
+    paths = []
+    for name in names:
+        matches = [] if name.exists() else glob.glob(str(name), recursive=True)
+        paths += map(Path, sorted(matches) or [name])
+    videos = []
+    for name in paths:
+        if name.is_dir():
+            videos += list_videos(str(name), "")
+        elif name.suffix.lower() in (".txt", ".csv", ".json"):
+            videos += list_videos(str(name.parent), name.name)
+        else:
+            videos.append(name)
+    return videos
+
+
+def find_splits(root: str, train: str, val: str) -> tuple[str, str]:
+    """Return data.train and data.val. If data.train is empty, the folders train/ and val/ below `root` are meant.
+
+    Test videos are left out. Without such folders, an empty data.train means every video below `root`.
+    """
+    splits = []
+    for names in (("train", "training"), ("val", "valid", "validation"), ("test", "testing")):
+        splits.append(next((name for name in names if Path(root, name).is_dir()), ""))
+    train_folder, val_folder, test_folder = splits
+    if train or not train_folder or not (val_folder or test_folder):
+        return train, val
+    val = val or val_folder
+    say(f"{root}: training on data.train={train_folder}, validation on data.val={val}; the rest is left out")
+    return train_folder, val
+
+
+def list_entries(root: str, selection: str, labels: bool = True) -> Iterator[Entry]:
+    """Yield the videos of `read_list`. Raises UserError if there are none, or one is named twice."""
+    hashes = set()  # a million strings would need much more memory
+    for entry in read_list(root, selection, labels):
+        path = os.path.normpath(entry.path)
+        if hash(path) in hashes:
+            raise UserError(f"{entry.where}: {path} is named a second time; delete one of the two")
+        hashes.add(hash(path))
+        yield entry
+    if not hashes:
+        raise UserError(f"no videos found in {selection or root} (files ending in {' '.join(SUFFIXES)})")
+
+
+# ---- the forms of lists ----
 
 
 def read_list(root: str, selection: str, labels: bool = True) -> Iterator[Entry]:

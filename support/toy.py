@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.config import UserError
-from support.datasets import find_splits
+from support.lists import find_splits
 from support.seeds import random_below
 from support.video import write_mp4
 

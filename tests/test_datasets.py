@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, run, write_numbered
 
 from support.config import UserError
-from support.datasets import Classes, find_splits, labelled_videos, list_entries, list_videos, named_videos
+from support.datasets import Classes, labelled_videos
+from support.lists import find_splits, list_entries, list_videos, named_videos
 
 
 def tree(root: Path, *videos: str, **files: str | bytes) -> Path:
@@ -175,7 +176,7 @@ def test_pretraining_ignores_labels(tmp_path):
 
 READ = """
 import os, random, sys
-from support.datasets import list_videos
+from support.lists import list_videos
 def private(): return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line[:7] == "Private")
 videos = list_videos(sys.argv[1], "list.txt")
 if os.fork() == 0:  # as a loader's worker

@@ -15,7 +15,7 @@ import masking
 import model as m
 import pretrain
 from support.config import load_config
-from support.datasets import list_videos
+from support.lists import list_videos
 from support.processes import Processes
 from support.seeds import sample_generator
 from support.video import Video, read_frames

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ from conftest import (
     same_tensors,
 )
 
+from support.checkpoint import load_checkpoint
+from support.config import UserError, load_config
+
 
 def run_of(folder: Path, reference: Path, **changes) -> dict:
     """A run's folder with the checkpoint of a finished one, one step earlier and with other content."""
@@ -33,12 +38,26 @@ def run_of(folder: Path, reference: Path, **changes) -> dict:
     return content
 
 
+def before_checkpoint(number: int, act: Callable[[], None], monkeypatch) -> None:
+    """Call `act` when the n-th checkpoint of this process is written, but not yet renamed."""
+    replace, renamed = os.replace, []
+
+    def watch(source: Path, target: Path) -> None:
+        if Path(target).name == "checkpoint.pt":
+            renamed.append(target)
+            if len(renamed) == number:
+                act()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finished, tmp_path):
     """The main process alone is killed, and its workers end; everything random is on."""
     reference, folder = random_run(finished, stage), tmp_path / "run"
-    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "data.workers=2"]
-    run_with_signal(command(f"{stage}.py", *settings[stage], *more), "checkpoint.pt 2 SIGKILL itself")
+    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
+    run_with_signal(command(f"{stage}.py", *settings[stage], *more, "data.workers=2"), "checkpoint.pt 2 SIGKILL itself")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # the next one is not finished
     assert (folder / "checkpoint.tmp").exists()
     done = run(f"{stage}.py", *settings[stage], *more)
@@ -131,13 +150,13 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
     assert losses(folder) == pytest.approx(losses(reference), abs=0 if not processes else 1e-5)
 
 
-@pytest.mark.parametrize("stage, at", [("finetune", "checkpoint.pt 2"), ("detect_ava", "checkpoint.pt 3")])
-def test_a_signal_ends_validation_and_the_test_at_once(stage, at, settings, tmp_path):
+@pytest.mark.parametrize("stage, checkpoint", [("finetune", 2), ("detect_ava", 3)])
+def test_a_signal_ends_validation_and_the_test_at_once(stage, checkpoint, settings, tmp_path, monkeypatch):
     """The signal comes with the checkpoint before the validation of fine-tuning and before the test of detection."""
     folder = tmp_path / "run"
-    words = [*settings[stage], "data.workers=0", f"run.folder={folder}", "run.checkpoint_every=100"]
-    validate = ["run.validate_every=1"] if stage == "finetune" else ["run.validate_every=1", "optim.epochs=3"]
-    printed = run_with_signal(command(f"{stage}.py", *words, *validate), f"{at} SIGTERM itself")
+    words = [*settings[stage], f"run.folder={folder}", "run.validate_every=1"]
+    before_checkpoint(checkpoint, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    printed = run(f"{stage}.py", *words, ok=False).stderr
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert f"{stage}.py: stopped by SIGTERM" in printed and "Traceback" not in printed
     assert step == log(folder)[-1]["step"] and not (folder / RESULTS[stage][0]).exists()
@@ -148,14 +167,12 @@ def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrai
     init, folder = tmp_path / "init.pt", tmp_path / "run"
     shutil.copy(pretrained, init)
     words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=32", f"run.folder={folder}"]
-    replace = os.replace
+    words += ["run.checkpoint_every=4"]
 
-    def interrupt(source: Path, target: Path) -> None:  # the second checkpoint
-        if Path(target).name == "checkpoint.pt" and Path(target).exists():
-            raise KeyboardInterrupt
-        replace(source, target)
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupt)
+    before_checkpoint(2, interrupt, monkeypatch)
     assert "interrupted: the same command resumes" in run(f"{stage}.py", *words, ok=False).stderr
     monkeypatch.undo()
     init.unlink()
@@ -193,35 +210,30 @@ def test_a_folder_belongs_to_one_run(settings, tmp_path):
 # ---- two machines: two agents of torchrun, one process each, on the loopback address ----
 
 
-def two_machines(folders: list[Path], *words: object, ok: bool = True) -> list[str]:
-    """Run pretrain.py on two machines, each with a run.folder. Returns what each of them printed."""
-    processes = []
-    for rank, folder in enumerate(folders):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        launcher += [f"--node_rank={rank}", "--master_addr=127.0.0.1", "--master_port=29517", "pretrain.py"]
-        line = [*launcher, *map(str, words), f"run.folder={folder}"]
-        processes.append(subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
-    printed = [process.communicate(timeout=120)[1] for process in processes]
-    assert not ok or not any(process.returncode for process in processes), printed[0][-2000:]
-    return printed
-
-
-def test_two_machines_train_as_one_process_does_and_have_to_share_the_folder(settings, finished, toy_videos, tmp_path):
-    words = [*settings["pretrain"], "run.pictures=0", "data.workers=0"]
-    two_machines([tmp_path / "run"] * 2, *words)
+def test_two_machines_train_as_one_process_does(settings, finished, tmp_path):
+    words = [*settings["pretrain"], "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--master_addr=127.0.0.1", "--master_port=29517"]
+    lines = [[*launcher, f"--node_rank={rank}", "pretrain.py", *words] for rank in (0, 1)]
+    pipes = dict(stderr=subprocess.PIPE, text=True)
+    machines = [subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **pipes) for line in lines]
+    printed = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert not any(machine.returncode for machine in machines), printed[0][-2000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished("pretrain")), rel=1e-4)
-    run_of(tmp_path / "one", tmp_path / "run")
-    printed = two_machines([tmp_path / "one", tmp_path / "other"], *words, ok=False)
-    sentence = "processes find checkpoints of different steps (8, 0)"
-    assert all(sentence in text and "a disk that all machines share" in text for text in printed)
 
 
-def test_machines_with_different_videos_end_with_a_sentence(settings, toy_videos, tmp_path, monkeypatch):
-    from support.checkpoint import load_checkpoint
-    from support.config import UserError, load_config
-
-    default = ROOT / "configs/pretrain/toy.yaml"
-    other = dict(count=23, digest="")
-    monkeypatch.setattr("support.checkpoint.gather", lambda states: [*states, (0, other)])  # as of the other machine
-    with pytest.raises(UserError, match=r"different training videos \(24, 23\): give all machines the same data.root"):
-        load_checkpoint(load_config(default, [f"run.folder={tmp_path}"]), default, videos=dict(count=24, digest="x"))
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        ((8, 24), r"checkpoints of different steps \(0, 8\) in .* has to be on a disk that all machines share"),
+        ((0, 23), r"different training videos \(24, 23\): give all machines the same data.root"),
+    ],
+)
+def test_machines_with_different_checkpoints_or_videos_end_with_a_sentence(other, sentence, tmp_path, monkeypatch):
+    default, (step, count) = ROOT / "configs/pretrain/toy.yaml", other
+    state = step, dict(count=count, digest=f"of {count}")
+    monkeypatch.setattr("support.checkpoint.gather", lambda states: [*states, state])  # as of the other machine
+    with pytest.raises(UserError, match=f"processes find {sentence}"):
+        load_checkpoint(
+            load_config(default, [f"run.folder={tmp_path}"]), default, videos=dict(count=24, digest="of 24")
+        )

@@ -136,7 +136,7 @@ def test_every_step_is_adamw_of_the_paper(stage, settings, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "stage, processes, more",
     [
-        ("pretrain", 1, ["data.workers=0"]),
+        ("pretrain", 1, ["data.workers=1"]),
         ("pretrain", 2, ["data.workers=2", "run.batch_per_device=3"]),
         ("finetune", 2, ["data.workers=0", "run.batch_per_device=4", "run.recompute=true"]),
         ("probe", 2, ["data.workers=0", "run.batch_per_device=2"]),

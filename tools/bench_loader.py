@@ -74,10 +74,9 @@ def authors_views(path: Path) -> Tensor:
         images = [Image.fromarray(frame) for frame in reader.get_batch(strided).asnumpy()]
         images = [data.TF.resize(image, 224) for image in images]
         start = clip * (len(strided) - 16) // 4
+        images = images[start : start + 16]
         left, top = ((side - 224) * crop // 2 for side in images[0].size)
-        views.append(
-            to_tensor([image.crop((left, top, left + 224, top + 224)) for image in images[start : start + 16]])
-        )
+        views.append(to_tensor([image.crop((left, top, left + 224, top + 224)) for image in images]))
     return torch.stack(views)
 
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 from tqdm.contrib.concurrent import thread_map
 
-from support.config import UserError, load_config, parse
-from support.datasets import Classes, find_splits, list_entries, named_videos
-from support.lists import Entry
+from support.config import UserError, is_setting, load_config, parse
+from support.datasets import Classes
+from support.lists import Entry, find_splits, list_entries, named_videos
 from support.processes import launch
 from support.video import BrokenVideo, Video
 
@@ -80,8 +80,7 @@ def load_data_config(settings: list[str]) -> SimpleNamespace:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = parse(parser).settings
-    settings = [word for word in words if word.endswith((".yaml", ".yml")) or "=" in word and not Path(word).exists()]
-    if settings or not words:
+    if any(map(is_setting, words)) or not words:
         problems = check(load_data_config(words))
     else:
         videos = named_videos([Path(word) for word in words])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import detect_ava
 from support import ava
 from support.config import UserError, parse, say
-from support.datasets import named_videos
+from support.lists import named_videos
 from support.pictures import draw_persons
 from support.processes import launch, start_processes
 from support.video import BrokenVideo, Video, write_mp4

@@ -25,7 +25,7 @@ import data
 from model import Encoder, VideoClassifier, cube_grid
 from probe import DEFAULT, LinearProbe
 from support.config import UserError, as_dict, flatten, load_config, parse, say
-from support.datasets import named_videos
+from support.lists import named_videos
 from support.processes import gather, launch, start_processes
 from support.video import BrokenVideo, Video
 from support.weights import load_weights, read_checkpoint, read_options, stored_config

@@ -22,8 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from support.config import UserError, parse
-from support.datasets import list_videos
-from support.lists import PREPARED, files_below, find_files, split_flag
+from support.lists import PREPARED, files_below, find_files, list_videos, split_flag
 from support.processes import launch
 from support.run import lock_folder
 from support.video import BrokenVideo, Video, write_mp4
