@@ -1,6 +1,6 @@
 """Test the paper's claims on the toy videos: run the experiments of configs/study/toy.yaml and report their results.
 
-    python -m tools.study --jobs 2 data.workers=0             # 95 minutes on two cores; the same command resumes
+    python -m tools.study --jobs 2 data.workers=0             # hours on two cores; the same command resumes
     python -m tools.study --seeds 0 --only base scratch       # some experiments, with what they start from
     python -m tools.study --report docs/study.md --results docs/toy_study/results.csv     # what is published
 
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,8 @@ from tools.study_report import read_results, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "configs" / "study" / "toy.yaml"
-COLUMNS = ("experiment", "seed", "stage", "top1", "loss", "curve", "seconds", "torch", "commit", "command")
+COLUMNS = "experiment seed stage top1 loss error copy_error seconds torch commit command".split()
+KEYS = {"folder", "root", "subsets", "seeds", "settings", "experiments", "about", "tables", "length"}
 
 
 class Job(NamedTuple):
@@ -48,7 +49,7 @@ def read_study(path: Path) -> dict:
     """Read a study's YAML. Raises UserError if it is none."""
     try:
         study = yaml.safe_load(path.read_text("utf-8-sig"))
-        missing = {"folder", "root", "subsets", "seeds", "settings", "experiments", "about", "tables"} - study.keys()
+        missing = KEYS - study.keys()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"no study can be read from {path}: {' '.join(str(error).split())}") from None
     if missing:
@@ -67,7 +68,7 @@ def make_job(study: dict, experiment: str, stage: str, seed: int, settings: list
 
 
 def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[tuple[Job | None, Job]]:
-    """Return for each experiment the job of pre-training that it starts from, None from scratch, and its own job."""
+    """Return the jobs of fine-tuning and probing, each with the pre-training that it starts from, None from scratch."""
     jobs = []
     for name in only or study["experiments"]:
         experiment = pick(study["experiments"], name, "--only")
@@ -77,8 +78,9 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
             stage = "baselines/moco_v3" if "baselines/moco_v3" in study["experiments"][init] else "pretrain"
             source = make_job(study, init, stage, seed, settings)
             weights = source.folder / "checkpoint.pt"
-        stage = "probe" if "probe" in experiment else "finetune"
-        jobs.append((source, make_job(study, name, stage, seed, [f"init={weights}", *settings])))
+        for stage in ("finetune", "probe"):
+            if stage == "finetune" or stage in experiment:
+                jobs.append((source, make_job(study, name, stage, seed, [f"init={weights}", *settings])))
     return jobs
 
 
@@ -93,29 +95,35 @@ def write_subset(root: str, file: Path, videos: int) -> None:
 
 
 def run_missing(jobs: list[tuple[Job | None, Job]], file: Path, processes: int) -> list[Job]:
-    """Run the jobs that results.csv does not have, pre-trainings first. Return those that failed."""
-    known = read_results(file)
+    """Run the jobs that results.csv does not have, `processes` at a time, and append their results.
+
+    Jobs start in their order, but those that start from a pre-training are next when it has finished. Return the jobs
+    that failed.
+    """
+    # a probe has several rows: probe of pre-trained weights, probe of random weights
+    known = {(experiment, seed, stage.split()[0]) for experiment, seed, stage in read_results(file)}
     missing = [(source, job) for source, job in jobs if job[:3] not in known]
-    sources = dict.fromkeys(source for source, _ in missing if source)
-    sources = [job for job in sources if job[:3] not in known or not (job.folder / "checkpoint.pt").exists()]
-    failed = run_jobs(sources, file, processes)
-    return failed + run_jobs([job for source, job in missing if source not in failed], file, processes)
-
-
-def run_jobs(jobs: list[Job], file: Path, processes: int) -> list[Job]:
-    """Run jobs, `processes` at a time, and append their results to the file. Return those that failed."""
-    known, failed = read_results(file), []
+    starts = dict.fromkeys(source or job for source, job in missing)
+    starts = [job for job in starts if job[:3] not in known or not (job.folder / "checkpoint.pt").exists()]
+    ready = [job for source, job in missing if source and source not in starts] + starts
+    running, failed = set(), []
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPool(processes) as pool, open(file, "a", newline="", encoding="utf-8", buffering=1) as opened:
+    with ThreadPoolExecutor(processes) as pool, open(file, "a", newline="", encoding="utf-8", buffering=1) as opened:
         table = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
         if not opened.tell():
             table.writeheader()
-        for job, rows in pool.imap_unordered(run_job, jobs):
-            say(f"{job.folder}: {'finished' if rows else 'failed, see output.txt there'}")
-            if not rows:
-                failed.append(job)
-            elif job[:3] not in known:
-                table.writerows(rows)
+        while ready or running:
+            while ready and len(running) < processes:
+                running.add(pool.submit(run_job, ready.pop(0)))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for job, rows in (future.result() for future in finished):
+                say(f"{job.folder}: {'finished' if rows else 'failed, see output.txt there'}")
+                if not rows:
+                    failed.append(job)
+                    continue
+                if job[:3] not in known:
+                    table.writerows(rows)
+                ready = [following for source, following in missing if source == job] + ready
     return failed
 
 
@@ -136,23 +144,19 @@ def run_job(job: Job) -> tuple[Job, list[dict]]:
 
 
 def read_log(job: Job) -> list[dict]:
-    """Return a finished job's results: the loss at the end of pre-training, or top-1, of which a probe has two.
-
-    Fine-tuning has a curve, too: "50:2.07 100:1.98" are the means of the training loss over 50 steps (5 lines).
-    """
+    """Return a finished job's results: top-1, of which a probe has several, or loss and errors of pre-training."""
     lines = [json.loads(line) for line in (job.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     top1 = {line.get("encoder"): f"{line['test_top1']:.2f}" for line in lines if "test_top1" in line}
     if job.stage == "probe":
-        stages = {"pre-trained": "probe", "random": "probe of random weights"}
-        return [dict(stage=stages[encoder], top1=top1[encoder]) for encoder in top1]
-    if job.stage != "finetune":
-        return [dict(stage=job.stage, loss=f"{statistics.mean(loss for _, loss in losses[-8:]):.4f}")]
-    points = []
-    for start in range(0, len(losses), 5):
-        part = losses[start : start + 5]
-        points.append(f"{part[-1][0]}:{statistics.mean(loss for _, loss in part):.3f}")
-    return [dict(stage=job.stage, top1=top1[None], curve=" ".join(points))]
+        return [dict(stage=f"probe of {encoder} weights", top1=top1[encoder]) for encoder in top1]
+    if job.stage == "finetune":
+        return [dict(stage=job.stage, top1=top1[None])]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    result = dict(stage=job.stage, loss=f"{statistics.mean(losses[-8:]):.4f}")
+    if "reconstruction_error" in lines[-1]:
+        result["error"] = f"{lines[-1]['reconstruction_error']:.5f}"
+        result["copy_error"] = f"{lines[-1]['copy_error']:.5f}"
+    return [result]
 
 
 def main() -> None:
@@ -161,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the study's file")
     parser.add_argument("--jobs", type=int, default=1, help="jobs at a time; each has its fraction of the cores")
     parser.add_argument("--results", type=Path, help="default: results.csv in the study's folder")
-    parser.add_argument("--report", type=Path, metavar="FILE.md", help="only write tables and a chart of the results")
+    parser.add_argument("--report", type=Path, metavar="FILE.md", help="only write the page and its charts")
     arguments = parse(parser)
     files = [word for word in arguments.settings if word.endswith(".yaml") and "=" not in word]
     settings = [word for word in arguments.settings if word not in files]
@@ -171,21 +175,20 @@ def main() -> None:
         raise UserError("--jobs has to be at least 1")
     if not arguments.report:
         run_study(study, arguments.seeds or study["seeds"], arguments.only, settings, file, arguments.jobs)
-    write_report(study, read_results(file), arguments.report or file.with_name("study.md"), file.with_name("study.png"))
+    write_report(study, read_results(file), arguments.report or file.with_name("study.md"), file.parent)
 
 
 def run_study(study: dict, seeds: list[int], only: list[str], settings: list[str], file: Path, processes: int) -> None:
-    plans = [plan(study, seed, only, settings) for seed in seeds]  # all of them before anything is rendered
+    jobs = []
+    for seed in seeds:  # all of them before anything is rendered
+        jobs += plan(study, seed, only, settings)
     if Path(study["root"]) == toy.FOLDER:
         toy.render(toy.FOLDER)
     for subset, videos in study["subsets"].items():
         write_subset(study["root"], Path(subset), videos)
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"}
-    failed = []
-    for jobs in plans:
-        failed += run_missing(jobs, file, processes)
-    if failed:
+    if failed := run_missing(jobs, file, processes):
         raise UserError(f"{len(failed)} jobs failed: the same command tries again, then what starts from them")
 
 
