@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -170,6 +171,9 @@ def train(config: SimpleNamespace) -> None:
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 
+        if world_size > 1:
+            for buffer in heads.buffers():  # of batch norm: all processes test with rank 0's, as in the checkpoint
+                dist.broadcast(buffer, 0)
         results = []
         with stop.at_once():
             for name, probe in probes.items():

@@ -97,8 +97,8 @@ def test_files_change_the_defaults_and_their_bases(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    expected = {"lone": (0.9, "random", 1600, 224), "variant": (0.5, "tube", 7, 64), "nested": (0.5, "random", 7, 64)}
-    for name, values in (expected | {"both": (0.6, "random", 9, 64)}).items():
+    expected = {"lone": (0.9, "random", 1600, 224), "variant": (0.5, "tube", 7, 32), "nested": (0.5, "random", 7, 32)}
+    for name, values in (expected | {"both": (0.6, "random", 9, 32)}).items():
         config = load_config(TOY, [str(tmp_path / f"{name}.yaml"), "run.seed=4"])
         assert (config.mask.ratio, config.mask.type, config.optim.epochs, config.data.size) == values
         assert (config.run.folder, config.run.seed) == (f"runs/pretrain/{name}", 4)

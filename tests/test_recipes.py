@@ -211,7 +211,6 @@ pretrain/ucf101_base | ucf101 k400 B | 0.000225 | - | 91.3
 pretrain/hmdb51_base | hmdb51 k400 B | 0.000225 | - | 62.6
 pretrain/own* | k400 B | 0.000984375 | - |
 pretrain/toy* | k400 B | - | - |
-pretrain/toy_picture* | k400 B | - | - |
 finetune/k400_small | k400 S | 0.002 | pretrain/k400_small | 79.0 93.8
 finetune/k400_base | k400 B | 0.002 | pretrain/k400_base | 81.5 95.1 80.0
 finetune/k400_large | k400 L | 0.002 | pretrain/k400_large | 85.2 96.8
@@ -236,6 +235,7 @@ finetune/hmdb51_base_from_k400 | hmdb51 k400 B | 0.0005 | pretrain/k400_base | 7
 finetune/hmdb51_base_scratch | scratch hmdb51 k400 B | 0.0008 | scratch | 18.0
 finetune/own* | ucf101 k400 B | 6.25e-05 | pytorch_model.bin |
 finetune/toy* | k400 B | - | pretrain/toy |
+finetune/toy_scratch* | k400 B | - | scratch |
 probe/ssv2_base | ssv2 B | 0.4 | pretrain/ssv2_base | 38.9 34.7
 probe/k400_base | k400 B | 0.4 | pretrain/k400_base |
 probe/toy* | k400 B | - | pretrain/toy |

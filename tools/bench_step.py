@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import masking
 import pretrain
-from model import SIZES, checkpoint_activations
+from model import SIZES, checkpoint_activations, cube_grid
 from support.config import UserError, parse
 from support.processes import Processes, compiler, launch, start_processes
 from tools.scale import CONFIGS, build, load_recipe
@@ -92,7 +92,7 @@ def make_batch(config: SimpleNamespace, device: torch.device) -> list[Tensor]:
     batch = [torch.randint(0, 256, (clips, frames, 3, size, size), dtype=torch.uint8, generator=generator)]
     batch.append(torch.rand(clips, 400, generator=generator).softmax(dim=1))
     if hasattr(config, "mask"):
-        grid = (frames // 2, size // 16, size // 16)
+        grid = cube_grid((frames, size, size), config.model.cube)
         mask = torch.stack([masking.tube_mask(grid, config.mask.ratio, generator) for _ in range(clips)])
         visible, masked = map(torch.stack, zip(*map(masking.split, mask), strict=True))
         cells = [masking.running_cells(row, grid, config.mask.decoder_ratio, generator) for row in masked]
@@ -121,6 +121,8 @@ def transformers_sdpa(config: SimpleNamespace, device: torch.device) -> tuple[nn
     options = transformers.VideoMAEConfig(
         image_size=config.data.size,
         num_frames=config.data.frames,
+        tubelet_size=config.model.cube[0],
+        patch_size=config.model.cube[1],
         hidden_size=size["width"],
         num_hidden_layers=size["depth"],
         num_attention_heads=size["heads"],

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
+import pretrain
 from baselines import moco_v3
 from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations, encoder_size
 from support.config import load_config
@@ -50,14 +51,16 @@ def build(config: SimpleNamespace, device: torch.device | str = "meta") -> tuple
     On the device "meta" a model has no memory for its weights.
     """
     clip_size = (config.data.frames, config.data.size, config.data.size)
-    encoder = encoder_size(config.model.size) | dict(clip_size=clip_size)
+    clip = dict(clip_size=clip_size, cube=config.model.cube)
+    encoder = encoder_size(config.model.size) | clip
     with torch.device(device):
         if hasattr(config, "moco"):
             return moco_v3.QueryNetwork(mlp_dim=config.moco.mlp_dim, dim=config.moco.dim, **encoder), []
         if not hasattr(config, "mask"):
             return VideoClassifier(**encoder, classes=400), []
         sizes = SIZES[config.model.size]
-        model = VideoMAE(**sizes, decoder_depth=config.model.decoder_depth, clip_size=clip_size)
+        frames = pretrain.Objective(config).target.cube[0]  # that each token predicts
+        model = VideoMAE(**sizes, decoder_depth=config.model.decoder_depth, frames_per_token=frames, **clip)
     visible, masked = masking.split(masking.tube_mask(model.grid, config.mask.ratio))
     return model, [len(visible), len(masking.running_cells(masked, model.grid, config.mask.decoder_ratio))]
 
