@@ -45,8 +45,8 @@ def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_ava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Render toy videos for detection: 8 for training, 3 for validation. Tests must not change them."""
-    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 8, "val": 3})
+    """Render toy videos for detection: 6 for training, 3 for validation. Tests must not change them."""
+    return support.toy_ava.render(tmp_path_factory.mktemp("toy_ava") / "videos", {"train": 6, "val": 3})
 
 
 @pytest.fixture(scope="session")

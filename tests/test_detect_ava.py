@@ -317,7 +317,7 @@ def detected(config: SimpleNamespace, detector: nn.Module) -> torch.Tensor:
     batches = detect_ava.KeyFrameBatches(validation.persons, validation.movies, config.data, size)
     rows, broken = detect_ava.detect(detector, batches, start_processes("float32"), config, "test")
     persons = sum(validation.persons.values(), [])
-    expected = [(person.frame, person.box, action) for person in persons for action in range(1, 13)]
+    expected = [(person.frame, person.box, action) for person in persons for action in range(1, 9)]
     assert not broken and [row[:3] for row in rows] == expected
     return torch.tensor([row.score for row in rows]).reshape(len(persons), 12)
 
@@ -397,8 +397,8 @@ def test_validation_with_boxes_of_aia(toy_ava, tmp_path):
 
 
 def test_actions_beyond_those_of_the_configuration(toy_ava, tmp_path):
-    (tmp_path / "list.pbtxt").write_text('item { name: "sit" id: 13 }')
-    with pytest.raises(UserError, match="list.pbtxt lists action 13, more than data.actions=12"):
+    (tmp_path / "list.pbtxt").write_text('item { name: "sit" id: 9 }')
+    with pytest.raises(UserError, match="list.pbtxt lists action 9, more than data.actions=8"):
         ava.find_validation(configured(f"data.labels={tmp_path / 'list.pbtxt'}").data, toy_ava)
 
 
@@ -408,9 +408,9 @@ def test_actions_beyond_those_of_the_configuration(toy_ava, tmp_path):
 def test_a_run_leaves_detections_their_worth_and_pictures(finished, toy_ava, tmp_path):
     folder, annotations = finished("detect_ava"), toy_ava / "annotations"
     summary = json.loads((folder / "mAP.json").read_text())
-    assert log(folder)[-1]["test_mAP"] == summary["mAP"] and len(summary["actions"]) == 12
+    assert log(folder)[-1]["test_mAP"] == summary["mAP"] and len(summary["actions"]) == 8
     assert [line["epoch"] for line in log(folder) if "mAP" in line] == [2]
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["actions"][9] == "turning left"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["actions"][5] == "turning left"
     assert [path.suffix for path in (folder / "pictures").iterdir()] == [".png"]
     # The checkpoint, tested by itself, and its file of detections, evaluated by itself, are worth the same.
     options = ["--test", "--json", "--weights", folder / "checkpoint.pt", "--out", tmp_path, "run.pictures=0"]
@@ -423,9 +423,9 @@ def test_a_run_leaves_detections_their_worth_and_pictures(finished, toy_ava, tmp
     run("detect_ava.py", *sum(files.items(), ()))
     assert json.loads((tmp_path / "again.json").read_text()) == summary
     # Only detections of the evaluated actions are written.
-    (tmp_path / "some.pbtxt").write_text('item { name: "right" id: 1 } item { name: "shrinking" id: 12 }')
+    (tmp_path / "some.pbtxt").write_text('item { name: "right" id: 1 } item { name: "shrinking" id: 8 }')
     done = run("detect_ava.py", *options, f"data.labels={tmp_path / 'some.pbtxt'}")
-    assert {row.action for row in ava.read_detections(tmp_path / "detections.csv", 12)} == {1, 12}
+    assert {row.action for row in ava.read_detections(tmp_path / "detections.csv", 8)} == {1, 8}
     assert [action["name"] for action in json.loads(done.stdout)["actions"]] == ["right", "shrinking"]
 
 

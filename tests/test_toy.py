@@ -1,5 +1,6 @@
 """The toy videos: reproducible, finished after an interruption, of a class that motion alone tells."""
 
+import itertools
 import math
 import shutil
 import subprocess
@@ -29,14 +30,14 @@ def read_rows(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     "kind, render, train, val, lost",
     [
-        ("toy_videos", toy.render, 24, 8, ["classes.txt", "train/moving right/00008.mp4"]),
-        ("toy_ava", ava.render, 8, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
+        ("toy_videos", toy.render, 24, 8, ["classes.txt", "train/horizontal/00008.mp4"]),
+        ("toy_ava", ava.render, 6, 3, ["annotations/ava_action_list_v2.2.pbtxt", "videos/val_00002.mp4"]),
     ],
 )
 def test_videos_are_reproducible_and_finished_after_an_interruption(kind, render, train, val, lost, request, tmp_path):
     original, again, videos = request.getfixturevalue(kind), tmp_path / "again", {"train": train, "val": val}
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
-    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 11 + 2 * 3 + 3}[kind]
+    assert len(files) == {"toy_videos": 32 + 5, "toy_ava": 9 + 2 * 3 + 3}[kind]
     shutil.copytree(original, again)
     for name in lost:
         (again / name).unlink()
@@ -62,7 +63,7 @@ def test_files_hold_what_was_rendered(toy_videos, toy_ava):
     generator = sample_generator(0, 0, 2)
     scene, shapes = ava.render_scene(generator)
     for path, clip in (
-        (toy_videos / "train/moving right/00008.mp4", toy.render_clip("moving right", "square", seeded(8))),
+        (toy_videos / "train/horizontal/00008.mp4", toy.render_clip("horizontal", "diamond", seeded(8))),
         (toy_ava / "videos/train_00002.mp4", scene),
     ):
         frames = read_frames(path, list(range(len(clip)))) / 255
@@ -108,28 +109,30 @@ def test_a_configuration_without_a_root_gets_the_toy_videos(monkeypatch):
 
 def test_a_seed_gives_the_same_clips_in_every_version():
     """Results on the toy videos can only be compared if the videos stay the same: all shapes, motions, actions."""
-    clips = torch.stack([toy.render_clip(toy.CLASSES[i % 8], toy.SHAPES[i % 4], seeded(i)) for i in range(12)])
+    clips = torch.stack([toy.render_clip(toy.CLASSES[i % 4], toy.SHAPES[i % 3], seeded(i)) for i in range(12)])
     scenes = [ava.render_scene(seeded(seed)) for seed in range(6)]
     frames = torch.stack([clip for clip, _ in scenes])
     boxes = torch.cat([boxes for _, shapes in scenes for _, boxes in shapes]) * torch.tensor([48, 32] * 2)
-    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0.1114517, 0.0658047], abs=1e-5)
-    assert len(boxes) == 780 and int(boxes.isnan().any(1).sum()) == 480
-    assert boxes.nanmean(0).tolist() == pytest.approx([17.930, 8.630, 33.340, 23.347], abs=0.01)
+    assert [float(x.square().mean()) for x in (clips, frames)] == pytest.approx([0.0699585, 0.0567295], abs=1e-5)
+    assert len(boxes) == 780 and int(boxes.isnan().any(1).sum()) == 406
+    assert boxes.nanmean(0).tolist() == pytest.approx([18.230, 10.944, 30.791, 22.794], abs=0.01)
 
 
 @pytest.mark.parametrize("motion", toy.CLASSES)
-@pytest.mark.parametrize("shape, corner", [("disc", 1), ("square", 1.2534), ("diamond", 1.2534), ("triangle", 1.5551)])
+@pytest.mark.parametrize("shape, corner", [("disc", 1), ("square", 1.2534), ("diamond", 1.2534)])
 def test_the_shape_moves_as_the_class_says_and_nothing_else_changes(motion, shape, corner):
-    right = ("right" in motion) - ("left" in motion)
-    down = ("down" in motion) - ("up" in motion)
-    way = torch.tensor([right, down]) / (abs(right) + abs(down)) ** 0.5
+    x, y = {"horizontal": (1, 0), "main diagonal": (1, 1), "vertical": (0, 1), "antidiagonal": (-1, 1)}[motion]
+    line = torch.tensor([x, y]) / (x * x + y * y) ** 0.5  # y points down
+    ways = set()
     for seed in range(20):
         x, y, turn, radius = toy.trajectory(motion, seeded(seed))
         assert not turn.any() and not radius.diff().any() and toy.RADIUS[0] <= radius[0] <= toy.RADIUS[1]
-        speed = torch.hypot(x.diff(), y.diff())
-        assert toy.SPEED[0] - 0.01 < float(speed.min()) and float(speed.max()) < toy.SPEED[1] + 0.01
-        assert float(speed.max() - speed.min()) < 1e-3
-        assert torch.allclose(torch.stack([x.diff(), y.diff()], 1) / speed[:, None], way.expand(23, 2), atol=1e-3)
+        steps = torch.stack([x.diff(), y.diff()], 1)  # (T - 1, 2)
+        speed = steps @ line
+        assert torch.allclose(steps, speed[:, None] * line, atol=1e-3) and (speed - speed[0]).abs().max() < 1e-3
+        assert toy.SPEED[0] - 0.01 < speed.abs().mean() < toy.SPEED[1] + 0.01
+        ways.add(bool(speed[0] > 0))
+    assert len(ways) == 2
     # two frames differ inside the circles around their two positions, and nowhere else
     clip = toy.render_clip(motion, shape, seeded(7))  # (T, H, W)
     x, y, _, radius = toy.trajectory(motion, seeded(7))[..., None, None]  # (T, 1, 1) each
@@ -155,24 +158,24 @@ def test_a_single_frame_tells_nothing_about_the_direction():
 def test_both_sets_of_labels_are_balanced(toy_videos):
     """shapes_train.csv is a list that the stages read; each shape has as many videos of each direction."""
     videos, _, shapes = datasets.labelled_videos(str(toy_videos), "shapes_train.csv", "shapes_val.csv", "")
-    assert shapes == sorted(toy.SHAPES[:3]) and [label for _, label in videos] == [0] * 8 + [1] * 8 + [2] * 8
-    motions = [path.parent.name for path, _ in videos]
-    assert sorted(motions[:8]) == sorted(motions[8:16]) == sorted(motions[16:]) == sorted(toy.CLASSES)
+    assert shapes == sorted(toy.SHAPES)
+    pairs = [(path.parent.name, shapes[label]) for path, label in videos]
+    assert all(pairs.count(pair) == 2 for pair in itertools.product(toy.CLASSES, toy.SHAPES))
 
 
 def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     labels = (toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt").read_text()
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
-    assert [labels.count(group) for group in groups] == [8, 2, 2]
+    assert [labels.count(group) for group in groups] == [4, 2, 2]
     assert all(f'name: "{name}"\n  label_id: {i}\n' in labels for i, name in enumerate(ava.ACTIONS, 1))
-    for split, videos in (("train", 8), ("val", 3)):
+    for split, videos in (("train", 6), ("val", 3)):
         truth = read_rows(toy_ava / f"annotations/ava_{split}_v2.2.csv")
         detected = read_rows(toy_ava / f"boxes/ava_{split}_predicted_boxes.csv")
         for video, second, *box, action, last in truth + detected:
             assert (toy_ava / "videos" / f"{video}.mp4").exists() and 901 <= int(second) <= 904
             x1, y1, x2, y2 = map(float, box)
             assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-            assert 1 <= int(action) <= 12 and 0 <= int(last) < 4 if action else 0.5 <= float(last) <= 1
+            assert 1 <= int(action) <= 8 and 0 <= int(last) < 4 if action else 0.5 <= float(last) <= 1
         assert len({row[0] for row in truth}) == videos
         persons = len({(*row[:2], row[7]) for row in truth})
-        assert 0.7 < len(detected) / persons < 1.4  # some are missed, some are false
+        assert 0.7 < len(detected) / persons < 1.5  # some are missed, some are false
