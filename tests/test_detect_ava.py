@@ -25,7 +25,7 @@ from support.seeds import random_below
 from support.video import BrokenVideo
 from support.weights import build_from_checkpoint
 
-NO_PERSONS = torch.zeros(0, 12)  # labels
+NO_PERSONS = torch.zeros(0, 8)  # labels
 
 
 def configured(*settings: str) -> SimpleNamespace:
@@ -298,7 +298,7 @@ def test_training_starts_from_weights(tmp_path, capfd):
 
 
 def test_the_head_starts_at_the_frequencies_of_the_actions():
-    labels = torch.zeros(199, 12)
+    labels = torch.zeros(199, 8)
     labels[:49, 3], labels[:, 4] = 1, 1  # one quarter, all; the others never
     detector = detect_ava.build(configured("init=scratch"), labels).eval()
     frequencies = detector.head.bias.detach().sigmoid()[[3, 4, 0]]
@@ -312,14 +312,14 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
 
 
 def detected(config: SimpleNamespace, detector: nn.Module) -> torch.Tensor:
-    """The probabilities (persons, 12) of the persons in the validation set."""
+    """The probabilities (persons, 8) of the persons in the validation set."""
     validation, size = ava.find_validation(config.data, Path(config.data.root)), config.run.batch_per_device
     batches = detect_ava.KeyFrameBatches(validation.persons, validation.movies, config.data, size)
     rows, broken = detect_ava.detect(detector, batches, start_processes("float32"), config, "test")
     persons = sum(validation.persons.values(), [])
     expected = [(person.frame, person.box, action) for person in persons for action in range(1, 9)]
     assert not broken and [row[:3] for row in rows] == expected
-    return torch.tensor([row.score for row in rows]).reshape(len(persons), 12)
+    return torch.tensor([row.score for row in rows]).reshape(len(persons), 8)
 
 
 def test_detections_do_not_depend_on_batches(toy_ava):
@@ -345,7 +345,7 @@ def test_frames_are_padded_right_and_below_to_whole_cubes(coded):
 
         def forward(self, clip: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
             self.seen = clip, rois
-            return torch.zeros(len(rois), 12)
+            return torch.zeros(len(rois), 8)
 
     recorder, frames = Recorder(), dict([key_frame("97x100", (0.0, 0.0, 1.0, 1.0))])
     batches = detect_ava.KeyFrameBatches(frames, coded, options_of("data.short_side=100"), 8)
@@ -353,7 +353,7 @@ def test_frames_are_padded_right_and_below_to_whole_cubes(coded):
     clip, rois = recorder.seen
     assert clip.shape == (1, 3, 8, 112, 128) and rois[0].tolist() == pytest.approx([0, 0, 0, 103, 100])
     assert not clip[..., 100:, :].any() and not clip[..., 103:].any()
-    assert (clip[..., :100, :103] != 0).float().mean() > 0.9 and [row.score for row in rows] == [0.5] * 12
+    assert (clip[..., :100, :103] != 0).float().mean() > 0.9 and [row.score for row in rows] == [0.5] * 8
 
 
 def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_ava, tmp_path, capfd):
@@ -365,7 +365,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     config = configured("init=scratch", f"data.root={folder}", "run.pictures=0")
     (folder / config.data.train_exclude).write_text("train_00002,0901\n")
     frames, _ = ava.find_training(config.data, folder)
-    assert re.search("1 of 8 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
+    assert re.search("1 of 6 movies for training .* left out: train_00001\n$", capfd.readouterr().err)
     assert not any(video == "train_00001" for video, _ in frames) and len(frames) > 10
     assert ("train_00002", 901) not in frames and ("train_00002", 902) in frames
     (folder / config.data.val_exclude).write_text("val_00002,0901\n")
@@ -376,7 +376,7 @@ def test_missing_and_broken_movies_are_named_and_their_ground_truth_counts(toy_a
     detect_ava.test(detector, validation, processes, config, "test", tmp_path / "out")
     said = capfd.readouterr().err
     assert said.count("no detections: ") == 2 and "movie val_00000 is missing" in said and "val_00001.mp4" in said
-    found = ava.read_detections(tmp_path / "out/detections.csv", 12)
+    found = ava.read_detections(tmp_path / "out/detections.csv", 8)
     assert {row.frame[0] for row in found} == {"val_00002"}
     (folder / "videos/val_00002.mp4").unlink()
     with pytest.raises(UserError, match="none of the key frames with boxes can be read; the first: "):
