@@ -21,7 +21,14 @@ def short(videos: Path, pretrained: Path, folder: Path, *more: str) -> list[str]
     return [
         *(f"data.root={videos}", "data.train=train", "data.val=val", f"init={pretrained}", f"run.folder={folder}"),
         *("data.frames=4", "data.size=16", "data.stride=1", "data.scales=[1, 0.875, 0.75, 0.66]", "data.workers=0"),
-        *("optim.batch_size=6", "optim.epochs=30", "optim.base_lr=2", "model.batch_norm=false", "run.log_every=1"),
+        *(
+            "optim.batch_size=6",
+            "optim.epochs=30",
+            "optim.warmup_epochs=1",
+            "optim.base_lr=2",
+            "model.batch_norm=false",
+            "run.log_every=1",
+        ),
         *more,
     ]
 
@@ -30,11 +37,11 @@ def test_colors_are_linearly_separable(colored_videos, pretrained, tmp_path):
     """Both encoders tell three colors apart, trained or not; each has its own scores."""
     done = run("probe.py", *short(colored_videos, pretrained, tmp_path))
     line = f"top-1 100.00 % (mean over classes 100.00 %) of 6 videos, 1 x 1 views: {tmp_path}"
-    assert done.stdout == f"{line}/pre-trained/scores.csv\n{line}/random/scores.csv\n"
+    assert done.stdout == f"{line}/pre-trained/scores.csv\n{line}/random/scores.csv\n{line}/initial/scores.csv\n"
     assert done.stderr.index("pre-trained encoder:") < done.stderr.index("random encoder:")
     assert "12 videos for training, 6 for the test, 3 classes" in done.stderr
     results = {line["encoder"]: line["test_top1"] for line in log(tmp_path) if "encoder" in line}
-    assert results == {"pre-trained": 100.0, "random": 100.0}
+    assert results == {"pre-trained": 100.0, "random": 100.0, "initial": 100.0}
     for encoder in results:
         predictions = [row["prediction"] for row in table(tmp_path / encoder / "scores.csv")]
         assert predictions == ["blue", "blue", "green", "green", "red", "red"]
@@ -60,7 +67,11 @@ def test_the_encoder_is_frozen_and_always_in_eval_mode(colored_videos, pretraine
     monkeypatch.setattr(probe, "build", build)
     settings = short(colored_videos, pretrained, tmp_path, "optim.epochs=2")
     run("probe.py", *settings)
-    assert set(probes) == {"pre-trained", "random"} and len(seen) == 2 * (4 + 1) and set(seen) == {(False, False)}
+    assert (
+        set(probes) == {"pre-trained", "random", "initial"}
+        and len(seen) == 3 * (4 + 1)
+        and set(seen) == {(False, False)}
+    )
     before = original(load_config(probe.DEFAULT, settings), 3)
     for name, each in probes.items():
         first = before[name].state_dict()
