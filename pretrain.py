@@ -11,10 +11,13 @@ The same command resumes from the last checkpoint. Any value of the YAML file ca
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
 import masking
@@ -31,12 +35,12 @@ from support import toy
 from support.checkpoint import check_length, describe, load_checkpoint, save_checkpoint
 from support.config import UserError, load_config, parse, pick, say
 from support.datasets import list_videos, named_videos
-from support.pictures import estimate_statistics, save_videos, with_captions
-from support.processes import StopSignals, average, compiler, launch, start_processes
+from support.pictures import copy_visible, estimate_statistics, save_videos, with_captions
+from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
 from support.seeds import sample_generator, seed_device
 from support.video import BrokenVideo, Video
-from support.weights import build_from_checkpoint, stored_config
+from support.weights import build_from_checkpoint, load_weights, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain" / "toy.yaml"
 # Table 1f. Each is 0 for equal arguments, so that tokens without a target (Table 1c, "center") add nothing.
@@ -163,15 +167,18 @@ def build(config: SimpleNamespace) -> tuple[VideoMAE, Objective, Callable[[torch
 
 
 def train(config: SimpleNamespace) -> None:
-    """Pre-train as `config` says (Table 9), or resume; draw pictures at the end."""
+    """Pre-train as `config` says (Table 9), or resume; measure and draw reconstructions at the end."""
     model, objective, sample_mask = build(config)
     processes = start_processes(config.run.precision, config.data.workers)
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
 
-    root, train_videos, val_videos, _ = toy.find(config.data)
-    videos = list_videos(root, train_videos)
+    root, train_split, val_split, _ = toy.find(config.data)
+    videos = list_videos(root, train_split)
+    val_videos = list_videos(root, val_split) if val_split else videos
+    if config.run.validate_every and not val_split:
+        raise UserError("run.validate_every needs videos that are not trained on: name them by data.val")
     clips = data.PretrainingClips(
         videos,
         frames=objective.target.load_frames,
@@ -197,6 +204,11 @@ def train(config: SimpleNamespace) -> None:
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
+    identity = dict(videos=describe(videos), model_options=model.options)
+    checkpoint = load_checkpoint(config, DEFAULT, **identity)
+    if config.init and not checkpoint:
+        load_weights(model, config.init, clip_size=config.model.pretrained_clip)
+        say(f"initialized from {config.init}")
     model.to(device)
     if config.run.recompute:
         checkpoint_activations(model)
@@ -204,10 +216,14 @@ def train(config: SimpleNamespace) -> None:
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
 
+    if config.init:  # its positions may be other ones than the model computes
+        identity |= dict(positions=model.encoder.pos_embed, decoder_positions=model.pos_embed)
     start = 0
-    identity = dict(videos=describe(videos), model_options=model.options)
-    if checkpoint := load_checkpoint(config, DEFAULT, **identity):
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
+        if config.init:
+            model.encoder.pos_embed.copy_(checkpoint["positions"])
+            model.pos_embed.copy_(checkpoint["decoder_positions"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
         start = checkpoint["step"]
@@ -228,6 +244,7 @@ def train(config: SimpleNamespace) -> None:
     shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
     batches = data.Batches(clips, shards, config.data.workers, folder)
 
+    fixed_clips = FixedClips(val_videos, objective, sample_mask, processes, config)
     loss_sum = torch.zeros((), device=device)
     with StopSignals() as stop:
         for step in log.progress(range(start, total)):
@@ -258,6 +275,9 @@ def train(config: SimpleNamespace) -> None:
                 mean_loss = average(loss_sum) / ((done - log.step) * accumulation)  # since the last line
                 log.write_step(done, mean_loss.item(), batches.waited, lr=lr)
                 loss_sum.zero_()
+            if log.epoch_ends(done, config.run.validate_every):
+                with log.clock_stopped():
+                    log.write(step=done, **validate(model, objective, fixed_clips, processes, done // steps_per_epoch))
             stopped = stop.requested()
             kept = log.epoch_ends(done, config.run.keep_every)
             if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
@@ -266,16 +286,96 @@ def train(config: SimpleNamespace) -> None:
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 
+    if config.target.frames == "input":
+        log.write(step=total, **compare_with_copies(model, objective, fixed_clips))
     if rank == 0:
-        videos = list_videos(root, val_videos) if val_videos else videos
-        for number in torch.linspace(0, len(videos) - 1, min(config.run.pictures, len(videos))).long().tolist():
+        for number in spread(len(val_videos), config.run.pictures):
             path = folder / "pictures" / f"{number:05d}"
-            draw(videos[number], number, config, model, [config.mask.ratio], path)
+            draw(val_videos[number], number, config, model, [config.mask.ratio], path)
         pictures = ", pictures/" if config.run.pictures else ""
         say(
             f"{folder}: {total:,} steps done{log.last_loss()}: checkpoint.pt, loss.png{pictures}. "
             f"Next: {finetune_command(config, folder / 'checkpoint.pt')}"
         )
+
+
+def middle_clip(video: Path, target: Target, size: int) -> Tensor:
+    """Load the middle clip of a video, its central square: (T', 3, H, W). Raises BrokenVideo."""
+    with Video(video) as opened:
+        indices = data.dense_clip(len(opened), target.load_frames, target.load_stride)
+        frames = opened.frames(indices)
+    return data.center_crop(frames, size)
+
+
+@dataclass(frozen=True)
+class FixedClips:
+    """Middle clips (T', 3, H, W) of up to 200 videos with masks (N,), the same in each iteration.
+
+    Each process iterates over its shard. Broken videos are named and left out; they count in the length.
+    """
+
+    videos: Sequence[Path]
+    objective: Objective
+    sample_mask: Callable[[torch.Generator], Tensor]
+    processes: Processes
+    config: SimpleNamespace
+
+    def __len__(self) -> int:
+        return min(200, len(self.videos))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in spread(len(self.videos), len(self))[self.processes.rank :: self.processes.world_size]:
+            try:
+                frames = middle_clip(self.videos[number], self.objective.target, self.config.data.size)
+            except BrokenVideo as error:
+                tqdm.write(f"left out of the fixed clips: {error}", file=sys.stderr)
+                continue
+            yield frames, self.sample_mask(sample_generator(self.config.run.seed, -1, number))
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Return `count` numbers below `length`, or all if they are fewer, spread evenly."""
+    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+
+
+@torch.no_grad()
+def validate(
+    model: VideoMAE, objective: Objective, clips: FixedClips, processes: Processes, epoch: int
+) -> dict[str, float]:
+    """Print and return the mean loss of the clips and masks of all processes."""
+    model.eval()
+    losses = []
+    for frames, mask in clips:
+        visible, masked = (positions[None].to(processes.device) for positions in masking.split(mask))
+        clip, target_frames = objective.input_and_target(frames[None].to(processes.device))
+        with processes.autocast():
+            prediction = model(data.normalize(clip), visible, masked)  # (1, N_mask, pixels)
+        losses.append(objective.loss(prediction, target_frames, masked).item())
+    model.train()
+    losses = gather(losses)
+    val_loss = fmean(losses) if losses else math.nan
+    say(f"epoch {epoch}: validation loss {val_loss:.4f}, {len(losses)} of {len(clips)} clips")
+    return dict(epoch=epoch, val_loss=val_loss)
+
+
+def compare_with_copies(model: VideoMAE, objective: Objective, clips: FixedClips) -> dict[str, float]:
+    """Print and return the mean squared error of masked cubes' pixels: of the reconstruction and of the best copy."""
+    view = "estimated" if objective.normalize else "reconstruction"
+    errors = []  # of each clip, by guess
+    for frames, mask in clips:
+        views = reconstruct(model, objective, frames, mask)
+        videos = torch.stack([views["original"], views[view]]) / 255  # (2, T, 3, H, W)
+        original, reconstruction = to_cubes(videos, objective.target.cube).flatten(2)  # (N, pixels) each
+        guesses = copy_visible(original, mask, model.grid) | {"reconstruction": reconstruction[mask]}
+        errors.append({name: F.mse_loss(guess, original[mask]).item() for name, guess in guesses.items()})
+    errors = gather(errors)
+    if not errors:
+        return {}
+    means = {name: fmean(error[name] for error in errors) for name in errors[0]}
+    reconstruction_error = means.pop("reconstruction")
+    best = min(means, key=means.get)
+    say(f"error of masked cubes {reconstruction_error:.4f}; best copy ({best}) {means[best]:.4f}")
+    return dict(reconstruction_error=reconstruction_error, copy_error=means[best], copy=best)
 
 
 @torch.no_grad()
@@ -315,13 +415,10 @@ def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, rat
     """Draw the middle clip of a video, its central square, at each mask ratio. Return whether it could be read."""
     objective = Objective(config)
     try:
-        with Video(video) as opened:
-            indices = data.dense_clip(len(opened), objective.target.load_frames, objective.target.load_stride)
-            frames = opened.frames(indices)
+        frames = middle_clip(video, objective.target, config.data.size)  # (T', 3, H, W)
     except BrokenVideo as error:
         say(f"no picture of {error}")
         return False
-    frames = data.center_crop(frames, config.data.size)  # (T', 3, H, W)
     mask_function = pick(masking.MASKS, config.mask.type, "mask.type")
     rows = {}
     for ratio in ratios:

@@ -65,6 +65,24 @@ def estimate_statistics(mean: Tensor, std: Tensor, masked: Tensor, plane: tuple[
     return torch.einsum("mn,nkc->mkc", weights, mean), torch.einsum("mn,nkc->mkc", weights, std)
 
 
+def copy_visible(cubes: Tensor, mask: Tensor, grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Guess masked cubes by copying visible ones: cubes (N, pixels), mask (N,) to (N_mask, pixels) for each guess.
+
+    The nearest visible cube in space is at the same time or, if there is none, at the nearest time; the nearest in time
+    is at the same place or, if there is none, at the nearest place. Cubes at the same distance are averaged.
+    """
+    places = torch.cartesian_prod(*(torch.arange(length) for length in grid))  # (N, 3): time, row, column
+    offsets = places[mask][:, None] - places[~mask]  # (N_mask, N_vis, 3)
+    time, row, column = offsets.square().unbind(dim=2)
+    space = row + column
+    far = 10**6  # no other squared distance is larger
+    copies = {}
+    for name, distance in (("space", far * time + space), ("time", far * space + time)):
+        nearest = (distance == distance.amin(dim=1, keepdim=True)).float()  # (N_mask, N_vis)
+        copies[f"nearest visible cube in {name}"] = nearest @ cubes[~mask] / nearest.sum(dim=1, keepdim=True)
+    return copies | {"mean of the nearest visible cubes in space and time": sum(copies.values()) / 2}
+
+
 def side_by_side(images: dict[str, Tensor], path: Path) -> None:
     """Write images of one size, uint8 (3, H, W), next to each other, each below its title."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +120,7 @@ def draw_persons(image: Tensor, boxes: Tensor, labels: Tensor, names: dict[int, 
 def draw_log(folder: Path) -> None:
     """Chart a run's log.jsonl as loss.png and, once it was tested, accuracy.png."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    for name, unit, keys in (("loss", "loss", ("loss",)), ("accuracy", "percent", ACCURACIES)):
+    for name, unit, keys in (("loss", "loss", ("loss", "val_loss")), ("accuracy", "percent", ACCURACIES)):
         curves = defaultdict(list)
         for line in lines:
             for key in keys:
@@ -113,7 +131,7 @@ def draw_log(folder: Path) -> None:
         figure = new_figure(7, 4)
         axes = figure.subplots()
         for label, points in curves.items():  # a probe has two encoders
-            axes.plot(*zip(*points, strict=True), marker="" if name == "loss" else ".", label=label)
+            axes.plot(*zip(*points, strict=True), marker="" if label.split()[-1] == "loss" else ".", label=label)
         axes.set(xlabel="step", ylabel=unit)
         axes.legend(frameon=False)
         figure.savefig(folder / f"{name}.png", dpi=100)

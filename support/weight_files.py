@@ -77,8 +77,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not state:
         raise UserError(f"{path} holds no named tensors, at its top level or under {', '.join(KEYS)}")
     state = rename(state)
-    if isinstance(content.get("positions"), Tensor):  # in this project's files
-        state["encoder.pos_embed"] = content["positions"]
+    for key, table in (("positions", "encoder.pos_embed"), ("decoder_positions", "pos_embed")):
+        if isinstance(content.get(key), Tensor):  # in this project's files
+            state[table] = content[key]
 
     hub_config = path.with_name("config.json")
     hub = _load(hub_config) if hub_config.is_file() else {}

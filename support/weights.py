@@ -21,13 +21,18 @@ PARTS += ["projector.", "predictor."]  # of baselines/moco_v3.py
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, fresh: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+    model: nn.Module,
+    path: str | Path,
+    fresh: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    clip_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Load any file that `read_checkpoint` reads into any of this project's models. Say which parts are loaded.
 
     Each parameter has to be in the file, with its shape, but for names that start with one of `fresh`, which keep their
     initial values, or of `optional`, which keep them if the file has none of this shape. Each tensor has to be used,
     unless it is of a part that the model lacks. Image models are inflated (Table 1e). Raises UserError.
+    clip_size: of the clips that the file's positions are for, if it does not say so; None: of the model's.
     """
     state, content = read_checkpoint(path)
     embedding, grid = model.encoder.patch_embed, model.encoder.grid
@@ -35,9 +40,11 @@ def load_weights(
     if kernel.ndim == 4 and "encoder.pos_embed" in state:  # with the names of timm or facebookresearch/mae
         say(f"{path}: weights of an image model, inflated to cubes")
         state = inflate(state, embedding.cube[0], grid)
-    elif content["clip_size"]:
-        grid = cube_grid(content["clip_size"], kernel.shape[2:])
+    elif clip_size := content["clip_size"] or clip_size:
+        grid = cube_grid(clip_size, kernel.shape[2:])
     own = model.state_dict() | dict(model.named_buffers())  # with the position tables
+    if "mask_token" in own.keys() - state.keys():
+        raise UserError(f"{path} has no decoder of VideoMAE: pre-training continues from pre-trained weights only")
     state |= fit_positions(state, own, grid, model.encoder.grid)
 
     misfits = {key for key in own if key not in state or state[key].shape != own[key].shape}

@@ -101,7 +101,7 @@ def settings(toy_videos, toy_ava, pretrained) -> dict[str, list[str]]:
     augment += ["data.test_clips=2", "data.test_crops=3", "optim.layer_decay=0.7"]
     classes = [f"init={pretrained}", "data.classes=classes.txt", *small]
     return {
-        "pretrain": [*same, *videos, "optim.base_lr=0.02", "run.pictures=1"],
+        "pretrain": [*same, *videos, "optim.base_lr=0.02", "run.pictures=1", "run.validate_every=2"],
         "finetune": [*same, *videos, *classes, *augment],
         "probe": [*same, *videos, *classes],
         "detect_ava": [*same, f"data.root={toy_ava}", "init=scratch", "optim.layer_decay=0.7", "run.pictures=1"],

@@ -35,7 +35,7 @@ TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
         ("model.cube=[2, 0, 8]", "model.cube=0 has to be at least 1"),
         ("run.seed=5000000000", "run.seed=5000000000 has to be at least 0 and at most 4294967295"),
         ("mask.ratio", "neither a .yaml file nor key=value, which is written without spaces"),
-        ("configs/finetune/toy.yaml", "configs/finetune/toy.yaml: unknown key 'init'; "),
+        ("configs/finetune/toy.yaml", "configs/finetune/toy.yaml: unknown key 'model.drop_path'; "),
         ("configs/finetune/toy.yaml", " others are unknown too: is it another stage's?"),
         ("none.yaml", "no configuration can be read from none.yaml"),
     ],

@@ -70,11 +70,27 @@ def test_charts_of_a_log(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     pictures.draw_log(tmp_path)
     assert [file.name for file in tmp_path.glob("*.png")] == ["loss.png"]  # not tested yet
-    lines += [dict(step=2, top1=20.0), dict(step=2, encoder="random", test_top1=10.0)]
+    without = read(tmp_path / "loss.png")
+    lines += [dict(step=2, val_loss=1.5), dict(step=2, top1=20.0), dict(step=2, encoder="random", test_top1=10.0)]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     pictures.draw_log(tmp_path)
     for name in ("loss.png", "accuracy.png"):
         assert read(tmp_path / name).float().std() > 10
+    assert not torch.equal(read(tmp_path / "loss.png"), without)  # it has the validation loss
+
+
+COPIES = [  # grid, pixels of visible cubes (0: masked), copies of masked ones in space and in time
+    ((2, 1, 3), [0, 10, 20, 0, 0, 50], [10, 50, 50], [10, 10, 10]),
+    ((3, 1, 1), [10, 0, 50], [30], [30]),  # at the same distance: the mean
+    ((2, 2, 2), [10, 20, 30, 0, 50, 0, 0, 80], [25, 65, 65], [80, 20, 30]),
+]
+
+
+@pytest.mark.parametrize("grid, pixels, space, time", COPIES)
+def test_copies_of_the_nearest_visible_cubes(grid, pixels, space, time):
+    cubes = torch.tensor(pixels).float()[:, None]
+    copies = [copy.flatten().tolist() for copy in pictures.copy_visible(cubes, cubes[:, 0] == 0, grid).values()]
+    assert copies == [space, time, [(s + t) / 2 for s, t in zip(space, time, strict=True)]]
 
 
 def test_only_charts_import_matplotlib():

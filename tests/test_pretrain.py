@@ -1,18 +1,26 @@
 """Target and loss by hand; all that the paper varies runs; reconstructions show what they say."""
 
 import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import log, losses, run, write_numbered
 from PIL import Image
 
+import data
 import masking
 import model as m
 import pretrain
 from support.config import load_config
 from support.datasets import list_videos
+from support.processes import Processes
+from support.seeds import sample_generator
 from support.video import Video, read_frames
+from support.weights import build_from_checkpoint
+from tools.export_hugging_face import export
 
 
 def objective_of(*settings: str) -> pretrain.Objective:
@@ -86,7 +94,10 @@ def test_a_run_says_its_mask_learns_and_draws(finished, toy_videos):
     said = (folder / "said.txt").read_text()
     assert "24 videos; clips of 8 frames, 2 apart, 64 x 64 pixels" in said
     assert "tube mask: 48 of 64 cubes masked, 16 visible" in said and re.search(r"ViT-tiny, [\d,]+ parameters", said)
-    assert losses(folder)[-1] < losses(folder)[0] and len(log(folder)) == 9
+    assert losses(folder)[-1] < losses(folder)[0] and len(losses(folder)) == 9
+    last = log(folder)[-1]
+    error, copied = last["reconstruction_error"], last["copy_error"]
+    assert f"error of masked cubes {error:.4f}; best copy ({last['copy']}) {copied:.4f}\n" in said
     pictures = sorted((folder / "pictures").iterdir())
     assert [path.name for path in pictures] == ["00000.mp4", "00000.png"] and len(Video(pictures[0])) == 8
     original = read_frames(list_videos(str(toy_videos), "val")[0], [4])[0]  # of the middle clip
@@ -111,6 +122,82 @@ def test_everything_that_the_paper_varies_runs(variant, cubes, masked, reconstru
     said = run("pretrain.py", *settings["pretrain"], *more, *variant.split()).stderr
     sentence = f"{masked} of {cubes} cubes masked, {cubes - masked} visible, {reconstructed} reconstructed"
     assert sentence in said and len(losses(tmp_path)) == 3 and len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+# ---- pre-trained weights, validation ----
+
+
+@torch.no_grad()
+def first_loss(model: m.VideoMAE, config: SimpleNamespace, videos: list[Path]) -> float:
+    """The loss of the first batch of a run."""
+    _, objective, sample_mask = pretrain.build(config)
+    random = dict(scales=config.data.scales, flip=config.data.flip, draw_mask=sample_mask, seed=config.run.seed)
+    clips = data.PretrainingClips(videos, frames=8, stride=2, size=config.data.size, **random)
+    processes = Processes(0, 1, torch.device("cpu"), torch.float32)
+    batch = next(iter(data.GlobalBatches(len(videos), 8, 8, range(1), processes, config.run.seed)))
+    frames, visible, masked = (x.flatten(0, 1) for x in data.collate([clips[key] for key in batch])[:3])
+    return float(objective.loss(model(data.normalize(frames), visible, masked), frames, masked))
+
+
+@pytest.mark.parametrize("source, size", [("own", 64), ("official", 64), ("hugging face", 64), ("own", 96)])
+def test_a_run_continues_from_pretrained_weights(source, size, settings, pretrained, tmp_path):
+    """Its first loss is theirs; positions are interpolated, restored when it resumes, and read by other commands."""
+    content, init = torch.load(pretrained), tmp_path / "weights"
+    theirs = m.VideoMAE(**content["model_options"])
+    theirs.load_state_dict(content["model"])
+    init.mkdir()
+    if source == "own":
+        torch.save(content, init / "checkpoint.pt")
+    elif source == "official":
+        torch.save(dict(model=content["model"]), init / "checkpoint.pt")
+    else:
+        export(theirs, init, True, [])
+    words = [*settings["pretrain"], f"init={init}", f"data.size={size}", "optim.epochs=1", "run.validate_every=0"]
+    words += ["data.workers=0", "model.pretrained_clip=[8, 64, 64]", f"run.folder={tmp_path / 'run'}"]
+    assert f"initialized from {init}\n" in run("pretrain.py", *words).stderr
+
+    model = m.VideoMAE(**theirs.options | dict(clip_size=(8, size, size)))
+    model.load_state_dict(content["model"])
+    for part in (model, model.encoder):
+        table = m.sincos_positions(64, part.pos_embed.shape[1])
+        part.pos_embed.copy_(m.interpolate_positions(table, (4, 4, 4), model.grid))
+    config = load_config(pretrain.DEFAULT, words)
+    videos = list_videos(config.data.root, "train")
+    assert losses(tmp_path / "run")[0] == pytest.approx(first_loss(model, config, videos), rel=1e-5)
+    shutil.rmtree(init)  # the checkpoint decides
+    assert "initialized" not in run("pretrain.py", *words).stderr
+    assert log(tmp_path / "run")[-1] == log(tmp_path / "run")[-2]
+    read = build_from_checkpoint(tmp_path / "run", m.VideoMAE)
+    assert torch.equal(read.pos_embed, model.pos_embed) and torch.equal(read.encoder.pos_embed, model.encoder.pos_embed)
+
+
+def test_validation(settings, finished, toy_videos, tmp_path):
+    """The loss of middle clips with fixed masks; broken videos are named and left out; training stays the same."""
+    broken, videos = tmp_path / "broken.mp4", list_videos(str(toy_videos), "val")
+    broken.touch()
+    (tmp_path / "val.txt").write_text("".join(f"{video}\n" for video in [broken, *videos]))
+    words = [*settings["pretrain"], f"data.val={tmp_path / 'val.txt'}", "run.validate_every=1", "run.pictures=0"]
+    said = run("pretrain.py", *words, f"run.folder={tmp_path / 'run'}").stderr
+    assert losses(tmp_path / "run") == losses(finished("pretrain"))  # which is validated every second epoch
+    lines = [line for line in log(tmp_path / "run") if "val_loss" in line]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(3, 1), (6, 2), (9, 3)]
+    assert f"epoch 3: validation loss {lines[-1]['val_loss']:.4f}, 8 of 9 clips\n" in said
+    assert said.count(f"left out of the fixed clips: {broken}: ") == 4  # and in the last comparison
+
+    model = build_from_checkpoint(tmp_path / "run", m.VideoMAE).requires_grad_(False)
+    by_hand, errors = [], []
+    for number, video in enumerate(videos, 1):
+        frames = data.center_crop(read_frames(video, data.dense_clip(24, 8, 2)), 64)
+        mask = masking.tube_mask(model.grid, 0.75, sample_generator(0, -1, number))
+        visible, masked = (positions[None] for positions in masking.split(mask))
+        target = pretrain.to_cubes(frames[None] / 255, (2, 16, 16))[:, mask]
+        mean, std = pretrain.cube_statistics(target)
+        prediction = model(data.normalize(frames[None]), visible, masked).unflatten(2, (-1, 3))
+        by_hand.append(float((prediction - (target - mean) / std).square().mean()))
+        drawn = pretrain.reconstruct(model, objective_of(), frames, mask)["estimated"]
+        errors.append(float((drawn / 255 - frames / 255).square().mean()) / 0.75)  # it is exact elsewhere
+    assert lines[-1]["val_loss"] == pytest.approx(sum(by_hand) / 8, rel=1e-4)
+    assert log(tmp_path / "run")[-1]["reconstruction_error"] == pytest.approx(sum(errors) / 8, rel=1e-4)
 
 
 # ---- reconstructions ----
@@ -150,6 +237,10 @@ MISTAKES = [  # words of the command and what its last line says
     ("TOY mask.decoder_ratio=1", "at most 0.9999"),
     ("TOY mask.decoder_ratio=-0.5", "at least 0"),
     ("TOY mask.decoder_ratio=0.99", "leaves none of 48 masked cubes"),
+    ("TOY data.val=", "run.validate_every needs videos that are not trained on: name them by data.val"),
+    ("TOY init=none.pt", "no weights at none.pt"),
+    ("TOY init=FINETUNED", "FINETUNED has no decoder of VideoMAE: pre-training continues from pre-trained weights"),
+    ("TOY init=OWN model.decoder_depth=2", "decoder.blocks.1.attn.proj.bias is missing"),
 ]
 
 

@@ -163,6 +163,9 @@ def test_results_do_not_depend_on_processes_workers_or_micro_batches(
     for name in moments:  # gradients: AdamW's steps would not show it if all were twice as large
         assert float((ours[name] - theirs[name]).norm()) <= 1e-2 * float(theirs[name].norm()) + 1e-6, name
     assert moments
+    for key in ("val_loss", "reconstruction_error", "copy_error"):  # of pre-training
+        ours, theirs = ([x[key] for x in log(folder) if key in x] for folder in (tmp_path, finished(stage)))
+        assert ours == pytest.approx(theirs, rel=1e-4) and bool(ours) == (stage == "pretrain")
     for name in RESULTS[stage]:
         ours, theirs = (re.findall(r"[\d.]{5,}", (folder / name).read_text()) for folder in (tmp_path, finished(stage)))
         assert len(ours) == len(theirs)
