@@ -18,6 +18,7 @@ import yaml
 from masking import split, tube_mask
 from model import SIZES, VideoClassifier, VideoMAE
 from support.config import as_dict, flatten, load_config, read_yaml
+from support.run import count_steps
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("pretrain", "finetune", "probe", "detect", "baselines")
@@ -209,7 +210,7 @@ pretrain/ssv2_base | ssv2 B | 0.0006 | - | 70.8 69.6
 pretrain/ssv2_large | ssv2 L | 0.0006 | - | 74.3 75.4
 pretrain/ucf101_base | ucf101 k400 B | 0.000225 | - | 91.3
 pretrain/hmdb51_base | hmdb51 k400 B | 0.000225 | - | 62.6
-pretrain/own* | k400 B | 0.000984375 | - |
+pretrain/own_small* | k400 B | 0.000984375 | - |
 pretrain/toy* | k400 B | - | - |
 finetune/k400_small | k400 S | 0.002 | pretrain/k400_small | 79.0 93.8
 finetune/k400_base | k400 B | 0.002 | pretrain/k400_base | 81.5 95.1 80.0
@@ -233,7 +234,8 @@ finetune/ucf101_base_scratch | scratch ucf101 k400 B | 0.0008 | scratch | 51.4
 finetune/hmdb51_base | hmdb51 k400 B | 0.0005 | pretrain/hmdb51_base | 62.6
 finetune/hmdb51_base_from_k400 | hmdb51 k400 B | 0.0005 | pretrain/k400_base | 73.3
 finetune/hmdb51_base_scratch | scratch hmdb51 k400 B | 0.0008 | scratch | 18.0
-finetune/own* | ucf101 k400 B | 6.25e-05 | pytorch_model.bin |
+finetune/own* | ucf101 k400 B | 0.00025 | pytorch_model.bin |
+finetune/own_small* | ucf101 k400 B | 0.001 | pretrain/own_small |
 finetune/toy* | k400 B | - | pretrain/toy |
 finetune/toy_scratch* | k400 B | - | scratch |
 probe/ssv2_base | ssv2 B | 0.4 | pretrain/ssv2_base | 38.9 34.7
@@ -329,6 +331,14 @@ def test_learning_rate_weights_header_and_size(name, columns, peak, init, result
         assert config.init == init
     if getattr(config.optim, "mixup", 0) or getattr(config.optim, "cutmix", 0):
         assert config.run.batch_per_device // config.data.repeats >= 2  # else a clip is mixed with its own copy
+
+
+@pytest.mark.parametrize("name", ["pretrain/own_small", "finetune/own_small", "finetune/own"])
+def test_few_videos_of_ones_own_are_trained_on_for_as_many_steps_as_many(name):
+    optim = load(name).optim
+    videos = 12 if name.startswith("pretrain/") else 10  # of 12 in two classes, two are kept for the test
+    assert optim.batch_size <= videos and optim.steps >= 300
+    assert count_steps(optim, videos // optim.batch_size) == count_steps(optim, 3000 // optim.batch_size)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in PAPER if not row[0].startswith("baselines/")])
