@@ -80,11 +80,11 @@ def check_tables(folder: Path, count: int) -> list[dict[str, str]]:
     """Check scores.csv and classes.csv of `count` toy videos against each other. Return the rows of scores.csv."""
     rows, classes = table(folder / "scores.csv"), table(folder / "classes.csv")
     names = [row["class"] for row in classes]
-    assert len(rows) == count and len(names) == 8 and list(rows[0])[3:] == names
+    assert len(rows) == count and len(names) == 4 and list(rows[0])[3:] == names
     for row in rows:
         scores = [row[name] for name in names]
         if row["prediction"] == "unreadable":
-            assert scores == [""] * 8
+            assert scores == [""] * 4
         else:
             assert sum(map(float, scores)) == pytest.approx(1, abs=1e-4)
             assert row["prediction"] == max(names, key=row.get)
@@ -100,7 +100,7 @@ def test_what_a_run_prints_and_leaves(finished, pretrained):
     folder = finished("finetune")
     messages, printed = (folder / "said.txt").read_text(), (folder / "printed.txt").read_text()
     assert f"initialized from {pretrained}" in messages and "encoder loaded; fc_norm, head new; " in messages
-    assert "24 videos for training, 8 for validation, 8 classes; 2 clips of each video" in messages
+    assert "24 videos for training, 8 for validation, 4 classes; 2 clips of each video" in messages
     lr = load_config(finetune.DEFAULT, [str(folder / "config.yaml")]).optim.base_lr * 8 / 256
     assert f"in the cube embedding {lr * 0.7**5:.3g}\n" in messages  # with four blocks
     one_view = r"^epoch 2: top-1 [\d.]+ % \(mean over classes [\d.]+ %\) of 8 videos, one view$"
@@ -118,7 +118,7 @@ def test_a_model_starts_from_scratch_or_from_weights_at_another_size(start, pret
     path = {"scratch": start, "pretrained": pretrained, "finetuned": folder / "checkpoint.pt"}[start]
     more = [f"init={path}", "model.drop_path=0.5", "model.dropout=0.5", *size]
     config = load_config(finetune.DEFAULT, [str(folder / "config.yaml"), *more])
-    model = finetune.build(config, 8)
+    model = finetune.build(config, 4)
     assert model.dropout.p == model.encoder.blocks[-1].drop_path.p == 0.5
     assert model.options["clip_size"] == ([4, 16, 16] if start == "scratch" else [8, 32, 32])
     finetuned, block = torch.load(folder / "checkpoint.pt"), "encoder.blocks.2.mlp.fc1.weight"
@@ -127,7 +127,7 @@ def test_a_model_starts_from_scratch_or_from_weights_at_another_size(start, pret
     assert torch.equal(model.state_dict()[block], stored[block]) == (start == "pretrained")
 
     positions = torch.randn_like(finetuned["positions"])  # of a run that resumes
-    model = finetune.build(config, 8, finetuned | dict(positions=positions))
+    model = finetune.build(config, 4, finetuned | dict(positions=positions))
     assert model.options == finetuned["model_options"] and torch.equal(model.encoder.pos_embed, positions)
 
 
@@ -239,7 +239,7 @@ def test_any_weights_predict(finished, foreign, tmp_path):
         percents, shown = zip(*(line.split(" %  ") for line in lines), strict=True)
         expected_percents = [100 * float(row[name]) for name in ranked]
         assert [float(percent) for percent in percents] == pytest.approx(expected_percents, abs=0.06)
-        assert len(shown) == 5 and set(shown) == set(expected_names)
+        assert len(shown) == 4 and set(shown) == set(expected_names)
 
     predictions = json.loads(run("finetune.py", *words, own, "--json").stdout)
     assert list(predictions) == [row["video"]] and list(predictions[row["video"]]) == ranked

@@ -45,7 +45,7 @@ MISTAKES = [
     (["detect_ava"], "data.size=40", "data.size=40 cannot be cropped from data.short_side=36"),
     (["detect_ava"], "data.mean=[0.5]", "data.mean expects list such as"),
     (["detect_ava"], "data.rate=0", "data.rate=0.0 has to be at least 0.01"),
-    (["detect_ava"], "data.actions=11", "unknown action 12, known are 1 to 11"),
+    (["detect_ava"], "data.actions=7", "unknown action 8, known are 1 to 7"),
     (["detect_ava"], "data.movies=nowhere", "there is no folder"),
     (["detect_ava"], "data.boxes=nowhere.csv", "no rows can be read from"),
     (["detect_ava"], "data.threshold=1.1", "has a score of 1.1 or more"),
