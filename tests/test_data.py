@@ -46,13 +46,9 @@ GENERATOR = torch.Generator()
 BY_HAND = [  # function, (length, frames, stride, ...), the only result
     (data.dense_clip, (64, 16, 4, GENERATOR), list(range(0, 64, 4))),
     (data.dense_clip, (10, 6, 4, GENERATOR), [0, 4, 8, 8, 8, 8]),  # repeats the last index reached
-    (data.dense_clip, (1, 4, 2, GENERATOR), [0, 0, 0, 0]),
     (data.dense_clip, (63, 16, 4, GENERATOR), list(range(0, 64, 4))),
     (data.dense_clip, (74, 16, 4), list(range(5, 69, 4))),  # the middle
     (data.repeated_clips, (10, 8, 4, 2, GENERATOR), [[0, 4, 8, 8, 8, 8, 8, 8]] * 2),
-    (data.dense_training_clip, (12, 6, 4, GENERATOR), [0, 6, 11, 11, 11, 11]),  # 3 points over [0, 12], repeated
-    (data.dense_training_clip, (5, 4, 4, GENERATOR), [0, 4, 4, 4]),
-    (data.dense_training_clip, (3, 4, 4, GENERATOR), [2] * 4),
     # floor(i N / 8), not the authors' eight times frame 0
     (data.uniform_training_clip, (5, 8, 2, GENERATOR), [0, 0, 1, 1, 2, 3, 3, 4]),
     # 75 frames 4 apart, 59 to spare: starts at 0, 14, 29, 44, 59 of them

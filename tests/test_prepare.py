@@ -124,7 +124,7 @@ def test_only_what_a_list_names_is_prepared_and_hidden_entries_are_left_out(tmp_
         video(root / name)
     (root / "jump").symlink_to(tmp_path / "elsewhere" / "jump")
     (root / "jump" / "loop").symlink_to(root)
-    tree(root, "run/._b.mp4", ".cache/c.mp4", **{".cache/list_txt": "", "readme_md": "", "list_txt": "run/b.mp4 3\n"})
+    tree(root, "run/._b.mp4", ".cache/c.mp4", **{".cache/list.txt": "", "readme.md": "", "list.txt": "run/b.mp4 3\n"})
     out, _ = prepare(root, "data.train=list.txt", out="one")
     assert list(list_videos(str(out), "")) == [out / "run" / "b.mp4"]
     out, said = prepare(root)
@@ -210,8 +210,8 @@ MISTAKES = {
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_end_in_a_sentence(tmp_path, words):
     root, other = tmp_path / "videos", tmp_path / "other"
-    tree(root, "a/b.mp4", "twins/c.mp4", "twins/c.avi", outside_txt="../other/z.mp4 0\n")
-    tree(other, file_txt="a/b.mp4 0\n", two__file_txt="a/b.mp4 0\n")
+    tree(root, "a/b.mp4", "twins/c.mp4", "twins/c.avi", **{"outside.txt": "../other/z.mp4 0\n"})
+    tree(other, **{"file.txt": "a/b.mp4 0\n", "two/file.txt": "a/b.mp4 0\n"})
     (tmp_path / "link").symlink_to(root)
     sentence = MISTAKES[words]
     for name, folder in {"ROOT": "videos", "OTHER": "other", "LINK": "link", "NEW": "new"}.items():

@@ -61,21 +61,18 @@ TABLE_10 = {  # fine-tuning
     "optim.base_lr": {"ssv2": {"S": 1e-3, "B": 5e-4, "L": 5e-4}, "k400": 1e-3},
     "optim.weight_decay": 0.05,
     "optim.betas": [0.9, 0.999],
-    "optim.batch_size": {"ssv2": 512, "k400": 512},
+    "optim.batch_size": 512,
     "optim.warmup_epochs": 5,
     "optim.epochs": {"ssv2": {"S": 40, "B": 40, "L": 30}, "k400": {"S": 150, "B": 75, "L": 50, "H": 50}},
-    "data.repeats": {"ssv2": 2, "k400": 2},
+    "data.repeats": 2,
     "data.flip": {"ssv2": False, "k400": True},
     "data.randaugment": [2, 9, 0.5],  # "(9, 0.5)"; 2 operations are timm's default
-    "optim.label_smoothing": {"ssv2": 0.1, "k400": 0.1},
-    "optim.mixup": {"ssv2": 0.8, "k400": 0.8},
-    "optim.cutmix": {"ssv2": 1.0, "k400": 1.0},
+    "optim.label_smoothing": 0.1,
+    "optim.mixup": 0.8,
+    "optim.cutmix": 1.0,
     "model.drop_path": {"S": 0.1, "B": 0.1, "L": 0.2, "H": 0.2},
-    "model.dropout": {"ssv2": {"S": 0, "B": 0, "L": 0.5}, "k400": {"S": 0, "B": 0, "L": 0.5, "H": 0.5}},
-    "optim.layer_decay": {
-        "ssv2": {"S": 0.7, "B": 0.75, "L": 0.75},
-        "k400": {"S": 0.7, "B": 0.75, "L": 0.75, "H": 0.75},
-    },
+    "model.dropout": {"S": 0, "B": 0, "L": 0.5, "H": 0.5},
+    "optim.layer_decay": {"S": 0.7, "B": 0.75, "L": 0.75, "H": 0.75},
 }
 FINETUNING = {  # Sec. B: the small sets, sampling; test views as in Tables 6 and 7, for example 57 GFLOPs x 5 x 3
     "optim.batch_size": {"ucf101": 128, "hmdb51": 128},
@@ -83,7 +80,6 @@ FINETUNING = {  # Sec. B: the small sets, sampling; test views as in Tables 6 an
     "optim.epochs": {"ucf101": 100, "hmdb51": 50},
     "optim.layer_decay": {"ucf101": 0.7, "hmdb51": 0.7},
     "model.drop_path": {"ucf101": 0.2, "hmdb51": 0.2},
-    "data.repeats": {"ucf101": 2, "hmdb51": 2},
     "data.sampling": {"ssv2": "uniform", "k400": "dense"},
     "data.test_clips": {"32x320": 4, "32f": 1, "ssv2": 2, "hmdb51": 10, "ucf101": 5, "k400": 5},
     "data.test_crops": 3,
@@ -120,10 +116,7 @@ TABLE_12 = {  # AVA, without and with additional fine-tuning on Kinetics
     "optim.epochs": {"labels": {"S": 30, "B": 30, "L": 20, "H": 20}, "": {"S": 30, "B": 30, "L": 30, "H": 20}},
     "data.flip": True,
     "model.drop_path": 0.2,
-    "optim.layer_decay": {
-        "labels": {"S": 0.6, "B": 0.75, "L": 0.8, "H": 0.8},
-        "": {"S": 0.6, "B": 0.75, "L": 0.75, "H": 0.8},
-    },
+    "optim.layer_decay": {"S": 0.6, "B": 0.75, "L": {"labels": 0.8, "": 0.75}, "H": 0.8},
 }
 DETECTION = {"data.short_side": 256, "data.threshold": 0.8, "data.actions": 80}  # Sec. B; AVA's actions, 60 evaluated
 
@@ -172,13 +165,6 @@ LABELLED = {
 }
 AUTHORS_CLASSIFICATION = {"data.crop_area": [0.08, 1.0], "data.crop_aspect": [0.75, 1.3333], "data.erase": 0.25}
 AVA = {
-    "data.train_exclude": "annotations/ava_train_excluded_timestamps_v2.2.csv",
-    "data.val": "annotations/ava_val_v2.2.csv",
-    "data.val_exclude": "annotations/ava_val_excluded_timestamps_v2.2.csv",
-    "data.labels": "annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt",
-    "data.boxes": "boxes/ava_val_det_person_bbox.json",
-    "data.file_list": "annotations/ava_file_names_trainval_v2.1.txt",
-    "data.starts_at": 900,
     "data.rate": 30.0,
     "data.mean": [0.485, 0.456, 0.406],  # as in pre-training
     "data.std": [0.229, 0.224, 0.225],

@@ -275,22 +275,18 @@ def test_any_failure_to_decode_is_a_broken_video_but_lack_of_memory_ends_a_run(v
                     decode()
 
 
-def gradients(count: int) -> torch.Tensor:
-    place, time = torch.arange(48).repeat(3, 32, 1), torch.arange(count).view(count, 1, 1, 1)
-    return (place * 2 + time * 3).byte()  # (count, 3, 32, 48)
-
-
 def test_the_same_frames_give_the_same_file_with_the_options_and_times_given(tmp_path):
+    frames = (2 * torch.arange(48).repeat(3, 32, 1) + 3 * torch.arange(20).view(20, 1, 1, 1)).byte()  # (20, 3, 32, 48)
     options, times = {"qp": "5", "preset": "ultrafast"}, [Fraction(i, 25) + Fraction(3 * (i > 5), 7) for i in range(20)]
     for name in ("a.mp4", "b.mp4"):
-        write_mp4(tmp_path / name, gradients(20), rate=8, options=options)
-    write_mp4(tmp_path / "default.mp4", gradients(20), rate=8)
-    write_mp4(tmp_path / "times.mp4", gradients(20), 25, options={"crf": "20", "bf": "3", "g": "5"}, times=times)
+        write_mp4(tmp_path / name, frames, rate=8, options=options)
+    write_mp4(tmp_path / "default.mp4", frames, rate=8)
+    write_mp4(tmp_path / "times.mp4", frames, 25, options={"crf": "20", "bf": "3", "g": "5"}, times=times)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert (tmp_path / "default.mp4").stat().st_size < (tmp_path / "a.mp4").stat().st_size
     with Video(tmp_path / "a.mp4") as video:
         assert video.rate == 8 and video.times == [Fraction(i, 8) for i in range(20)]
-        assert (video.frames(list(range(20))).int() - gradients(20).int()).abs().max() < 8
+        assert (video.frames(list(range(20))).int() - frames.int()).abs().max() < 8
     with Video(tmp_path / "times.mp4") as video:
         assert [float(time) for time in video.times] == pytest.approx([float(time) for time in times], abs=1e-4)
         assert len(video.keys) > 4  # two without the option
