@@ -123,7 +123,7 @@ def draw_length(points: list[dict], results: dict, path: Path) -> None:
         # logarithmic, with a place for no clips at all
         axes.set_xscale("symlog", linthresh=few, linscale=0.2)
         axes.set_xlim(-few / 2, 1.5 * max(clips))
-        axes.set_xticks(clips, [f"{count:,}" for count in clips])
+        axes.set_xticks(clips, [f"{count:,}" for count in clips], rotation=30)
         axes.minorticks_off()
         axes.set_xlabel("clips seen in pre-training")
         axes.grid(alpha=0.3)
