@@ -175,7 +175,7 @@ def test_published_pages_agree_with_the_published_results(tmp_path):
     """docs/study.md is the report, every case has its seeds, and sentences about results are right."""
     page = tmp_path / "study.md"
     (tmp_path / "toy_study").mkdir()
-    study_report.write_report(STUDY, PUBLISHED, page, tmp_path / "toy_study" / "study.png")
+    study_report.write_report(STUDY, PUBLISHED, page, tmp_path / "toy_study")
     assert page.read_text("utf-8") == (ROOT / "docs" / "study.md").read_text("utf-8")
 
     means = defaultdict(list)
