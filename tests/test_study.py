@@ -170,7 +170,6 @@ def test_the_rule_of_agreement(high, low, small, agrees):
     assert verdict == agrees and here.startswith(f"**{(sum(high) - sum(low)) / 2:+.1f}** ({high[0] - low[0]:+.1f}, ")
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="the study has not run on this toy")
 def test_published_pages_agree_with_the_published_results(tmp_path):
     """docs/study.md is the report, every case has its seeds, and sentences about results are right."""
     page = tmp_path / "study.md"
