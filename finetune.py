@@ -1,7 +1,7 @@
 """Fine-tuning, testing and predicting: action classification (Sec. 4, Table 10).
 
     laptop:   torchrun finetune.py                     # toy videos, from the encoder that `torchrun pretrain.py` leaves
-              torchrun finetune.py init=scratch run.folder=runs/finetune/toy_scratch
+              torchrun finetune.py configs/finetune/toy_scratch.yaml
     8 GPUs:   torchrun --nproc_per_node=8 finetune.py configs/finetune/ssv2_base.yaml data.root=/data/ssv2 init=FILE
     8 nodes:  torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 finetune.py ...
     test:     torchrun --nproc_per_node=8 finetune.py --test --weights runs/finetune/ssv2_base/checkpoint.pt
