@@ -390,8 +390,8 @@ def predict_videos(arguments: argparse.Namespace) -> None:
             print(json.dumps(predictions))
         else:
             print_predictions(predictions)
-    if len(broken) == len(videos):
-        raise UserError("none of the videos can be read; see above")
+    if broken:
+        raise UserError(f"{len(broken)} of {len(videos)} videos cannot be read; see above")
 
 
 def print_predictions(predictions: dict[str, dict[str, float]]) -> None:

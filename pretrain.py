@@ -179,6 +179,8 @@ def train(config: SimpleNamespace) -> None:
     val_videos = list_videos(root, val_split) if val_split else videos
     if config.run.validate_every and not val_split:
         raise UserError("run.validate_every needs videos that are not trained on: name them by data.val")
+    if val_split and not any(video.exists() for video in val_videos):
+        raise UserError(f"no video of data.val exists, not even {val_videos[0]}: look at data.root and data.val")
     clips = data.PretrainingClips(
         videos,
         frames=objective.target.load_frames,

@@ -109,6 +109,9 @@ def train(config: SimpleNamespace) -> None:
     # batch = processes x accumulation x micro-batch, counted in videos
     batch = config.optim.batch_size
     micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device)
+    if micro_batch == 1 and config.model.batch_norm:
+        what = "model.batch_norm needs two videos at a time"
+        raise UserError(f"{what}: raise run.batch_per_device and optim.batch_size, or set model.batch_norm=false")
     steps_per_epoch = len(videos) // batch
     total, warmup = count_steps(config.optim, steps_per_epoch)
     peak_lr = config.optim.base_lr * batch / 256

@@ -108,6 +108,7 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
         elif setting not in files:
             raise UserError(f"'{setting}' is neither a .yaml file nor key=value, which is written without spaces")
     _check_keys(values, defaults)
+    _check_length(values)
 
     config = SimpleNamespace()
     for key, (value, where) in values.items():
@@ -188,6 +189,21 @@ def _check_keys(values: dict[str, tuple[Any, str]], defaults: dict[str, Any]) ->
         others = f"; {len(unknown) - 1} others are unknown too: is it another stage's?"
     near = " or ".join(map(repr, _nearest_keys(key, defaults)))
     raise UserError(f"{values[key][1]}: unknown key '{key}'; the nearest valid key is {near}{others}")
+
+
+def _check_length(values: dict[str, tuple[Any, str]]) -> None:
+    """Raise UserError if the command line sets epochs for a recipe in steps, or warm-up steps for one in epochs."""
+    steps, where = values.get("optim.steps", ("0", "command line"))  # other schemas may lack it
+    if where == "command line":
+        return
+    unused = ["optim.warmup_steps"]
+    advice = "set optim.steps as well, or optim.warmup_epochs"
+    if str(steps) != "0":
+        unused = ["optim.epochs", "optim.warmup_epochs"]
+        advice = "set optim.steps=0 as well, or change optim.steps instead"
+    for key in unused:
+        if values[key][1] == "command line":
+            raise UserError(f"{key}={values[key][0]} has no effect with optim.steps={steps} of {where}: {advice}")
 
 
 def _typed(text: Any) -> Any:

@@ -177,9 +177,11 @@ class Log:
 
 
 def finetune_command(config: SimpleNamespace, init: str | Path) -> str:
-    """Return the command that fine-tunes the weights `init` of a run, with its recipe's namesake if there is one."""
+    """Return the command that fine-tunes the weights `init` of a run, with its clips and lists of videos.
+
+    Of the recipes whose name the name of the run's folder starts with, the longest is meant, without one own.yaml.
+    """
     recipes = Path(__file__).parents[1] / "configs" / "finetune"
-    namesake = recipes / f"{Path(config.run.folder).name}.yaml"
     words = ["python"]
     if "RANK" in os.environ:
         words = ["torchrun"]
@@ -188,13 +190,20 @@ def finetune_command(config: SimpleNamespace, init: str | Path) -> str:
     words.append("finetune.py")
     recipe = recipes / "toy.yaml"
     if config.data.root:
-        recipe = namesake if namesake.exists() else recipes / "own.yaml"
+        name = Path(config.run.folder).name
+        namesakes = [path for path in recipes.glob("*.yaml") if name.startswith(path.stem)]
+        recipe = max(namesakes, key=lambda path: len(path.stem), default=recipes / "own.yaml")
         words += [f"configs/finetune/{recipe.name}", f"data.root={config.data.root}"]
     words.append(f"init={Path(init).as_posix()}")
     default, own = flatten(as_dict(load_config(recipe, []))), flatten(as_dict(config))
-    for key in ("model.size", "model.cube", "data.frames", "data.size"):
-        if own[key] != default[key]:
+    keys = ["model.size", "model.cube", "data.sampling", "data.frames", "data.size"]
+    if own.get("data.sampling", default["data.sampling"]) == "dense":  # uniform sampling has no stride
+        keys.append("data.stride")
+    for key in keys:
+        if key in own and own[key] != default[key]:
             words.append(f"{key}={own[key]}".replace(" ", ""))
+    if own["data.train"] != default["data.train"]:  # otherwise the recipe's test could be on the run's training videos
+        words += [f"data.train={own['data.train']}", f"data.val={own.get('data.val', '')}"]
     return shlex.join(words)
 
 

@@ -58,7 +58,10 @@ def load_weights(
     lacking = tuple(part for part in PARTS if not any(key.startswith(part) for key in own))
     errors += [f"{key} is left over" for key in sorted(left_over) if not key.startswith(lacking)]
     if errors:
-        what = f"this {type(model).__name__} (another model size, model.pretrained_clip or stage?)"
+        keys = "model.size, model.cube, model.pretrained_clip"
+        if "mask_token" in own:
+            keys += ", model.decoder_depth, target.frames"
+        what = f"this {type(model).__name__} (another {keys} or stage?)"
         if "fc_norm.weight" in misfits and {"encoder.norm.weight", "head.weight"} <= state.keys():
             what += ", as it classifies by the first token (use_mean_pooling=False), which VideoMAE does not"
         raise UserError(f"{path} does not fit {what} in {len(errors)} places: {'; '.join(errors[:3])}")

@@ -43,11 +43,24 @@ def test_a_recipe_in_the_table(capsys):
     flops = 3 * 2 * pretraining_macs("B", 1408)
     speed = 0.4 * 989e12 / flops
     step, gradients = 16 / speed, 2 * 63 / 64 * 4 * 94.2098e6
-    hours = 1600 * 240e3 / speed / 3600
+    hours = 1600 * (240_000 // 1024) * 1024 / speed / 3600
     by_hand = ["94.2", f"{flops / 1e9:.0f}", f"{speed:.0f}", f"{hours:.0f}", f"{0.045 * speed:.1f}"]
     by_hand += [f"{0.64 * speed:.0f}", f"{1e3 * step:.1f}", f"{gradients / 1e9:.2f}", f"{gradients / 400e6:.1f}"]
     assert name == "k400_base" and columns == [*by_hand, f"{gradients / 400e9 / step:.0%}", "64"]
     assert float(checkpointed) < float(plain) / 2
+
+
+@pytest.mark.parametrize(
+    "settings, clips",
+    [
+        (["optim.epochs=10"], 10 * (240_000 // 1024) * 1024),
+        (["optim.epochs=10", "data.repeats=4"], 10 * (240_000 // 256) * 1024),  # an epoch counts videos
+        (["optim.steps=500", "optim.warmup_steps=50"], 500 * 1024),  # in place of epochs
+    ],
+)
+def test_clips_of_runs_in_epochs_and_in_steps(settings, clips):
+    recipe = scale.CONFIGS / "pretrain" / "k400_base.yaml"
+    assert scale.clips_of_run(scale.load_recipe(recipe, settings), 240_000) == clips
 
 
 def test_work_of_moco_v3():
@@ -111,3 +124,16 @@ def test_steps_of_both_models_run(stage, names):
     for name in names:
         for forward in (False, True):
             bench_step.build_step(name, bench_step.read_recipe(settings), forward, start_processes("bf16"))()
+
+
+def test_a_step_in_fp16_scales_the_loss_as_training_does(monkeypatch):
+    """A gradient of 1e-8 is 0 in float16, unless the loss is multiplied by the scaler's 65,536."""
+    linear = torch.nn.Linear(4, 1, bias=False)
+
+    def model_and_loss(*_):
+        return linear, lambda network: 1e-8 * network(torch.ones(1, 4)).float().sum()
+
+    monkeypatch.setattr(bench_step, "ours", model_and_loss)
+    before = linear.weight.detach().clone()
+    bench_step.build_step("ours", bench_step.read_recipe([]), False, start_processes("fp16"))()
+    assert ((linear.weight - before).abs() > 1e-6).all()  # weight decay alone changes them by less than 1e-7

@@ -115,6 +115,25 @@ def test_files_change_the_defaults_and_their_bases(tmp_path):
             load_config(TOY, [str(tmp_path / "wrong.yaml")])
 
 
+@pytest.mark.parametrize(
+    "recipe, setting, sentence",
+    [
+        ("own_small", "optim.epochs=50", "has no effect with optim.steps=1500 of .*own_small.yaml: set optim.steps=0"),
+        ("own_small", "optim.warmup_epochs=2", "has no effect with optim.steps=1500"),
+        ("toy", "optim.warmup_steps=9", "has no effect with optim.steps=0 .*: set optim.steps as well, or optim.warm"),
+    ],
+)
+def test_a_length_that_has_no_effect_is_a_mistake(recipe, setting, sentence):
+    words = [str(TOY.with_name(f"{recipe}.yaml")), setting]
+    with pytest.raises(UserError, match=sentence):
+        load_config(TOY, words)
+    for steps in (0, 7):
+        assert load_config(TOY, [*words, f"optim.steps={steps}"]).optim.steps == steps
+    stored = as_dict(load_config(TOY, words[:1]))
+    with pytest.raises(UserError, match=sentence.replace(".*own_small.yaml", "the checkpoint")):
+        load_config(TOY, [setting], stored)
+
+
 def test_a_stored_configuration_of_another_version_is_read_with_one_line_about_it(capsys):
     stored = as_dict(load_config(TOY, ["mask.ratio=0.5"]))
     del stored["run"]["recompute"], stored["data"]["flip"]

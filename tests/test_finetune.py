@@ -233,7 +233,8 @@ def test_any_weights_predict(finished, foreign, tmp_path):
         ([official, *settings], 0, [str(names.index(name)) for name in ranked]),
         ([hub, *settings], 0, [f"HF {name}" for name in ranked]),
     ):
-        done = run("finetune.py", *words, *weights, processes=processes)
+        done = run("finetune.py", *words, *weights, processes=processes, ok=False)
+        assert done.returncode == 1 and "1 of 2 videos cannot be read; see above" in done.stderr
         video, *lines = done.stdout.splitlines()
         assert video == row["video"] and f"cannot be read: {tmp_path / 'none.mp4'}" in done.stderr
         percents, shown = zip(*(line.split(" %  ") for line in lines), strict=True)
@@ -241,6 +242,7 @@ def test_any_weights_predict(finished, foreign, tmp_path):
         assert [float(percent) for percent in percents] == pytest.approx(expected_percents, abs=0.06)
         assert len(shown) == 4 and set(shown) == set(expected_names)
 
+    words.remove(tmp_path / "none.mp4")
     predictions = json.loads(run("finetune.py", *words, own, "--json").stdout)
     assert list(predictions) == [row["video"]] and list(predictions[row["video"]]) == ranked
     for name in ("predictions.json", "predictions.csv"):
@@ -264,7 +266,7 @@ MISTAKES = [
     ([*TEST, "FINETUNED", "data.sampling=tsn"], "data.sampling=tsn is not known"),
     ([*PREDICT, "PRETRAINED"], "is not a fine-tuned checkpoint"),
     ([*PREDICT, "FINETUNED", "--out", "a.txt"], "predictions are written to a .csv or .json file"),
-    ([*PREDICT, "FINETUNED"], "none of the videos can be read"),
+    ([*PREDICT, "FINETUNED"], "1 of 1 videos cannot be read; see above"),
     (["--compare", "a.csv", "b.csv"], "a.csv is not a scores.csv as --test writes it"),
     (["SETTINGS", "optim.mixup=0.8", "run.batch_per_device=2"], "one video at a time has no other to be mixed with"),
 ]

@@ -236,10 +236,12 @@ MISTAKES = [  # words of the command and what its last line says
     ("TOY mask.decoder_ratio=1", "at most 0.9999"),
     ("TOY mask.decoder_ratio=-0.5", "at least 0"),
     ("TOY mask.decoder_ratio=0.99", "leaves none of 48 masked cubes"),
+    ("TOY data.val=OTHER", "no video of data.val exists, not even "),
     ("TOY data.val=", "run.validate_every needs videos that are not trained on: name them by data.val"),
     ("TOY init=none.pt", "no weights at none.pt"),
     ("TOY init=FINETUNED", "FINETUNED has no decoder of VideoMAE: pre-training continues from pre-trained weights"),
     ("TOY init=OWN model.decoder_depth=2", "decoder.blocks.1.attn.proj.bias is missing"),
+    ("TOY init=OWN model.cube=[2,8,8]", "(another model.size, model.cube, model.pretrained_clip, model.decoder_depth"),
 ]
 
 
@@ -247,8 +249,10 @@ MISTAKES = [  # words of the command and what its last line says
 def test_mistakes_end_in_a_sentence(words, sentence, settings, finished, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/a.mp4").touch()
+    (tmp_path / "other.txt").write_text("elsewhere/a.mp4\n")
     places = {"OWN": f"{finished('pretrain')}/checkpoint.pt", "FINETUNED": f"{finished('finetune')}/checkpoint.pt"}
     places |= {"TOY": " ".join(settings["pretrain"]), "BROKEN": str(tmp_path / "videos")}
+    places["OTHER"] = str(tmp_path / "other.txt")
     for name, place in places.items():
         words, sentence = words.replace(name, place), sentence.replace(name, place)
     if "--weights" not in words:

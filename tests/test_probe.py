@@ -89,6 +89,13 @@ def test_the_encoder_is_frozen_and_always_in_eval_mode(colored_videos, pretraine
         assert not torch.allclose(probes["random"].features(clip), expected, atol=0.1)
 
 
+def test_batch_norm_needs_two_videos_at_a_time(colored_videos, pretrained, tmp_path):
+    more = ["model.batch_norm=true", "run.batch_per_device=1"]
+    done = run("probe.py", *short(colored_videos, pretrained, tmp_path / "run", *more), ok=False)
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert "model.batch_norm needs two videos at a time: raise run.batch_per_device" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_loss_is_that_of_softmax_regression_on_the_features(colored_videos, pretrained, tmp_path, batch_norm):
     """Three steps of SGD with momentum (Table 11), written out on the same clips."""

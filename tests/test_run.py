@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import ENVIRONMENT, ROOT, command
 
 import pretrain
 from support.checkpoint import describe, load_checkpoint, write_checkpoint
-from support.config import UserError, as_dict, load_config, parse
+from support.config import UserError, as_dict, flatten, load_config, parse
 from support.processes import Processes, compiler, fast_dtype, find_device, launch, start_processes
 from support.run import (
     Log,
@@ -74,7 +75,11 @@ def test_the_next_command_has_the_recipe_and_sizes_of_the_run(monkeypatch):
     commands = {
         "python finetune.py init=a/w.pt": [],
         "python finetune.py configs/finetune/ssv2_base.yaml data.root=d init=a/w.pt": [SSV2, "data.root=d"],
-        "python finetune.py configs/finetune/own.yaml 'data.root=my videos' init=a/w.pt model.size=S": [SSV2, *size],
+        "python finetune.py configs/finetune/ssv2_base.yaml data.root=d init=a/w.pt model.size=S": [
+            *(SSV2, "data.root=d", "run.folder=runs/ssv2_base_narrow", "model.size=S")
+        ],
+        "python finetune.py configs/finetune/own.yaml 'data.root=my videos' init=a/w.pt model.size=S data.stride=2 "
+        "data.train=labels/train.json data.val=labels/validation.json": [SSV2, *size],
     }
     for following, settings in commands.items():
         assert finetune_command(load_config(TOY, settings), Path("a/w.pt")) == following
@@ -82,6 +87,22 @@ def test_the_next_command_has_the_recipe_and_sizes_of_the_run(monkeypatch):
     assert finetune_command(load_config(TOY, []), "w.pt") == "torchrun finetune.py init=w.pt"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert finetune_command(load_config(TOY, []), "w.pt") == "torchrun --nproc_per_node=8 finetune.py init=w.pt"
+
+
+@pytest.mark.parametrize("folder", ["", "runs/other"])
+@pytest.mark.parametrize("stage", ["pretrain", "baselines", "probe"])
+def test_the_next_command_fine_tunes_on_clips_and_videos_of_the_run(stage, folder):
+    defaults = ROOT / "configs" / stage / "defaults.yaml"
+    for recipe in set(defaults.parent.glob("*.yaml")) - {defaults}:
+        config = load_config(defaults, [str(recipe), "data.train=list.txt", "data.frames=32", f"run.folder={folder}"])
+        _, _, *words = shlex.split(finetune_command(config, "w.pt"))
+        following = load_config(ROOT / "configs/finetune/toy.yaml", words)
+        before, after = flatten(as_dict(config)), flatten(as_dict(following))
+        same = ["model.size", "model.cube", "data.frames", "data.size", "data.root", "data.train"]
+        same += [key for key in ("data.val", "data.sampling") if key in before]
+        if following.data.sampling == "dense":
+            same.append("data.stride")
+        assert {key: after[key] for key in same} == {key: before[key] for key in same} and following.init == "w.pt"
 
 
 # ---- the split of a batch ----

@@ -157,6 +157,7 @@ def build_step(name: str, config: SimpleNamespace, forward: bool, processes: Pro
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     fused = name != "transformers" or processes.device.type == "cuda"  # its default
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=processes.dtype == torch.float16)  # as in training
 
     def step() -> None:
         with network.no_sync() if name == "two, no exchange" else nullcontext():
@@ -164,8 +165,9 @@ def build_step(name: str, config: SimpleNamespace, forward: bool, processes: Pro
                 value = loss(network)
             if forward:
                 return
-            value.backward()
-        optimizer.step()
+            scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step

@@ -13,6 +13,7 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 
 import av
@@ -56,7 +57,8 @@ def prepare(config: SimpleNamespace, out: Path, short: int, processes: int) -> N
     (out / "unreadable.txt").write_text(text, "utf-8", errors="surrogateescape")
     lock.release()
     print(text, end="")
-    print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}. Next: train with data.root={out}")
+    setting = quote(f"data.root={out}")
+    print(f"{len(videos) - len(broken):,} of {len(videos):,} videos are in {out}. Next: train with {setting}")
     if broken:
         raise SystemExit(1)
 

@@ -24,6 +24,7 @@ from baselines import moco_v3
 from model import SIZES, VideoClassifier, VideoMAE, checkpoint_activations, encoder_size
 from support.config import load_config
 from support.processes import launch
+from support.run import count_steps
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s in NVIDIA's data sheets (SXM)
@@ -118,13 +119,20 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
         return plain, total()
 
 
+def clips_of_run(config: SimpleNamespace, videos: int) -> int:
+    """Return how many clips a run of pre-training on so many videos computes."""
+    steps_per_epoch = videos // (config.optim.batch_size // config.data.repeats)
+    steps, _ = count_steps(config.optim, steps_per_epoch)
+    return steps * config.optim.batch_size
+
+
 def print_pretraining(path: Path, options: argparse.Namespace) -> None:
     """Print one line of the table of recipes for pre-training."""
     config = load_recipe(path, [f"mask.decoder_ratio={options.decoder_ratio}"])
     parameters = sum(parameter.numel() for parameter in build(config)[0].parameters())
     flops = step_flops(config)
     clips_per_second = options.share * GPUS[options.gpu] / flops
-    hours = config.optim.epochs * VIDEOS[path.stem.split("_")[0]] / clips_per_second / 3600
+    hours = clips_of_run(config, VIDEOS[path.stem.split("_")[0]]) / clips_per_second / 3600
     step = config.optim.batch_size / options.gpus / clips_per_second
     exchanged = 2 * (options.gpus - 1) / options.gpus * 4 * parameters  # float32 gradients, twice around a ring
     exchange = exchanged / (1e9 * options.link)
