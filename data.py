@@ -223,7 +223,7 @@ class PretrainingClips(TrainingVideos):
     size: int  # H = W
     scales: list[float]  # of multi_scale_crop
     flip: bool
-    draw_mask: Callable[[Generator], Tensor]  # one of masking.MASKS
+    sample_mask: Callable[[Generator], Tensor]  # one of masking.MASKS
     repeats: int = 1
     choose_reconstructed: Callable[..., Tensor] | None = None  # from the masked cubes: masking.running_cells
 
@@ -235,7 +235,7 @@ class PretrainingClips(TrainingVideos):
         samples = []
         for clip in frames[places]:  # (T, 3, H_video, W_video)
             clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
-            visible, masked = split(self.draw_mask(generator))
+            visible, masked = split(self.sample_mask(generator))
             if self.choose_reconstructed:
                 masked = self.choose_reconstructed(masked, generator=generator)
             samples.append((clip, visible, masked))
@@ -323,7 +323,7 @@ def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
 
 
 @dataclass(eq=False)
-class GlobalBatches(Sampler):
+class MicroBatchSampler(Sampler):
     """This process's micro-batches of the remaining steps of a run: lists of (epoch, index).
 
     Every epoch is a new shuffle of the `length` videos, the last incomplete batch dropped. Which videos form a step's
@@ -355,9 +355,9 @@ class Batches:
     """
 
     def __init__(
-        self, clips: TrainingVideos, batches: GlobalBatches, workers: int, folder: Path, collate_fn: Callable = collate
+        self, clips: TrainingVideos, sampler: Sampler, workers: int, folder: Path, collate_fn: Callable = collate
     ) -> None:
-        self.batches = iter(loader(clips, workers, batch_sampler=batches, collate_fn=collate_fn))
+        self.batches = iter(loader(clips, workers, batch_sampler=sampler, collate_fn=collate_fn))
         self.file = folder / "broken_videos.txt"
         self.waited = 0.0  # seconds
 

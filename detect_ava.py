@@ -310,8 +310,8 @@ def train(config: SimpleNamespace) -> None:
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(clips), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder, collate_fn=collate)
+    sampler = data.MicroBatchSampler(len(clips), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder, collate_fn=collate)
 
     model.train()
     loss_sum = torch.zeros((), device=device)

@@ -188,7 +188,7 @@ def train(config: SimpleNamespace) -> None:
         size=config.data.size,
         scales=config.data.scales,
         flip=config.data.flip,
-        draw_mask=sample_mask,
+        sample_mask=sample_mask,
         repeats=config.data.repeats,
         choose_reconstructed=partial(masking.running_cells, grid=model.grid, ratio=config.mask.decoder_ratio),
         seed=config.run.seed,
@@ -243,8 +243,8 @@ def train(config: SimpleNamespace) -> None:
     loss_of = compiled(objective.loss)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder)
 
     fixed_clips = FixedClips(val_videos, objective, sample_mask, processes, config)
     loss_sum = torch.zeros((), device=device)

@@ -134,8 +134,8 @@ def train(config: SimpleNamespace) -> None:
     networks = dict(heads)
     if world_size > 1:
         networks = {name: DistributedDataParallel(head, gradient_as_bucket_view=True) for name, head in heads.items()}
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder)
 
     loss_sum = torch.zeros((), device=device)
     with StopSignals() as stop:

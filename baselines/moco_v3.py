@@ -232,8 +232,8 @@ def train(config: SimpleNamespace) -> None:
     queries, keys = compiled(f_q), compiled(f_k)
     if world_size > 1:
         queries = DistributedDataParallel(queries, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, log.folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, log.folder)
 
     tau = config.moco.temperature
     loss_sum = torch.zeros((), device=device)
