@@ -373,6 +373,11 @@ class Batches:
         return tensors
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Return `count` numbers below `length`, or all if they are fewer: which videos to validate with, or to draw."""
+    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+
+
 def note_broken(file: Path, sentences: list[str]) -> None:
     """Print the sentences on broken videos that `file` does not have yet, and append them."""
     known = set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.exists() else set()

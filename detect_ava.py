@@ -439,8 +439,8 @@ def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: Simpl
     """Draw detections in `run.pictures` key frames, evenly spaced, next to their ground truth."""
     detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
     names = {number: name for number, (name, _) in validation.actions.items()}
-    chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
-    for video, second in [list(detected)[index] for index in chosen]:
+    frames = list(detected)
+    for video, second in [frames[i] for i in data.evenly_spaced(len(frames), config.run.pictures)]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
         left = draw_persons(image, *ava.to_persons(detected[video, second], config.data.actions), names, "orange")
         persons = ava.to_persons(truth.get((video, second), []), config.data.actions)

@@ -291,7 +291,7 @@ def train(config: SimpleNamespace) -> None:
     if config.target.frames == "input":
         log.write(step=total, **compare_with_copies(model, objective, fixed_clips))
     if rank == 0:
-        for number in spread(len(val_videos), config.run.pictures):
+        for number in data.evenly_spaced(len(val_videos), config.run.pictures):
             path = folder / "pictures" / f"{number:05d}"
             draw(val_videos[number], number, config, model, [config.mask.ratio], path)
         pictures = ", pictures/" if config.run.pictures else ""
@@ -326,18 +326,13 @@ class FixedClips:
         return min(200, len(self.videos))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in spread(len(self.videos), len(self))[self.processes.rank :: self.processes.world_size]:
+        for number in data.evenly_spaced(len(self.videos), len(self))[self.processes.rank :: self.processes.world_size]:
             try:
                 frames = middle_clip(self.videos[number], self.objective.target, self.config.data.size)
             except BrokenVideo as error:
                 tqdm.write(f"left out of the fixed clips: {error}", file=sys.stderr)
                 continue
             yield frames, self.sample_mask(sample_generator(self.config.run.seed, -1, number))
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Return `count` numbers below `length`, or all if they are fewer, spread evenly."""
-    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
 
 
 @torch.no_grad()
