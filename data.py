@@ -81,7 +81,7 @@ def uniform_training_clip(length: int, frames: int, stride: int, generator: Gene
 
 
 def dense_test_clips(length: int, frames: int, stride: int, clips: int) -> list[list[int]]:
-    """Return `clips` clips of frames exactly `stride` apart, from the first that fits to the last."""
+    """Return `clips` clips of frames exactly `stride` apart, from the first that fits to the last that fits."""
     last = max((length - 1) // stride - (frames - 1), 0)  # start of the last clip, in strides
     return [_strided(start * stride, length, frames, stride) for start in _starts(last, clips)]
 
@@ -129,7 +129,7 @@ def crop_views(frames: Tensor, size: int, crops: int) -> Tensor:
     height, width = frames.shape[-2:]
     short = min(height, width)
     # antialias=False, here and in finetune.Augmentation: as cv2 and F.interpolate resize in the authors' code
-    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)
+    frames = TF.resize(frames, [height * size // short, width * size // short], antialias=False)  # (T, 3, H', W')
     long_side = -1 if width >= height else -2
     starts = _starts(frames.shape[long_side] - size, crops)
     return torch.stack([frames.narrow(long_side, start, size) for start in starts])
@@ -167,7 +167,7 @@ def center_crop(frames: Tensor, size: int) -> Tensor:
 
 
 def normalize(clip: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Turn the loader's uint8 (B, T, 3, H, W) into the model's input: float (B, 3, T, H, W)."""
+    """Turn the loader's uint8 (B, T, 3, H, W) into the model's input: float (B, 3, T, H, W). Not target.normalize."""
     mean, std = _statistics(clip.device, tuple(mean), tuple(std))
     return clip.transpose(1, 2).float().sub_(mean).div_(std)
 
@@ -187,7 +187,7 @@ class TrainingVideos(Dataset, ABC):
     A subclass says what a sample of one video is.
     """
 
-    videos: list
+    videos: list  # or key frames: what `sample` takes
     seed: int
 
     def __len__(self) -> int:
@@ -213,29 +213,29 @@ class TrainingVideos(Dataset, ABC):
 
 @dataclass(eq=False, kw_only=True)
 class PretrainingClips(TrainingVideos):
-    """Random clips uint8 (R, T, 3, H, W), positions of visible (R, N_vis) and masked (R, N_mask) cubes.
+    """Random clips uint8 (R, T', 3, H, W), positions of visible cubes (R, N_vis) and of those to predict (R, N_mask).
 
     R = `repeats` clips are taken from each video that is opened, each with its own start, crop and mask.
     """
 
-    frames: int  # T
+    frames: int  # T': T, or 2 T if target.frames=double
     stride: int
     size: int  # H = W
     scales: list[float]  # of multi_scale_crop
     flip: bool
-    draw_mask: Callable[[Generator], Tensor]  # one of masking.MASKS
+    sample_mask: Callable[[Generator], Tensor]  # (N,), by one of masking.MASKS
     repeats: int = 1
     choose_reconstructed: Callable[..., Tensor] | None = None  # from the masked cubes: masking.running_cells
 
     def sample(self, video: Path, generator: Generator) -> tuple[Tensor, ...]:
         with Video(video) as opened:
             clips = repeated_clips(len(opened), self.frames, self.stride, self.repeats, generator)
-            numbers, places = torch.unique(torch.tensor(clips), return_inverse=True)  # (F,), (R, T)
+            numbers, places = torch.unique(torch.tensor(clips), return_inverse=True)  # (F,), (R, T')
             frames = opened.frames(numbers.tolist())  # (F, 3, H_video, W_video)
         samples = []
-        for clip in frames[places]:  # (T, 3, H_video, W_video)
-            clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T, 3, H, W)
-            visible, masked = split(self.draw_mask(generator))
+        for clip in frames[places]:  # (T', 3, H_video, W_video)
+            clip = resized_multi_scale_crop(clip, generator, self.size, self.scales, self.flip)  # (T', 3, H, W)
+            visible, masked = split(self.sample_mask(generator))
             if self.choose_reconstructed:
                 masked = self.choose_reconstructed(masked, generator=generator)
             samples.append((clip, visible, masked))
@@ -323,11 +323,11 @@ def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
 
 
 @dataclass(eq=False)
-class GlobalBatches(Sampler):
-    """This process's micro-batches of the remaining steps of a run: lists of (epoch, index).
+class MicroBatchSampler(Sampler):
+    """Each step's batch is chosen for all processes; this one yields every world_size-th video of it, in micro-batches.
 
-    Every epoch is a new shuffle of the `length` videos, the last incomplete batch dropped. Which videos form a step's
-    batch does not depend on the number of processes, nor on the step at which a run resumes.
+    A micro-batch is a list of (epoch, index). Every epoch is a new shuffle of the `length` videos, the last incomplete
+    batch dropped. A step's batch does not depend on the number of processes, nor on the step at which a run resumes.
     """
 
     length: int
@@ -355,9 +355,9 @@ class Batches:
     """
 
     def __init__(
-        self, clips: TrainingVideos, batches: GlobalBatches, workers: int, folder: Path, collate_fn: Callable = collate
+        self, clips: TrainingVideos, sampler: Sampler, workers: int, folder: Path, collate_fn: Callable = collate
     ) -> None:
-        self.batches = iter(loader(clips, workers, batch_sampler=batches, collate_fn=collate_fn))
+        self.batches = iter(loader(clips, workers, batch_sampler=sampler, collate_fn=collate_fn))
         self.file = folder / "broken_videos.txt"
         self.waited = 0.0  # seconds
 
@@ -371,6 +371,11 @@ class Batches:
         if broken:
             note_broken(self.file, broken)
         return tensors
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Return `count` numbers below `length`, or all if they are fewer: which videos to validate with, or to draw."""
+    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
 
 
 def note_broken(file: Path, sentences: list[str]) -> None:

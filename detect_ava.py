@@ -74,8 +74,8 @@ def nearest(times: list[Fraction], time: Fraction) -> int:
 def read_clip(path: Path, second: float, options: SimpleNamespace) -> Tensor:
     """Read the clip around the key frame at `second` of a movie: uint8 (T, 3, H, W). Raises BrokenVideo.
 
-    Frames are chosen by time, not by number. They are `stride` frames of a movie of `rate` frames a second apart, and
-    the key frame is the first of the second half. Before and after the movie its first and last frame are repeated.
+    Frames are chosen by time, not by number: two are stride / rate seconds apart, whatever the movie's own rate. Frame
+    T/2 is the key frame. Before and after the movie its first and last frame are repeated.
     """
     key_time = Fraction(str(second)) - options.starts_at  # in the file, exactly
     step = options.stride / Fraction(options.rate)
@@ -107,7 +107,7 @@ def resized_clip(frame: ava.Frame, rows: ava.Rows, movies: ava.Movies, options: 
 
 def move_edges(boxes: Tensor, outward: Tensor) -> Tensor:
     """Move the edges x1 y1 x2 y2 of boxes (M, 4) outward, by fractions (4,) or (M, 4) of their width or height."""
-    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4): width, height, width, height
     return tv_tensors.wrap(boxes + outward * extent * torch.tensor([-1, -1, 1, 1]), like=boxes)
 
 
@@ -136,9 +136,9 @@ class KeyFrameClips(data.TrainingVideos):
     movies: ava.Movies
     options: SimpleNamespace  # the group `data` of a configuration
 
-    def sample(self, video: tuple[ava.Frame, ava.Rows], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def sample(self, key_frame: tuple[ava.Frame, ava.Rows], generator: torch.Generator) -> tuple[Tensor, ...]:
         options, size = self.options, self.options.size
-        clip, boxes, labels = resized_clip(*video, self.movies, options)
+        clip, boxes, labels = resized_clip(*key_frame, self.movies, options)
         top, left = (random_below(side - size + 1, generator) for side in clip.shape[-2:])
         # Persons outside the crop stay, as boxes without area at its edge, as in the authors' code.
         clip, boxes = (TF.crop(item, top, left, size, size) for item in (clip, boxes))  # (T, 3, H, W), (M, 4)
@@ -190,6 +190,7 @@ class KeyFrameBatches(Dataset):
                 continue
             clips.append(clip)
             boxes.append(TF.clamp_bounding_boxes(move_edges(clip_boxes, outward)))
+            # in the order of `boxes`: both are sorted, by ava.key_frames and ava.to_persons
             scores |= {(row.frame, row.box): row.score for row in rows}
         return scores, clips, boxes, broken
 
@@ -215,7 +216,7 @@ class ActionDetector(nn.Module):
         time, height, _ = cube_grid(clip.shape[2:], self.options["cube"])
         x = self.encoder(clip)  # (B, N, D)
         x = rearrange(x, "B (t h w) D -> t B D h w", t=time, h=height).mean(dim=0)  # (B, D, H/16, W/16)
-        # torchvision's defaults are SlowFast's: no shift by half a cube (aligned), more samples in larger boxes.
+        # torchvision's defaults, the authors' too: no shift by half a cube (aligned), more samples in larger boxes.
         x = roi_align(x.float(), rois, output_size=7, spatial_scale=1 / self.options["cube"][1])  # (M, D, 7, 7)
         x = x.amax(dim=(2, 3))  # (M, D)
         return self.head(x)  # (M, classes)
@@ -223,7 +224,7 @@ class ActionDetector(nn.Module):
 
 def detection_loss(logits: Tensor, labels: Tensor, clips: int) -> Tensor:
     """Return the binary cross-entropy of (M, classes): mean over actions, sum over persons, divided by the clips."""
-    # All persons have the same weight, in whichever clip and process they are.
+    # Processes have equally many clips, not persons. So each person weighs the same in the mean over processes.
     return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / (labels.shape[1] * clips)
 
 
@@ -265,14 +266,14 @@ def train(config: SimpleNamespace) -> None:
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
-    root = toy_ava.find(config.data)
+    root = toy_ava.find(config.data)  # the toy videos if there is no data.root
     key_frames, movies = ava.find_training(config.data, root)
     test_set = ava.find_validation(config.data, root)
     names = {number: name for number, (name, _) in test_set.actions.items()}
-    identity = dict(videos=describe(list(key_frames.items())), actions=names)
+    identity = dict(videos=describe(list(key_frames.items())), actions=names)  # the same when a run resumes
     checkpoint = load_checkpoint(config, DEFAULT, **identity)
-    labels = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in key_frames.values()])  # (M, classes)
-    model = build(config, labels, checkpoint).to(device)
+    truth = torch.cat([ava.to_persons(rows, config.data.actions)[1] for rows in key_frames.values()])  # (M, classes)
+    model = build(config, truth, checkpoint).to(device)
     if config.run.recompute:
         checkpoint_activations(model)
     clips = KeyFrameClips(list(key_frames.items()), config.run.seed, movies=movies, options=config.data)
@@ -289,12 +290,13 @@ def train(config: SimpleNamespace) -> None:
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
-    identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
+    stored = identity | dict(model_options=model.options, positions=model.encoder.pos_embed)  # not in the state_dict
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
+        if checkpoint.get("scaler"):  # {} if the run was not in fp16: the scale starts as in a new run
+            scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
     in_first_layer = ""
@@ -302,7 +304,7 @@ def train(config: SimpleNamespace) -> None:
         in_first_layer = f", in the cube embedding {peak_lr * groups[0]['lr_scale']:.3g}"
     say(
         f"{folder}: ViT-{config.model.size}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"{len(clips):,} key frames with {len(labels):,} boxes for training, {len(test_set.persons):,} for validation, "
+        f"{len(clips):,} key frames with {len(truth):,} boxes for training, {len(test_set.persons):,} for validation, "
         f"{len(test_set.actions)} of {config.data.actions} actions evaluated; clips of {config.data.frames} frames\n"
         f"peak learning rate {config.optim.base_lr:g} x {batch} / 256 = {peak_lr:.4g}{in_first_layer}"
     )
@@ -310,8 +312,8 @@ def train(config: SimpleNamespace) -> None:
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(clips), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder, collate_fn=collate)
+    sampler = data.MicroBatchSampler(len(clips), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder, collate_fn=collate)
 
     model.train()
     loss_sum = torch.zeros((), device=device)
@@ -345,10 +347,11 @@ def train(config: SimpleNamespace) -> None:
                 loss_sum.zero_()
             stopped = stop.requested()
             kept = log.epoch_ends(done, config.run.keep_every)
+            # validating saves first, since a signal ends it at once
             validating = log.epoch_ends(done, config.run.validate_every) and done < total
             if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                save_checkpoint(log, config, **state, step=done, **identity)
+                save_checkpoint(log, config, **state, step=done, **stored)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
             if validating:
@@ -399,9 +402,9 @@ def detect(
     rows = []
     if processes.rank == 0:
         for scores, probabilities in results:
-            for ((frame, box), score), person in zip(scores.items(), probabilities.tolist(), strict=True):
+            for ((frame, box), score), by_action in zip(scores.items(), probabilities.tolist(), strict=True):
                 factor = score if options.person_score else 1.0
-                rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(person, 1) if p > 0]
+                rows += [ava.Row(frame, box, action, factor * p) for action, p in enumerate(by_action, 1)]
     return sorted(rows), broken
 
 
@@ -439,8 +442,8 @@ def draw_key_frames(rows: ava.Rows, validation: ava.ValidationSet, config: Simpl
     """Draw detections in `run.pictures` key frames, evenly spaced, next to their ground truth."""
     detected, truth = ava.key_frames(rows), ava.key_frames(validation.ground_truth)
     names = {number: name for number, (name, _) in validation.actions.items()}
-    chosen = torch.linspace(0, len(detected) - 1, min(config.run.pictures, len(detected))).long()
-    for video, second in [list(detected)[index] for index in chosen]:
+    frames = list(detected)
+    for video, second in [frames[i] for i in data.evenly_spaced(len(frames), config.run.pictures)]:
         image = read_clip(validation.movies[video], second, config.data)[config.data.frames // 2]  # the key frame
         left = draw_persons(image, *ava.to_persons(detected[video, second], config.data.actions), names, "orange")
         persons = ava.to_persons(truth.get((video, second), []), config.data.actions)

@@ -39,15 +39,8 @@ from support.randaugment import rand_augment
 from support.run import Log, check_writable, count_steps, split_batch, warmup_cosine
 from support.scores import compare, describe_accuracy, most_probable, write_predictions, write_scores
 from support.seeds import random_below, seed_device
-from support.weights import (
-    build_from_checkpoint,
-    check_init,
-    encoder_options,
-    load_weights,
-    read_checkpoint,
-    stored_config,
-    weights_file,
-)
+from support.weight_files import read_checkpoint, weights_file
+from support.weights import build_from_checkpoint, check_init, encoder_options, load_weights, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "finetune" / "toy.yaml"
 
@@ -67,15 +60,13 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
     checkpoint: of a run that resumes, whose weights are loaded afterwards. Raises UserError.
     """
     torch.manual_seed(config.run.seed)
+    regularization = dict(drop_path=config.model.drop_path, dropout=config.model.dropout)
     if checkpoint:
-        model = VideoClassifier(
-            **checkpoint["model_options"], drop_path=config.model.drop_path, dropout=config.model.dropout
-        )
+        model = VideoClassifier(**checkpoint["model_options"], **regularization)
         model.encoder.pos_embed.copy_(checkpoint["positions"])
         return model
     check_init(config.init, "scratch")
-    encoder = encoder_options(config, config.init)
-    model = VideoClassifier(**encoder, classes=classes, drop_path=config.model.drop_path, dropout=config.model.dropout)
+    model = VideoClassifier(**encoder_options(config, config.init), classes=classes, **regularization)
     say(f"initialized from {config.init}")
     if config.init != "scratch":
         load_weights(model, config.init, optional=("fc_norm.", "head."))
@@ -83,7 +74,7 @@ def build(config: SimpleNamespace, classes: int, checkpoint: dict | None = None)
 
 
 class Augmentation:
-    """RandAugment, random resized crop, flip, erasing (Table 10), in the order of the authors' code.
+    """RandAugment and flip (Table 10), random resized crop and erasing (not in the paper), as in the authors' code.
 
     config: the group `data` of a configuration for fine-tuning. Called with frames uint8 (T, 3, H, W) it returns uint8
     (T, 3, size, size). Every choice holds for all frames.
@@ -105,13 +96,14 @@ class Augmentation:
         return clip
 
     def _erased(self, clip: Tensor) -> Tensor:
-        """A copy in which one box, the same in all frames, is noise.
+        """Return a copy in which one box, the same in all frames, is noise.
 
         The authors' is N(0, 1) after normalization. This one is cut to 0..255, as it comes before.
         """
-        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), (0.02, 1 / 3), (0.3, 10 / 3), [0.0])
+        options = dict(scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value=[0.0])  # area, height / width; no noise yet
+        top, left, height, width, _ = v2.RandomErasing.get_params(clip[0].float(), **options)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
-        noise = torch.randn(len(clip), 3, height, width) * std + mean
+        noise = torch.randn(len(clip), 3, height, width) * std + mean  # (T, 3, height, width)
         clip = clip.clone()  # a crop that changes nothing returns the decoded frames, which other repeats use too
         clip[:, :, top : top + height, left : left + width] = noise.mul(255).clamp(0, 255).byte()
         return clip
@@ -143,18 +135,19 @@ def train(config: SimpleNamespace) -> None:
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
-    videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
-    identity = dict(videos=describe(videos), classes=names)
+    splits = toy.find(config.data)  # the toy videos if there is no data.root
+    videos, val_videos, names = labelled_videos(*splits, config.data.per_class)
+    identity = dict(videos=describe(videos), classes=names)  # the same when a run resumes
     checkpoint = load_checkpoint(config, DEFAULT, **identity)
     model = build(config, len(names), checkpoint).to(device)
     if config.run.recompute:
         checkpoint_activations(model)
-    repeats = config.data.repeats
+    repeats = config.data.repeats  # R augmentations of each video (Table 10)
     augment = Augmentation(config.data)
     clips = data.LabelledClips(videos, config.run.seed, data_config=config.data, augment=augment, repeats=repeats)
     clips[0, 0]  # raises UserError if no video can be read
 
-    # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips (Table 10)
+    # batch = processes x accumulation x micro-batch, in videos. Unlike in pre-training, optim.batch_size counts videos.
     batch = config.optim.batch_size
     micro_batch, accumulation = split_batch(len(videos), batch, world_size, config.run.batch_per_device // repeats)
     if micro_batch == 1 and config.optim.mixup + config.optim.cutmix > 0:
@@ -168,12 +161,13 @@ def train(config: SimpleNamespace) -> None:
     groups = parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
-    identity |= dict(model_options=model.options, positions=model.encoder.pos_embed)
+    stored = identity | dict(model_options=model.options, positions=model.encoder.pos_embed)  # not in the state_dict
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
+        if checkpoint.get("scaler"):  # {} if the run was not in fp16: the scale starts as in a new run
+            scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
     in_first_layer = ""
@@ -189,8 +183,8 @@ def train(config: SimpleNamespace) -> None:
     network = compiled(model)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder)
     mix = mixing(config.optim.mixup, config.optim.cutmix)
 
     model.train()
@@ -207,14 +201,14 @@ def train(config: SimpleNamespace) -> None:
                 targets = soft_targets(labels, len(names), config.optim.label_smoothing)  # (B, classes)
                 targets = targets.repeat(repeats, 1)  # (R B, classes)
                 # First one augmentation of all videos, then the next: mixup mixes clips of different videos.
-                clip = rearrange(frames, "B R T c H W -> (R B) T c H W")
-                clip = data.normalize(clip)  # (R B, 3, T, H, W)
-                clip, targets = mix(tv_tensors.Video(clip), targets)
+                clip = data.normalize(rearrange(frames, "B R T c H W -> (R B) T c H W"))  # (R B, 3, T, H, W)
+                clip, targets = mix(tv_tensors.Video(clip), targets)  # without Video, v2 expects images
+                clip = clip.as_subclass(Tensor)  # (R B, 3, T, H, W)
                 # gradients are averaged over the processes in the last backward pass of the step
                 last = number == accumulation - 1
                 with nullcontext() if last or world_size == 1 else network.no_sync():
                     with processes.autocast():
-                        logits = network(clip.as_subclass(Tensor))  # (R B, classes)
+                        logits = network(clip)  # (R B, classes)
                     loss = F.cross_entropy(logits.float(), targets)
                     scaler.scale(loss / accumulation).backward()
                 loss_sum += loss.detach()
@@ -229,10 +223,11 @@ def train(config: SimpleNamespace) -> None:
                 loss_sum.zero_()
             stopped = stop.requested()
             kept = log.epoch_ends(done, config.run.keep_every)
+            # validating saves first, since a signal ends it at once
             validating = log.epoch_ends(done, config.run.validate_every) and done < total
             if stopped or validating or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                save_checkpoint(log, config, **state, step=done, **identity)
+                save_checkpoint(log, config, **state, step=done, **stored)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
             if validating:
@@ -271,13 +266,8 @@ def test(
     )
     shard = range(processes.rank, len(videos), processes.world_size)
     at_once = config.run.batch_per_device  # views that fit on the device
-    batches = data.loader(
-        views,
-        config.data.workers,
-        batch_size=max(1, at_once // (clips * crops)),
-        sampler=shard,
-        collate_fn=data.collate_views,
-    )
+    batch = max(1, at_once // (clips * crops))  # videos
+    batches = data.loader(views, config.data.workers, batch_size=batch, sampler=shard, collate_fn=data.collate_views)
     model.eval()
     results, broken = [], []
     with tqdm(total=len(shard), desc=title, unit="video", disable=processes.rank > 0) as bar:
@@ -427,12 +417,7 @@ def main() -> None:
     add("--compare", nargs=2, type=Path, metavar="SCORES.csv", help="compare two tested models class by class")
     add("--weights", type=Path, help="fine-tuned checkpoint: this project's, official or Hugging Face's")
     add("--json", action="store_true", help="--test and --predict print their results as one JSON object")
-    add(
-        "--out",
-        type=Path,
-        help="--test, --compare: folder, default that of the weights, of the second scores.csv; "
-        "--predict: a .csv or .json file",
-    )
+    add("--out", type=Path, help="folder, default that of weights or second scores.csv; --predict: .csv or .json file")
     arguments = parse(parser, DEFAULT)
     if bool(arguments.weights) != bool(arguments.test or arguments.predict):
         raise UserError("--test and --predict need --weights FILE, a fine-tuned one; training starts from init=FILE")

@@ -44,24 +44,23 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 def _sample(count: int, ratio: float, generator: torch.Generator | None) -> Tensor:
     """Sample a mask (count,) with exactly int(ratio * count) masked positions. UserError if it masks none or all."""
-    masked = int(ratio * count)
-    if not 0 < masked < count:
-        raise UserError(
-            f"a mask ratio of {ratio:g} masks {masked} of {count} places; some have to be masked and some visible"
-        )
+    masked_count = int(ratio * count)
+    if not 0 < masked_count < count:
+        what = f"a mask ratio of {ratio:g} masks {masked_count} of {count} places"
+        raise UserError(f"{what}; some have to be masked and some visible")
     mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=generator)[:masked]] = True
+    mask[torch.randperm(count, generator=generator)[:masked_count]] = True
     return mask
 
 
 def running_cells(masked: Tensor, grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Choose which of the masked cubes (N_mask,) to reconstruct: all but a fraction `ratio`. UserError if none is left.
 
-    This is the decoder mask of VideoMAE V2 (Wang et al., CVPR 2023). In each cell of 2 x 2 positions, the ones that are
-    reconstructed (x) move by one from each time to the next, here with a ratio of 1/2:
+    This is the decoder mask of VideoMAE V2 (Wang et al., CVPR 2023). Number the positions of a cell of 2 x 2: 0 1
+    above, 2 3 below. From each time to the next, those that are reconstructed (x) go down by one, and from 0 to 3:
 
         x x    x .    . .    . x    x x
-        . .    . x    x x    x .    . .    ...
+        . .    . x    x x    x .    . .    ...    (ratio 1/2)
 
     The pattern starts at a random time, and on average each cube is reconstructed equally often. The number of cubes is
     exact for every mask and ratio; where the pattern does not decide, the choice is random.
@@ -74,7 +73,8 @@ def running_cells(masked: Tensor, grid: Grid, ratio: float, generator: torch.Gen
     shuffled = masked[torch.randperm(len(masked), generator=generator)]
     time, row, column = torch.unravel_index(shuffled, grid)
     start = torch.randint(4, (), generator=generator)
-    turn = (2 * (row % 2) + column % 2 + time + start) % 4  # (N_mask,)
+    number = 2 * (row % 2) + column % 2
+    turn = (number + time + start) % 4  # (N_mask,)
     return shuffled[turn.argsort(stable=True)[:count]].sort().values  # ascending
 
 

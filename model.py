@@ -1,6 +1,6 @@
 """VideoMAE's networks (Sec. 3.3, Figure 1, Table 8).
 
-    clip (B, 3, T, H, W) -> cube embedding -> visible tokens (B, N_vis, D) -> encoder -> decoder -> masked cubes' pixels
+    clip (B, 3, T, H, W) -> visible cubes -> cube embedding (B, N_vis, D) -> encoder -> decoder -> masked cubes' pixels
 
 N = T/2 * H/16 * W/16 tokens of width D. Parameters have the names of the official repository, MCG-NJU/VideoMAE.
 """
@@ -50,9 +50,10 @@ class CubeEmbedding(nn.Module):
 
     def forward(self, clip: Tensor, visible: Tensor | None = None) -> Tensor:
         p0, p1, p2 = self.cube
+        # (B, N, pixels): pixels is the number of a cube's values, 3 p0 p1 p2 = 1,536
         cubes = rearrange(clip, "B c (t p0) (h p1) (w p2) -> B (t h w) (c p0 p1 p2)", p0=p0, p1=p1, p2=p2)
         if visible is not None:
-            cubes = gather_tokens(cubes, visible)  # (B, N_vis, 1536), 10 % of the cubes (Sec. 3.3)
+            cubes = gather_tokens(cubes, visible)  # (B, N_vis, pixels), 10 % of the cubes in the paper (Sec. 3.3)
         return F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias)  # (B, N or N_vis, D)
 
 
@@ -89,8 +90,8 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")  # "row": each clip by itself
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))  # (B, N, D)
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # (B, N, D)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Phi_dec: a narrow, shallow ViT over all tokens that predicts the masked cubes' pixels (Sec. 4.2, Table 1a)."""
+    """Phi_dec: a narrow, shallow ViT over visible and masked tokens, which predicts pixels (Sec. 4.2, Table 1a)."""
 
     def __init__(self, *, width: int, depth: int, heads: int, pixels: int, eps: float) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, masked_count: int) -> Tensor:
         for block in self.blocks:
-            x = block(x)  # (B, N, D_dec)
+            x = block(x)  # (B, N_vis + N_mask, D_dec)
         return self.head(self.norm(x[:, -masked_count:]))  # the masked tokens come last: (B, N_mask, pixels)
 
 
@@ -178,17 +179,17 @@ class VideoMAE(nn.Module):
         # patch_embed and encoder_to_decoder keep PyTorch's own initialization, as in the authors' code.
         for part in (self.encoder.blocks, self.decoder):
             initialize(part, nn.init.xavier_uniform_)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)  # cut at one std, as in the authors' code
 
     def forward(self, clip: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict the masked cubes (B, N_mask, pixels), in the order p0, p1, p2, channel, of a clip (B, 3, T, H, W).
 
-        The clip is normalized. visible (B, N_vis) and masked (B, N_mask) are positions from `masking.split`.
+        The clip is normalized. visible (B, N_vis) and masked (B, N_mask) are positions: what to see, what to predict.
         """
         latent = self.encoder(clip, visible)  # (B, N_vis, D)
         x_visible = self.encoder_to_decoder(latent) + self.pos_embed[visible]  # (B, N_vis, D_dec)
         x_masked = self.mask_token + self.pos_embed[masked]  # (B, N_mask, D_dec)
-        x = torch.cat([x_visible, x_masked], dim=1)  # (B, N, D_dec)
+        x = torch.cat([x_visible, x_masked], dim=1)  # (B, N_vis + N_mask, D_dec)
         return self.decoder(x, masked.shape[1])  # (B, N_mask, pixels)
 
 
@@ -265,10 +266,10 @@ def initialize_from_scratch(encoder: Encoder, head: nn.Linear) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups, for all stages. Biases, norms and the mask token have no weight decay.
+    """Return parameter groups for AdamW. Biases, norms and the mask token have no weight decay.
 
-    Layer i learns at "lr_scale" = layer_decay^(L + 1 - i) times the learning rate: 0 is the cube embedding, 1 to L are
-    the blocks, L + 1 is what follows. Table 10: 0.75 for ViT-B on SSV2 and Kinetics.
+    Layer i learns at "lr_scale" = layer_decay^(L + 1 - i) times the learning rate: 0 is the cube embedding, i + 1 is
+    `blocks.i`, L + 1 is what follows. Table 10: a layer_decay of 0.75 for ViT-B on SSV2 and Kinetics.
     """
     last = len(model.encoder.blocks) + 1
     groups = {}
@@ -280,6 +281,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             layer = int(name.split(".")[2]) + 1
         lr_scale = layer_decay ** (last - layer)
         decays = parameter.ndim > 1 and name != "mask_token"
-        group = dict(params=[], lr_scale=lr_scale, weight_decay=weight_decay if decays else 0.0)
-        groups.setdefault((lr_scale, not decays), group)["params"].append(parameter)
+        key = lr_scale, not decays
+        if key not in groups:
+            groups[key] = dict(params=[], lr_scale=lr_scale, weight_decay=weight_decay if decays else 0.0)
+        groups[key]["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]  # the cube embedding's first

@@ -6,7 +6,7 @@
     8 nodes:   torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py ...
     pictures:  python pretrain.py --reconstruct VIDEO... --weights runs/pretrain/toy/checkpoint.pt mask.ratio=0.9
 
-The same command resumes from the last checkpoint. Any value of the YAML file can be given as group.key=value.
+The same command resumes from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
 import argparse
@@ -38,13 +38,12 @@ from support.lists import list_videos, named_videos
 from support.pictures import copy_visible, estimate_statistics, save_videos, with_captions
 from support.processes import Processes, StopSignals, average, compiler, gather, launch, start_processes
 from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
-from support.seeds import sample_generator, seed_device
+from support.seeds import sample_generator
 from support.video import BrokenVideo, Video
 from support.weights import build_from_checkpoint, load_weights, stored_config
 
 DEFAULT = Path(__file__).parent / "configs" / "pretrain" / "toy.yaml"
-# Table 1f. Each is 0 for equal arguments, so that tokens without a target (Table 1c, "center") add nothing.
-LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
 
 
 class Objective:
@@ -65,15 +64,17 @@ class Objective:
         masked (B, N_mask): the positions of the predicted cubes.
         """
         index, has_target = self.target_index(masked)  # both (B, N_mask)
-        cubes = to_cubes(target_frames, self.target.cube)  # (B, N, p0 p1 p2, 3), uint8
-        cubes = gather_tokens(cubes.flatten(2), index)  # I(p): (B, N_mask, pixels)
+        # Select before converting: uint8 is a quarter of float32.
+        cubes = to_cubes(target_frames, self.target.cube).flatten(2)  # (B, N, pixels), pixels = p0 p1 p2 * 3 values
+        cubes = gather_tokens(cubes, index)  # (B, N_mask, pixels)
         cubes = cubes.unflatten(2, (-1, 3)).float().div_(255)  # (B, N_mask, p0 p1 p2, 3), in [0, 1]
         if self.normalize:
             mean, std = cube_statistics(cubes)
             cubes = cubes.sub_(mean).div_(std)
         cubes = cubes.flatten(2)  # I(p): (B, N_mask, pixels)
         prediction = prediction.float()  # I_hat(p): (B, N_mask, pixels)
-        if self.target.fraction < 1:  # tokens without a target add 0; dividing by the fraction corrects the mean
+        if self.target.fraction < 1:  # tokens without a target add the error of equal values, which is 0
+            # The fraction corrects the mean: exactly with tubes, on average with other masks.
             cubes = cubes * has_target[:, :, None]
             prediction = prediction * has_target[:, :, None]
         return self.error(prediction, cubes) / self.target.fraction
@@ -90,9 +91,9 @@ class Objective:
 
 
 def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and std, both (..., 1, 3), of each cube and channel (Sec. 3.1) of cubes (..., p0 p1 p2, 3)."""
+    """Return mean and std, both (..., 1, 3), of each cube and channel of cubes (..., p0 p1 p2, 3)."""
     mean = cubes.mean(dim=-2, keepdim=True)
-    # n - 1 and 1e-6 as in the authors' code; cubes.std() is 3 times slower on CPUs
+    # channels apart, n - 1 and 1e-6 as in the authors' code; cubes.std() is 3 times slower on CPUs
     variance = (cubes - mean).square().sum(dim=-2, keepdim=True) / (cubes.shape[-2] - 1)
     return mean, variance.sqrt() + 1e-6
 
@@ -115,7 +116,7 @@ class Target(NamedTuple):
 
     load_frames: int
     load_stride: int
-    cube: tuple[int, int, int]  # size in pixels of the block that each token predicts
+    cube: tuple[int, int, int]  # what each token predicts: frames, height, width; the model's cube is what it sees
     tokens: range  # positions that have a target
     input_step: int = 1  # the encoder sees every frame, or every other one
     predicted: slice = slice(None)  # the frames to predict
@@ -174,7 +175,7 @@ def train(config: SimpleNamespace) -> None:
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
 
-    root, train_split, val_split, _ = toy.find(config.data)
+    root, train_split, val_split, _ = toy.find(config.data)  # the toy videos if there is no data.root
     videos = list_videos(root, train_split)
     val_videos = list_videos(root, val_split) if val_split else videos
     if config.run.validate_every and not val_split:
@@ -188,15 +189,15 @@ def train(config: SimpleNamespace) -> None:
         size=config.data.size,
         scales=config.data.scales,
         flip=config.data.flip,
-        draw_mask=sample_mask,
+        sample_mask=sample_mask,
         repeats=config.data.repeats,
         choose_reconstructed=partial(masking.running_cells, grid=model.grid, ratio=config.mask.decoder_ratio),
         seed=config.run.seed,
     )
     _, visible, masked, _ = clips[0, 0]  # raises UserError if no video can be read
 
-    # batch = processes x accumulation x micro-batch, counted in videos; each becomes `repeats` clips
-    repeats = config.data.repeats
+    # batch = processes x accumulation x micro-batch, in videos. Unlike in fine-tuning, optim.batch_size counts clips.
+    repeats = config.data.repeats  # R clips of each video
     if config.optim.batch_size % repeats:
         raise UserError(f"optim.batch_size={config.optim.batch_size} is not a multiple of data.repeats={repeats}")
     batch = config.optim.batch_size // repeats
@@ -206,7 +207,7 @@ def train(config: SimpleNamespace) -> None:
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
-    identity = dict(videos=describe(videos), model_options=model.options)
+    identity = dict(videos=describe(videos))  # the same when a run resumes
     checkpoint = load_checkpoint(config, DEFAULT, **identity)
     if config.init and not checkpoint:
         load_weights(model, config.init, clip_size=config.model.pretrained_clip)
@@ -218,8 +219,9 @@ def train(config: SimpleNamespace) -> None:
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
 
-    if config.init:  # its positions may be other ones than the model computes
-        identity |= dict(positions=model.encoder.pos_embed, decoder_positions=model.pos_embed)
+    stored = identity | dict(model_options=model.options)
+    if config.init:  # may have other positions than the model computes, and state_dict leaves them out
+        stored |= dict(positions=model.encoder.pos_embed, decoder_positions=model.pos_embed)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -227,7 +229,8 @@ def train(config: SimpleNamespace) -> None:
             model.encoder.pos_embed.copy_(checkpoint["positions"])
             model.pos_embed.copy_(checkpoint["decoder_positions"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
+        if checkpoint.get("scaler"):  # {} if the run was not in fp16: the scale starts as in a new run
+            scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
     cubes = len(model.pos_embed)  # N
@@ -243,8 +246,8 @@ def train(config: SimpleNamespace) -> None:
     loss_of = compiled(objective.loss)
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder)
 
     fixed_clips = FixedClips(val_videos, objective, sample_mask, processes, config)
     loss_sum = torch.zeros((), device=device)
@@ -255,11 +258,10 @@ def train(config: SimpleNamespace) -> None:
                 group["lr"] = lr
 
             for number in range(accumulation):
+                # of V videos: frames (V, R, T', 3, H, W), visible (V, R, N_vis), masked (V, R, N_mask)
                 tensors = (x.to(device, non_blocking=True) for x in next(batches))
-                # R = data.repeats clips of each video
-                frames, visible, masked = (rearrange(x, "B R ... -> (B R) ...") for x in tensors)
+                frames, visible, masked = (rearrange(x, "V R ... -> (V R) ...") for x in tensors)  # B = V R clips
                 clip, target_frames = objective.input_and_target(frames)  # (B, T, 3, H, W), (B, T_target, 3, H, W)
-                seed_device(config.run.seed, step * accumulation + number, rank)
                 # gradients are averaged over the processes in the last backward pass of the step
                 last = number == accumulation - 1
                 with nullcontext() if last or world_size == 1 else network.no_sync():
@@ -284,14 +286,14 @@ def train(config: SimpleNamespace) -> None:
             kept = log.epoch_ends(done, config.run.keep_every)
             if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                save_checkpoint(log, config, **state, step=done, **identity)
+                save_checkpoint(log, config, **state, step=done, **stored)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 
     if config.target.frames == "input":
         log.write(step=total, **compare_with_copies(model, objective, fixed_clips))
     if rank == 0:
-        for number in spread(len(val_videos), config.run.pictures):
+        for number in data.evenly_spaced(len(val_videos), config.run.pictures):
             path = folder / "pictures" / f"{number:05d}"
             draw(val_videos[number], number, config, model, [config.mask.ratio], path)
         pictures = ", pictures/" if config.run.pictures else ""
@@ -313,7 +315,7 @@ def middle_clip(video: Path, target: Target, size: int) -> Tensor:
 class FixedClips:
     """Middle clips (T', 3, H, W) of up to 200 videos with masks (N,), the same in each iteration.
 
-    Each process iterates over its shard. Broken videos are named and left out; they count in the length.
+    The length is that of all processes; each iterates over its own clips. Broken videos are named and left out.
     """
 
     videos: Sequence[Path]
@@ -326,18 +328,14 @@ class FixedClips:
         return min(200, len(self.videos))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in spread(len(self.videos), len(self))[self.processes.rank :: self.processes.world_size]:
+        for number in data.evenly_spaced(len(self.videos), len(self))[self.processes.rank :: self.processes.world_size]:
             try:
                 frames = middle_clip(self.videos[number], self.objective.target, self.config.data.size)
             except BrokenVideo as error:
                 tqdm.write(f"left out of the fixed clips: {error}", file=sys.stderr)
                 continue
-            yield frames, self.sample_mask(sample_generator(self.config.run.seed, -1, number))
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Return `count` numbers below `length`, or all if they are fewer, spread evenly."""
-    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+            generator = sample_generator(self.config.run.seed, -1, number)  # -1: of pictures, see support/seeds.py
+            yield frames, self.sample_mask(generator)
 
 
 @torch.no_grad()
@@ -366,7 +364,7 @@ def compare_with_copies(model: VideoMAE, objective: Objective, clips: FixedClips
     errors = []  # of each clip, by guess
     for frames, mask in clips:
         views = reconstruct(model, objective, frames, mask)
-        videos = torch.stack([views["original"], views[view]]) / 255  # (2, T, 3, H, W)
+        videos = torch.stack([views["original"], views[view]]) / 255  # (2, T_target, 3, H, W)
         original, reconstruction = to_cubes(videos, objective.target.cube).flatten(2)  # (N, pixels) each
         guesses = copy_visible(original, mask, model.grid) | {"reconstruction": reconstruction[mask]}
         errors.append({name: F.mse_loss(guess, original[mask]).item() for name, guess in guesses.items()})
@@ -382,11 +380,11 @@ def compare_with_copies(model: VideoMAE, objective: Objective, clips: FixedClips
 
 @torch.no_grad()
 def reconstruct(model: VideoMAE, objective: Objective, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Reconstruct the masked cubes of loaded frames (T', 3, H, W), as in Figure 10. Returns videos uint8 (T, 3, H, W).
+    """Reconstruct the masked cubes of loaded frames (T', 3, H, W), as in Figure 10.
 
-    They are "original", "masked" and "reconstruction". A model with normalized targets does not predict a cube's mean
-    and std. For it there are two reconstructions: "estimated" takes them from visible cubes nearby, so it shows only
-    what the model sees; "oracle" takes them from the masked cube itself.
+    Returns videos uint8 (T_target, 3, H, W): "original", "masked" and "reconstruction". A model with normalized targets
+    does not predict a cube's mean and std. For it there are two reconstructions: "estimated" takes them from visible
+    cubes nearby, so it shows only what the model sees; "oracle" takes them from the masked cube itself.
     """
     device = model.mask_token.device
     visible, masked = (positions[None].to(device) for positions in masking.split(mask))
@@ -424,7 +422,7 @@ def draw(video: Path, number: int, config: SimpleNamespace, model: VideoMAE, rat
     mask_function = pick(masking.MASKS, config.mask.type, "mask.type")
     rows = {}
     for ratio in ratios:
-        mask = mask_function(model.grid, ratio, sample_generator(config.run.seed, -1, number))
+        mask = mask_function(model.grid, ratio, sample_generator(config.run.seed, -1, number))  # as FixedClips
         rows |= with_captions(reconstruct(model, objective, frames, mask), ratio)
     save_videos(rows, path)
     return True

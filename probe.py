@@ -38,7 +38,7 @@ DEFAULT = Path(__file__).parent / "configs" / "probe" / "toy.yaml"
 class LinearProbe(nn.Module):
     """A frozen encoder with its last norm, the mean over its tokens, and a linear layer, which alone learns.
 
-    Table 11 says no more about the model. batch_norm: before the linear layer, without parameters, as in MAE's linear
+    Table 11 says nothing about the model. batch_norm: before the linear layer, without parameters, as in MAE's linear
     probing; the statistics are those of a process's micro-batch.
     """
 
@@ -58,7 +58,7 @@ class LinearProbe(nn.Module):
         return self
 
     def features(self, clip: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W), normalized, to (B, D)."""
+        """Turn normalized clips (B, 3, T, H, W) into features (B, D)."""
         with torch.no_grad():
             return self.encoder(clip).mean(dim=1)  # (B, N, D) to (B, D)
 
@@ -72,8 +72,9 @@ def build(config: SimpleNamespace, classes: int) -> dict[str, LinearProbe]:
     Their weights are PyTorch's ("random") and those with which VideoMAE's pre-training starts ("initial").
     """
     probes = {}
-    for name in ["pre-trained", "random", "initial"] if config.model.against_random else ["pre-trained"]:
-        torch.manual_seed(config.run.seed)
+    names = ["pre-trained", "random", "initial"] if config.model.against_random else ["pre-trained"]
+    for name in names:
+        torch.manual_seed(config.run.seed)  # all heads start alike
         encoder = encoder_options(config, config.init)
         probes[name] = LinearProbe(**encoder, classes=classes, batch_norm=config.model.batch_norm)
     load_weights(probes["pre-trained"], config.init, fresh=("head.",))
@@ -99,7 +100,8 @@ def train(config: SimpleNamespace) -> None:
     world_size, device = processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
     folder = Path(config.run.folder)
-    videos, val_videos, names = labelled_videos(*toy.find(config.data), config.data.per_class)
+    splits = toy.find(config.data)  # the toy videos if there is no data.root
+    videos, val_videos, names = labelled_videos(*splits, config.data.per_class)
     probes = nn.ModuleDict(build(config, len(names))).to(device)
     heads = nn.ModuleDict({name: probe.head for name, probe in probes.items()})
     crop = partial(data.resized_multi_scale_crop, size=config.data.size, scales=config.data.scales, flip=False)
@@ -134,8 +136,8 @@ def train(config: SimpleNamespace) -> None:
     networks = dict(heads)
     if world_size > 1:
         networks = {name: DistributedDataParallel(head, gradient_as_bucket_view=True) for name, head in heads.items()}
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, folder)
 
     loss_sum = torch.zeros((), device=device)
     with StopSignals() as stop:
@@ -156,7 +158,7 @@ def train(config: SimpleNamespace) -> None:
                     with nullcontext() if last or world_size == 1 else network.no_sync():
                         loss = F.cross_entropy(network(latent), labels)
                         (loss / accumulation).backward()
-                    if name == "pre-trained":
+                    if name == "pre-trained":  # its loss is in the log
                         loss_sum += loss.detach()
             optimizer.step()
             optimizer.zero_grad()

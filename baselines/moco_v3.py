@@ -8,7 +8,7 @@
 
 Two clips of a video are a pair; the clips of the batch's other videos are the negatives. VideoMAE's authors compare
 with it (Sec. 4.3), but published no code for it; docs/differences.md says what is chosen here.
-The same command resumes from the last checkpoint. Any value of the YAML file can be given as group.key=value.
+The same command resumes from the last checkpoint. Any value of the YAML file can be given as key=value.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from support.config import UserError, load_config, parse, say
 from support.lists import list_videos
 from support.processes import StopSignals, average, compiler, launch, start_processes
 from support.run import Log, count_steps, finetune_command, split_batch, warmup_cosine
-from support.seeds import random_below, seed_device
+from support.seeds import random_below
 from support.video import Video
 from support.weights import encoder_options
 
@@ -72,11 +72,11 @@ class TwoViews(data.TrainingVideos):
             torch.manual_seed(random_below(2**62, generator))
             one = augmentation(self.config, blur=1.0, solarize=0.0)(one)  # (T, 3, H, W)
             two = augmentation(self.config, blur=0.1, solarize=0.2)(two)
-        return (torch.stack([one, two]),)
+        return (torch.stack([one, two]),)  # (2, T, 3, H, W)
 
 
 class Average(torch.autograd.Function):
-    """Averages a tensor over all processes, and its gradient, since the losses of all processes depend on it."""
+    """Averages x over all processes. Each process's loss depends on x / processes, so gradients are averaged too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Average(torch.autograd.Function):
     backward = forward
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # processes exchange tensors outside of compiled graphs
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance, both (width,), of the columns of x (B, width), over the clips of all processes."""
     mean = Average.apply(x.mean(dim=0))
@@ -138,7 +138,7 @@ class QueryNetwork(nn.Module):
         self.predictor = perceptron(dim, mlp_dim, dim)
         initialize(self.encoder.blocks, nn.init.xavier_uniform_)
         embedding = self.encoder.patch_embed.requires_grad_(False).proj
-        nn.init.xavier_uniform_(embedding.weight.flatten(1))
+        nn.init.xavier_uniform_(embedding.weight.flatten(1))  # a view: initialized in place, as a linear map
         nn.init.zeros_(embedding.bias)
         for block in self.encoder.blocks:
             for matrix in block.attn.qkv.weight.data.chunk(3):  # queries, keys and values each
@@ -190,7 +190,7 @@ def train(config: SimpleNamespace) -> None:
     processes = start_processes(config.run.precision, config.data.workers)
     rank, world_size, device = processes.rank, processes.world_size, processes.device
     compiled = compiler(config.run.compile, device)
-    root, train_videos, *_ = toy.find(config.data)
+    root, train_videos, *_ = toy.find(config.data)  # the toy videos if there is no data.root
     videos = list_videos(root, train_videos)
     clips = TwoViews(videos, config.run.seed, config=config.data)
     clips[0, 0]  # raises UserError if no video can be read
@@ -213,12 +213,13 @@ def train(config: SimpleNamespace) -> None:
     optimizer = torch.optim.AdamW(learned, betas=config.optim.betas, weight_decay=config.optim.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
     start = 0
-    identity = dict(videos=describe(videos), model_options=f_q.options)
-    if checkpoint := load_checkpoint(config, DEFAULT, **identity):
+    stored = dict(videos=describe(videos), model_options=f_q.options)
+    if checkpoint := load_checkpoint(config, DEFAULT, videos=stored["videos"]):  # the same when a run resumes
         f_q.load_state_dict(checkpoint["model"])
         f_k.load_state_dict(checkpoint["key_network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(scaler.state_dict() | checkpoint.get("scaler", {}))
+        if checkpoint.get("scaler"):  # {} if the run was not in fp16: the scale starts as in a new run
+            scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
         check_length(checkpoint, config, steps_per_epoch)
     say(
@@ -232,8 +233,8 @@ def train(config: SimpleNamespace) -> None:
     queries, keys = compiled(f_q), compiled(f_k)
     if world_size > 1:
         queries = DistributedDataParallel(queries, gradient_as_bucket_view=True, broadcast_buffers=False)
-    shards = data.GlobalBatches(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
-    batches = data.Batches(clips, shards, config.data.workers, log.folder)
+    sampler = data.MicroBatchSampler(len(videos), batch, micro_batch, range(start, total), processes, config.run.seed)
+    batches = data.Batches(clips, sampler, config.data.workers, log.folder)
 
     tau = config.moco.temperature
     loss_sum = torch.zeros((), device=device)
@@ -246,7 +247,6 @@ def train(config: SimpleNamespace) -> None:
             ema_update(f_k, f_q, momentum)
 
             views = next(batches)[0].to(device, non_blocking=True)  # (B, 2, T, 3, H, W)
-            seed_device(config.run.seed, step, rank)
             clip = data.normalize(rearrange(views, "B views T c H W -> (views B) T c H W"))  # (2 B, 3, T, H, W)
             with processes.autocast():
                 q, features = queries(clip)  # (2 B, dim), (2 B, D)
@@ -271,7 +271,7 @@ def train(config: SimpleNamespace) -> None:
             kept = log.epoch_ends(done, config.run.keep_every)
             if stopped or done % config.run.checkpoint_every == 0 or kept or done == total:
                 state = dict(model=f_q.state_dict(), key_network=f_k.state_dict(), optimizer=optimizer.state_dict())
-                save_checkpoint(log, config, **state, scaler=scaler.state_dict(), step=done, **identity)
+                save_checkpoint(log, config, **state, scaler=scaler.state_dict(), step=done, **stored)
             if stopped and done < total:
                 raise UserError(f"stopped by {stopped} after step {done}: the same command resumes there")
 

@@ -194,8 +194,8 @@ def test_normalize():
 
 def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
     defaults = dict(frames=8, stride=2, size=32, scales=SCALES, flip=True, seed=0)
-    draw_mask = partial(masking.random_mask, (4, 2, 2), 0.75)
-    return data.PretrainingClips(videos, **{**defaults, **options}, draw_mask=draw_mask)
+    sample_mask = partial(masking.random_mask, (4, 2, 2), 0.75)
+    return data.PretrainingClips(videos, **{**defaults, **options}, sample_mask=sample_mask)
 
 
 def labelled_clips(videos: list[Path], **options) -> data.LabelledClips:
@@ -311,11 +311,12 @@ def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
 def test_every_epoch_is_a_shuffle_without_repetition():
     ranks = (0, 1), (0, 2), (1, 2)  # one process, and two
     processes = [Processes(*rank, torch.device("cpu"), torch.float32) for rank in ranks]
-    alone = [sorted(batch) for batch in data.GlobalBatches(50, 12, 12, range(8), processes[0], seed=5)]
+    alone = [sorted(batch) for batch in data.MicroBatchSampler(50, 12, 12, range(8), processes[0], seed=5)]
     for epoch in range(2):
         seen = sum(alone[epoch * 4 : epoch * 4 + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48
     assert sum(alone[:4], []) != [(0, index) for _, index in sum(alone[4:], [])]
-    batches = [[*data.GlobalBatches(50, 12, 3, range(5, 8), process, seed=5)] for process in processes[1:]]  # resumed
+    resumed = range(5, 8)
+    batches = [[*data.MicroBatchSampler(50, 12, 3, resumed, process, seed=5)] for process in processes[1:]]
     shards = [sum(shard[4:6], []) for shard in batches]  # of the last step, two micro-batches each
     assert sorted(shards[0] + shards[1]) == alone[7]

@@ -100,8 +100,8 @@ def test_loss_and_gradients_are_those_of_the_equations(steps, tmp_path):
     f_q.load_state_dict(before["model"])
     f_k.load_state_dict(after["key_network"])
     clips = moco_v3.TwoViews(moco_v3.list_videos(config.data.root, "train"), 1, config=config.data)
-    shards = data.GlobalBatches(24, 8, 8, range(8, 9), Processes(0, 1, torch.device("cpu"), torch.float32), 1)
-    (views,) = next(data.Batches(clips, shards, 0, tmp_path))  # (B, 2, T, 3, H, W)
+    sampler = data.MicroBatchSampler(24, 8, 8, range(8, 9), Processes(0, 1, torch.device("cpu"), torch.float32), 1)
+    (views,) = next(data.Batches(clips, sampler, 0, tmp_path))  # (B, 2, T, 3, H, W)
     views = [data.normalize(view) for view in views.unbind(1)]
     loss = transcribed_loss(f_q, f_k, views, config.moco.temperature)
     assert after["line"]["loss"] == pytest.approx(loss.item(), rel=1e-4)

@@ -131,10 +131,10 @@ def test_everything_that_the_paper_varies_runs(variant, cubes, masked, reconstru
 def first_loss(model: m.VideoMAE, config: SimpleNamespace, videos: list[Path]) -> float:
     """The loss of the first batch of a run."""
     _, objective, sample_mask = pretrain.build(config)
-    random = dict(scales=config.data.scales, flip=config.data.flip, draw_mask=sample_mask, seed=config.run.seed)
+    random = dict(scales=config.data.scales, flip=config.data.flip, sample_mask=sample_mask, seed=config.run.seed)
     clips = data.PretrainingClips(videos, frames=8, stride=2, size=config.data.size, **random)
     processes = Processes(0, 1, torch.device("cpu"), torch.float32)
-    batch = next(iter(data.GlobalBatches(len(videos), 8, 8, range(1), processes, config.run.seed)))
+    batch = next(iter(data.MicroBatchSampler(len(videos), 8, 8, range(1), processes, config.run.seed)))
     frames, visible, masked = (x.flatten(0, 1) for x in data.collate([clips[key] for key in batch])[:3])
     return float(objective.loss(model(data.normalize(frames), visible, masked), frames, masked))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command
 
-import pretrain
+import finetune
 from support.checkpoint import describe, load_checkpoint, write_checkpoint
 from support.config import UserError, as_dict, flatten, load_config, parse
 from support.processes import Processes, compiler, fast_dtype, find_device, launch, start_processes
@@ -368,9 +368,9 @@ def test_help_names_the_file_of_all_keys_and_an_option_that_is_a_key_says_so(sta
 
 def test_micro_batches_have_their_own_random_numbers_on_the_device(settings, tmp_path, monkeypatch):
     seeds = []
-    monkeypatch.setattr(pretrain, "seed_device", lambda *numbers: seeds.append(numbers))
-    words = [*settings["pretrain"], "run.batch_per_device=2", f"run.folder={tmp_path}", "data.workers=0"]
-    pretrain.train(load_config(TOY, words))
+    monkeypatch.setattr(finetune, "seed_device", lambda *numbers: seeds.append(numbers))
+    words = [*settings["finetune"], "run.batch_per_device=4", f"run.folder={tmp_path}"]  # two videos, two clips of each
+    finetune.train(load_config(finetune.DEFAULT, words))
     assert seeds == [(0, micro_step, 0) for micro_step in range(9 * 4)]
 
 

@@ -32,7 +32,7 @@ SCALES = [1.0, 0.875, 0.75, 0.66]
 
 def our_clips(path: Path, repeats: int = 1) -> data.PretrainingClips:
     options = dict(frames=16, stride=4, size=224, scales=SCALES, flip=False, seed=0, repeats=repeats)
-    return data.PretrainingClips([path], draw_mask=lambda generator: torch.zeros(0, dtype=torch.bool), **options)
+    return data.PretrainingClips([path], sample_mask=lambda generator: torch.zeros(0, dtype=torch.bool), **options)
 
 
 def our_views(path: Path) -> Tensor:
