@@ -4,10 +4,11 @@ import csv
 import glob
 import json
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from support.config import UserError, say
 
@@ -29,26 +30,22 @@ class Entry(NamedTuple):
 class Videos(Sequence):
     """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
 
-    They are in a few large arrays, which forked loader workers share. A list would soon be copied into each worker,
-    since reading an object writes its reference count.
+    They are in two arrays, which forked loader workers share. A list would soon be copied into each worker, since
+    reading an object writes its reference count.
     """
 
     def __init__(self, paths: Iterable[str] = (), classes: Iterable[int] = ()) -> None:
-        self.text, self.ends = bytearray(), array("Q", [0])
-        for path in paths:
-            self.text += os.fsencode(path)
-            self.ends.append(len(self.text))
-        self.classes = array("Q", classes)
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+        self.classes = np.array(classes, dtype=int)
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.paths)
 
     def __getitem__(self, index: int | slice) -> Path | tuple[Path, int] | list:
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        place = range(len(self))[index]
-        path = Path(os.fsdecode(bytes(self.text[self.ends[place] : self.ends[place + 1]])))
-        return (path, self.classes[place]) if self.classes else path
+        path = Path(os.fsdecode(self.paths[index]))
+        return (path, int(self.classes[index])) if len(self.classes) else path
 
 
 def list_videos(root: str, selection: str) -> Videos:
@@ -63,8 +60,7 @@ def named_videos(names: list[Path]) -> list[Path]:
     """
     paths = []
     for name in names:
-        matches = [] if name.exists() else glob.glob(str(name), recursive=True)
-        paths += map(Path, sorted(matches) or [name])
+        paths += find_files("", str(name)) or [name]
     videos = []
     for name in paths:
         if name.is_dir():
