@@ -59,13 +59,9 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def all_finite(content: dict[str, Any]) -> bool:
-    """Return whether all weights are finite, in all state dicts of a checkpoint."""
-    for part in content.values():
-        if isinstance(part, dict):
-            weights = [value for value in part.values() if isinstance(value, Tensor) and value.is_floating_point()]
-            if not all(bool(value.isfinite().all()) for value in weights):
-                return False
-    return True
+    """Return whether all weights of a checkpoint are finite. The optimizer's tensors are not looked at."""
+    weights = flatten(content | dict(optimizer={})).values()
+    return all(bool(weight.isfinite().all()) for weight in weights if isinstance(weight, Tensor))
 
 
 def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> dict[str, Any] | None:
@@ -119,13 +115,25 @@ def check_config(folder: Path, before: dict, config: SimpleNamespace) -> None:
 
 
 def check_identity(folder: Path, checkpoint: dict, identity: dict, other_videos: bool) -> None:
-    """Raise UserError if a run's classes, actions, frozen encoder or training videos differ from its checkpoint's."""
+    """Raise UserError if a run's classes, actions, frozen encoder or training videos differ from its checkpoint's.
+
+    Copies of the videos by tools/prepare.py may have other sizes.
+    """
     for name in ("classes", "actions", "encoder"):
         if checkpoint.get(name) != identity.get(name):
             what = f"{folder} holds a run with other {name}"
             raise UserError(f"{what}: set another run.folder, or restore them to resume")
-    if not other_videos:
-        check_videos(folder, checkpoint, identity["videos"])
+    if other_videos:
+        return
+    now = identity["videos"]
+    before = now | checkpoint.get("videos", {})
+    advice = "set another run.folder, or resume with run.other_videos=true"
+    if (before["count"], before["digest"]) != (now["count"], now["digest"]):
+        what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
+        raise UserError(f"{what} {now['count']:,}: restore the list, {advice}")
+    if before.get("sizes") != now.get("sizes") and before.get("prepared") == now.get("prepared"):
+        what = f"{folder} holds a run, {checkpoint['step']:,} steps of it done, of other videos with the same names"
+        raise UserError(f"{what}: the sizes of the files differ; restore them, {advice}")
 
 
 def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int) -> None:
@@ -139,33 +147,20 @@ def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int
         say(f"the run of {before:,} steps continues to {total:,}; the learning rate follows the new schedule")
 
 
-def check_videos(folder: Path, checkpoint: dict, now: dict) -> None:
-    """Raise UserError if a run's training videos differ from its checkpoint's. Prepared copies may have other sizes."""
-    before = now | checkpoint.get("videos", {})
-    advice = "set another run.folder, or resume with run.other_videos=true"
-    if (before["count"], before["digest"]) != (now["count"], now["digest"]):
-        what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
-        raise UserError(f"{what} {now['count']:,}: restore the list, {advice}")
-    if before.get("sizes") != now.get("sizes") and before.get("prepared") == now.get("prepared"):
-        what = f"{folder} holds a run, {checkpoint['step']:,} steps of it done, of other videos with the same names"
-        raise UserError(f"{what}: the sizes of the files differ; restore them, {advice}")
-
-
 def describe(videos: Sequence) -> dict[str, Any]:
-    """Return number and digest of the training videos with their labels, in order, without folder and suffix."""
+    """Return number and digest of the training videos with their labels, in order, without folder and suffix.
+
+    Also a digest of the sizes of some 1,000 of the files, and whether tools/prepare.py made them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for video in videos:
         first, *labels = video if isinstance(video, tuple) else (video,)
         name = first.stem if isinstance(first, Path) else first
         digest.update(f"{name} {labels}\n".encode(errors="surrogateescape"))
-    return dict(count=len(videos), digest=digest.hexdigest(), **describe_files(videos))
-
-
-def describe_files(videos: Sequence) -> dict[str, Any]:
-    """Return a digest of the sizes of some 1,000 of the files, and whether tools/prepare.py made them."""
     some = videos[:: max(1, len(videos) // 1000)]  # a million on a network disk would take minutes
     paths = [video[0] if isinstance(video, tuple) else video for video in some]
     paths = [path for path in paths if isinstance(path, Path)]
-    sizes = [path.stat().st_size if path.exists() else -1 for path in paths]
-    prepared = bool(paths) and any((parent / PREPARED).exists() for parent in paths[0].parents)
-    return dict(sizes=hashlib.blake2b(str(sizes).encode(), digest_size=16).hexdigest(), prepared=prepared)
+    sizes = str([path.stat().st_size if path.exists() else -1 for path in paths])
+    sizes = hashlib.blake2b(sizes.encode(), digest_size=16).hexdigest()
+    prepared = any((parent / PREPARED).exists() for path in paths[:1] for parent in path.parents)
+    return dict(count=len(videos), digest=digest.hexdigest(), sizes=sizes, prepared=prepared)
