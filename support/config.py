@@ -210,14 +210,10 @@ def _typed(text: Any) -> Any:
     """Return the text of a default as the bool, int or float that it looks like."""
     if isinstance(text, list):
         return [_typed(item) for item in text]
-    if text in ("true", "false"):
-        return text == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _convert(value: Any, where: str, key: str, example: Any) -> Any:

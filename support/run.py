@@ -182,9 +182,7 @@ def finetune_command(config: SimpleNamespace, init: str | Path) -> str:
     Of the recipes whose name the name of the run's folder starts with, the longest is meant, without one own.yaml.
     """
     recipes = Path(__file__).parents[1] / "configs" / "finetune"
-    words = ["python"]
-    if "RANK" in os.environ:
-        words = ["torchrun"]
+    words = ["torchrun" if "RANK" in os.environ else "python"]
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         words.append(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
     words.append("finetune.py")
