@@ -51,10 +51,6 @@ class Classes:
             raise UserError(f"{entry.where}: {what} for {Path(entry.path).name}; {hint}")
         return self.by_label[label]
 
-    def label(self, entries: Iterable[Entry]) -> list[tuple[str, int]]:
-        """Return each video's path and class."""
-        return [(entry.path, self.index(entry)) for entry in entries]
-
 
 def _plain(label: str) -> str:
     label = label.replace("_", " ").lower()  # folders are often named riding_a_bike for "riding a bike"
@@ -107,9 +103,9 @@ def labelled_videos(
     if len(table.names) < 2:
         what = f"a classifier needs two classes, but those of {table.where} are {table.names}"
         raise UserError(f"{what}: make a folder for each class, or a list of lines 'path label'")
-    videos = sorted(table.label(entries), key=itemgetter(1))
+    videos = sorted([(entry.path, table.index(entry)) for entry in entries], key=itemgetter(1))
     if val:
-        val_videos = table.label(list_entries(root, val))
+        val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)]
     else:
         videos, val_videos = hold_out(videos, table.names)
     if not any(os.path.exists(path) for path, _ in val_videos):  # raise now, not after days of training
