@@ -17,7 +17,7 @@ from support.lists import PREPARED
 from support.processes import gather
 from support.run import Log, count_steps
 
-# When a run resumes. A lower learning rate is the remedy if a loss is no longer finite.
+# Keys that may change when a run resumes; a lower learning rate helps if the loss is no longer finite.
 MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops", "optim.base_lr")
 MAY_CHANGE += ("optim.steps", "optim.warmup_steps", "optim.epochs", "optim.warmup_epochs")
 
@@ -51,7 +51,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            raise  # a worker was killed while this one wrote
+            raise  # a loader worker was killed in the meantime
         new.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written ({reason}): make room, then the same command resumes") from None
@@ -67,9 +67,9 @@ def all_finite(content: dict[str, Any]) -> bool:
 def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> dict[str, Any] | None:
     """Return the checkpoint that a run left in its folder, or None, the same on all processes.
 
-    The keys of MAY_CHANGE may change when a run resumes, and all of `run` but the seed. identity: what else may not
-    change: the videos, and classes, actions or the frozen encoder of a stage. Raises UserError for a checkpoint of
-    another configuration or identity, and if processes see different ones.
+    When a run resumes, the keys in MAY_CHANGE may change, and all of `run` but the seed. identity: what else has to
+    stay the same, which is the videos and a stage's classes, actions or frozen encoder. Raises UserError for a
+    checkpoint of another configuration or identity, and if processes see different ones.
     """
     folder = Path(config.run.folder)
     path = folder / "checkpoint.pt"
@@ -90,7 +90,7 @@ def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> 
 
 
 def read_run(path: Path, default: Path) -> dict[str, Any]:
-    """Read a run's checkpoint. Its "config" becomes one of today's keys. Raises UserError if it is none."""
+    """Read a run's checkpoint and give its "config" today's keys. Raises UserError if the file is no checkpoint."""
     try:
         # Mapped: what is not needed is not read. Windows cannot replace a file that is mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
@@ -148,9 +148,9 @@ def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int
 
 
 def describe(videos: Sequence) -> dict[str, Any]:
-    """Return number and digest of the training videos with their labels, in order, without folder and suffix.
+    """Return the number of training videos and a digest of their names (no folders, no suffixes) and labels, in order.
 
-    Also a digest of the sizes of some 1,000 of the files, and whether tools/prepare.py made them.
+    Also return a digest of the sizes of about 1,000 of the files, and whether tools/prepare.py made them.
     """
     digest = hashlib.blake2b(digest_size=16)
     for video in videos:

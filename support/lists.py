@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class Videos(Sequence):
-    """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
+    """The paths of many videos, with or without their classes: `videos[index]` is a pair (Path, class) or a Path.
 
     They are in two arrays, which forked loader workers share. A list would soon be copied into each worker, since
     reading an object writes its reference count.
@@ -56,7 +56,7 @@ def list_videos(root: str, selection: str) -> Videos:
 def named_videos(names: list[Path]) -> list[Path]:
     """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder.
 
-    Windows' shells leave a pattern such as *.mp4 as it is, so it is expanded here, unless a file has this name.
+    Windows' shells do not expand a pattern such as *.mp4, so it is expanded here, unless a file has this name.
     """
     paths = []
     for name in names:
@@ -207,7 +207,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _split_line(line: str) -> tuple[str, str]:
-    """Split a line into a path, perhaps quoted, and a label or "". The first suffix of a video ends a path."""
+    """Split a line into a path, perhaps quoted, and a label or "". A path ends with the first suffix of a video."""
     if line.startswith('"'):
         path, _, label = line[1:].partition('"')
         return path, label.strip(' \t,"')
@@ -226,7 +226,7 @@ def _is_number(text: str) -> bool:
 
 
 def _prepared_videos(root: str, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Replace the original videos by those that tools/prepare.py made of them."""
+    """Yield the videos that tools/prepare.py made of the original ones."""
     original = json.loads(Path(root, PREPARED).read_text("utf-8"))["root"]
     for entry in entries:
         path = Path(entry.path)

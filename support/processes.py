@@ -1,4 +1,4 @@
-"""The processes of a command: how they start, agree, are asked to stop, and end."""
+"""The processes of a command: how they start, exchange values, are asked to stop, and end."""
 
 import json
 import multiprocessing
@@ -46,7 +46,7 @@ class Processes:
 def start_processes(precision: str, workers: int = 0) -> Processes:
     """Join the processes that torchrun has started, one per device; `python` starts a single one.
 
-    precision: run.precision. workers: data.workers; a process without GPU leaves cores to them.
+    precision: run.precision. workers: data.workers; without a GPU, a process leaves a core to each of them.
     """
     device = find_device()
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": fast_dtype(device)}
@@ -61,7 +61,7 @@ def start_processes(precision: str, workers: int = 0) -> Processes:
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
         dist.init_process_group(backend)
-    # torch 2.14 deprecates DDP's argument for one that torch 2.11 does not have
+    # torch 2.14 deprecates an argument of DDP in favor of one that torch 2.11 does not have
     warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
     if not dist.is_initialized():
         return Processes(0, 1, device, dtype)
@@ -93,9 +93,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def loader_workers(workers: int) -> int:
-    """Return data.workers or, if it is -1, one less than the cores of the machine for each of its processes.
+    """Return data.workers or, if it is -1, one less than the cores that each training process of the machine has.
 
-    Without a GPU it is 1: computing, not loading, is what takes time.
+    Without a GPU, -1 means 1: computing takes longer than loading.
     """
     if workers >= 0:
         return workers
@@ -113,7 +113,7 @@ def compiler(setting: str, device: torch.device) -> Callable[[Any], Any]:
     return lambda function: function
 
 
-# ---- agreeing ----
+# ---- exchanging values ----
 
 
 def gather(items: list) -> list:
@@ -135,9 +135,9 @@ def average(x: Tensor) -> Tensor:
 
 
 class StopSignals(AbstractContextManager):
-    """Notes ctrl-C and the signals by which a cluster's scheduler announces the end of a job.
+    """Note ctrl-C and the signals by which a cluster's scheduler announces the end of a job.
 
-    In the `with` statement a signal is only noted; at the end of each step `requested` tells which ones any of the
+    In the `with` statement a signal is only noted. At the end of each step, `requested` says which ones any of the
     processes got. Inside `at_once`, where there is nothing to save, a signal ends the process.
     """
 
