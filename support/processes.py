@@ -1,4 +1,4 @@
-"""The processes of a command: how they start, exchange values, are asked to stop, and end."""
+"""The processes of a command: how they start, communicate, are asked to stop, and end."""
 
 import json
 import multiprocessing
@@ -113,7 +113,7 @@ def compiler(setting: str, device: torch.device) -> Callable[[Any], Any]:
     return lambda function: function
 
 
-# ---- exchanging values ----
+# ---- communicating ----
 
 
 def gather(items: list) -> list:
