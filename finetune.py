@@ -345,9 +345,9 @@ def test_weights(arguments: argparse.Namespace) -> None:
     folder = arguments.out or weights_file(weights).parent
     check_writable(folder)
     processes = start_processes(config.run.precision, config.data.workers)
+    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(processes.device)
     known = read_checkpoint(weights)[1].get("classes")
     _, videos, names = labelled_videos(*toy.find(config.data), config.data.per_class, known)
-    model = build_from_checkpoint(weights, VideoClassifier, config.model.pretrained_clip).to(processes.device)
     if known and known != names:
         raise UserError(f"{weights} was trained on other classes than these videos have: set data.classes")
     if model.options["classes"] != len(names):

@@ -1,4 +1,4 @@
-"""Read AVA's files: annotations, persons, actions, movies. Find what to train and test on."""
+"""Read AVA's files: annotations, persons, actions, movies. Choose what to train and test on."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ from support.video import BrokenVideo, Video
 
 ACTIONS = 80  # of AVA, numbered from 1; 60 of them are evaluated
 GROUPS = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")  # AVA's actions 1 to 14, to 63, to 80
-STRING = r'"(?:\\.|[^"\\\n])*"'  # in a list of actions; it may hold braces and \"
+STRING = r'"(?:\\.|[^"\\\n])*"'  # in a list of actions; may contain braces and \"
 BLOCK = re.compile(rf'\w+\s*:?\s*\{{((?:{STRING}|[^{{}}"])*)\}}|\S')  # or a character that belongs to none
 
 Frame = tuple[str, float]  # a key frame: video and second, an int if it is whole
@@ -79,7 +79,7 @@ def read_person_boxes(
         rows = _read_rows(path, "score")
     kept = [row for row in rows if row.score >= threshold]
     if not kept:
-        raise UserError(f"{path}: no box has a score of {threshold} or more, or in json a movie in data.movies")
+        raise UserError(f"{path}: no box has a score of {threshold} or more and, in json, a movie in data.movies")
     return key_frames(kept)
 
 
@@ -169,7 +169,7 @@ def _to_row(columns: list, last: str, actions: int) -> Row | None:
     return Row(frame, box, action, score)
 
 
-@lru_cache(maxsize=4096)  # a box has many rows, one after another: they use the same objects, which saves memory
+@lru_cache(maxsize=4096)  # rows of the same box follow one another; they share its objects, which saves memory
 def _frame_and_box(video: str, second: str, *edges: str) -> tuple[Frame, Box]:
     return _key_frame([video, second]), tuple(map(float, edges))
 
@@ -324,6 +324,6 @@ def find_validation(options: SimpleNamespace, root: Path) -> ValidationSet:
     persons = read_person_boxes(root / options.boxes, options.threshold, file_list, sizes)
     persons = {frame: rows for frame, rows in persons.items() if frame not in excluded}
     if not persons or not any(row.action in actions for row in rows):
-        files = f"{root / options.val} no row of an action in {options.labels}, or {options.boxes} no person"
-        raise UserError(f"outside excluded frames, there is in {files}")
+        what = f"{root / options.val} has no row of an action in {options.labels}, or {options.boxes} has no person"
+        raise UserError(f"outside excluded frames, {what}")
     return ValidationSet(movies, persons, rows, actions)

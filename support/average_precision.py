@@ -1,4 +1,4 @@
-"""Frame-mAP at IoU 0.5 (Sec. 4.3, Table 5): the official evaluator's to the digit."""
+"""Frame-mAP at IoU 0.5 (Sec. 4.3, Table 5), equal to the official evaluator's to the digit."""
 
 import argparse
 import json
@@ -60,7 +60,7 @@ def _average_precision(hits: list[bool], positives: int) -> float:
 
 
 def mean_percent(precisions: Iterable[float]) -> float | None:
-    """Return the mean in percent of those that are numbers; None without any."""
+    """Return the mean in percent, without those that are NaN; None if all are."""
     numbers = [precision for precision in precisions if not math.isnan(precision)]
     return 100 * (sum(numbers) / len(numbers)) if numbers else None
 

@@ -17,7 +17,7 @@ from support.lists import PREPARED
 from support.processes import gather
 from support.run import Log, count_steps
 
-# When a run resumes. A lower learning rate is the remedy if a loss is no longer finite.
+# Keys that may change when a run resumes; a lower learning rate helps if the loss is no longer finite.
 MAY_CHANGE = ("data.root", "data.workers", "data.test_clips", "data.test_crops", "optim.base_lr")
 MAY_CHANGE += ("optim.steps", "optim.warmup_steps", "optim.epochs", "optim.warmup_epochs")
 
@@ -51,7 +51,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            raise  # a worker was killed while this one wrote
+            raise  # a loader worker was killed in the meantime
         new.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written ({reason}): make room, then the same command resumes") from None
@@ -59,21 +59,17 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def all_finite(content: dict[str, Any]) -> bool:
-    """Return whether all weights are finite, in all state dicts of a checkpoint."""
-    for part in content.values():
-        if isinstance(part, dict):
-            weights = [value for value in part.values() if isinstance(value, Tensor) and value.is_floating_point()]
-            if not all(bool(value.isfinite().all()) for value in weights):
-                return False
-    return True
+    """Return whether all weights of a checkpoint are finite. The optimizer's tensors are not looked at."""
+    weights = flatten(content | dict(optimizer={})).values()
+    return all(bool(weight.isfinite().all()) for weight in weights if isinstance(weight, Tensor))
 
 
 def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> dict[str, Any] | None:
     """Return the checkpoint that a run left in its folder, or None, the same on all processes.
 
-    The keys of MAY_CHANGE may change when a run resumes, and all of `run` but the seed. identity: what else may not
-    change: the videos, and classes, actions or the frozen encoder of a stage. Raises UserError for a checkpoint of
-    another configuration or identity, and if processes see different ones.
+    When a run resumes, the keys in MAY_CHANGE may change, and all of `run` but the seed. identity: what else has to
+    stay the same, which is the videos and a stage's classes, actions or frozen encoder. Raises UserError for a
+    checkpoint of another configuration or identity, and if processes see different ones.
     """
     folder = Path(config.run.folder)
     path = folder / "checkpoint.pt"
@@ -94,7 +90,7 @@ def load_checkpoint(config: SimpleNamespace, default: Path, **identity: Any) -> 
 
 
 def read_run(path: Path, default: Path) -> dict[str, Any]:
-    """Read a run's checkpoint. Its "config" becomes one of today's keys. Raises UserError if it is none."""
+    """Read a run's checkpoint and give its "config" today's keys. Raises UserError if the file is no checkpoint."""
     try:
         # Mapped: what is not needed is not read. Windows cannot replace a file that is mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
@@ -119,13 +115,25 @@ def check_config(folder: Path, before: dict, config: SimpleNamespace) -> None:
 
 
 def check_identity(folder: Path, checkpoint: dict, identity: dict, other_videos: bool) -> None:
-    """Raise UserError if a run's classes, actions, frozen encoder or training videos differ from its checkpoint's."""
+    """Raise UserError if a run's classes, actions, frozen encoder or training videos differ from its checkpoint's.
+
+    Copies of the videos by tools/prepare.py may have other sizes.
+    """
     for name in ("classes", "actions", "encoder"):
         if checkpoint.get(name) != identity.get(name):
             what = f"{folder} holds a run with other {name}"
             raise UserError(f"{what}: set another run.folder, or restore them to resume")
-    if not other_videos:
-        check_videos(folder, checkpoint, identity["videos"])
+    if other_videos:
+        return
+    now = identity["videos"]
+    before = now | checkpoint.get("videos", {})
+    advice = "set another run.folder, or resume with run.other_videos=true"
+    if (before["count"], before["digest"]) != (now["count"], now["digest"]):
+        what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
+        raise UserError(f"{what} {now['count']:,}: restore the list, {advice}")
+    if before.get("sizes") != now.get("sizes") and before.get("prepared") == now.get("prepared"):
+        what = f"{folder} holds a run, {checkpoint['step']:,} steps of it done, of other videos with the same names"
+        raise UserError(f"{what}: the sizes of the files differ; restore them, {advice}")
 
 
 def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int) -> None:
@@ -139,33 +147,20 @@ def check_length(checkpoint: dict, config: SimpleNamespace, steps_per_epoch: int
         say(f"the run of {before:,} steps continues to {total:,}; the learning rate follows the new schedule")
 
 
-def check_videos(folder: Path, checkpoint: dict, now: dict) -> None:
-    """Raise UserError if a run's training videos differ from its checkpoint's. Prepared copies may have other sizes."""
-    before = now | checkpoint.get("videos", {})
-    advice = "set another run.folder, or resume with run.other_videos=true"
-    if (before["count"], before["digest"]) != (now["count"], now["digest"]):
-        what = f"{folder} holds a run with {before['count']:,} training videos, which differ from today's"
-        raise UserError(f"{what} {now['count']:,}: restore the list, {advice}")
-    if before.get("sizes") != now.get("sizes") and before.get("prepared") == now.get("prepared"):
-        what = f"{folder} holds a run, {checkpoint['step']:,} steps of it done, of other videos with the same names"
-        raise UserError(f"{what}: the sizes of the files differ; restore them, {advice}")
-
-
 def describe(videos: Sequence) -> dict[str, Any]:
-    """Return number and digest of the training videos with their labels, in order, without folder and suffix."""
+    """Return the number of training videos and a digest of their names (no folders, no suffixes) and labels, in order.
+
+    Also return a digest of the sizes of about 1,000 of the files, and whether tools/prepare.py made them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for video in videos:
         first, *labels = video if isinstance(video, tuple) else (video,)
         name = first.stem if isinstance(first, Path) else first
         digest.update(f"{name} {labels}\n".encode(errors="surrogateescape"))
-    return dict(count=len(videos), digest=digest.hexdigest(), **describe_files(videos))
-
-
-def describe_files(videos: Sequence) -> dict[str, Any]:
-    """Return a digest of the sizes of some 1,000 of the files, and whether tools/prepare.py made them."""
     some = videos[:: max(1, len(videos) // 1000)]  # a million on a network disk would take minutes
     paths = [video[0] if isinstance(video, tuple) else video for video in some]
     paths = [path for path in paths if isinstance(path, Path)]
-    sizes = [path.stat().st_size if path.exists() else -1 for path in paths]
-    prepared = bool(paths) and any((parent / PREPARED).exists() for parent in paths[0].parents)
-    return dict(sizes=hashlib.blake2b(str(sizes).encode(), digest_size=16).hexdigest(), prepared=prepared)
+    sizes = str([path.stat().st_size if path.exists() else -1 for path in paths])
+    sizes = hashlib.blake2b(sizes.encode(), digest_size=16).hexdigest()
+    prepared = any((parent / PREPARED).exists() for path in paths[:1] for parent in path.parents)
+    return dict(count=len(videos), digest=digest.hexdigest(), sizes=sizes, prepared=prepared)

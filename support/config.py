@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-LIMITS = (  # of numbers, from and to, for several keys each; those of all others are 0 and infinity
+LIMITS = (  # the lowest and the highest value of these keys; other numbers may be from 0 to infinity
     (1, math.inf, "data.actions data.frames data.stride data.size data.repeats data.test_clips data.test_crops"),
     (1, math.inf, "model.decoder_depth model.cube moco.mlp_dim moco.dim optim.batch_size optim.epochs"),
     (1, math.inf, "run.batch_per_device run.log_every run.checkpoint_every"),
@@ -38,13 +38,13 @@ class UserError(ValueError):
 
 
 def say(text: str) -> None:
-    """Print to stderr, apart from a command's results, on rank 0 alone."""
+    """Print to stderr, on rank 0 only. A command's results go to stdout."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
 def parse(parser: argparse.ArgumentParser, default: Path | None = None) -> argparse.Namespace:
-    """Parse the command line. Its .yaml file and key=value overrides, `settings`, may stand anywhere.
+    """Parse the command line. The .yaml file and key=value overrides may stand anywhere in it; they become `settings`.
 
     default: the stage's default configuration; --help then names the file that lists all keys.
     """
@@ -70,7 +70,7 @@ def parse(parser: argparse.ArgumentParser, default: Path | None = None) -> argpa
 
 
 def is_setting(word: str) -> bool:
-    """Return whether a word of the command line is a .yaml file or key=value, not the name of a file with "="."""
+    """Return whether a word of the command line is a .yaml file or key=value, and not a file with "=" in its name."""
     if re.match(r"[^-].*\.ya?ml$", word):
         return True
     return bool(re.match(r"\w+(\.\w+)?=", word)) and not Path(word).exists()
@@ -79,9 +79,9 @@ def is_setting(word: str) -> bool:
 def load_config(default: Path, settings: list[str], stored: dict | None = None) -> SimpleNamespace:
     """Return the configuration that a command line asks for.
 
-    The defaults.yaml next to `default` is changed by the .yaml file in `settings`, else by `stored`, else by `default`;
-    then by the overrides in `settings`. stored: a checkpoint's configuration; keys that it lacks take their defaults
-    and keys that no longer exist are ignored, with a line that says so. An empty run.folder becomes
+    The defaults.yaml next to `default` is changed by the .yaml file in `settings`, or else by `stored`, or else by the
+    file `default`; then by the overrides in `settings`. stored: a checkpoint's configuration. Keys that it lacks take
+    their defaults, keys that no longer exist are ignored, and a line says so. An empty run.folder becomes
     runs/<stage>/<name of the file>. Raises UserError for a file that cannot be read, an unknown key, or a value of the
     wrong type or out of range.
     """
@@ -94,9 +94,8 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     elif stored:
         source, chosen = "the checkpoint", flatten(stored)
         if differ := sorted(defaults.keys() ^ chosen.keys()):
-            _check_stage(default.parent, chosen)
             what = f"these keys take their defaults or are gone: {', '.join(differ)}"
-            say(f"{source} was made by another version: {what}")
+            say(f"{source} was made by another version or stage: {what}")
             chosen = {key: value for key, value in chosen.items() if key in defaults}
     else:
         source, chosen = str(default), read_yaml(default)
@@ -121,16 +120,6 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     return config
 
 
-def _check_stage(folder: Path, chosen: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint's keys are those of another stage, not of another version of this one."""
-    unknown = {}
-    for file in folder.parent.glob("*/defaults.yaml"):
-        unknown[file.parent.name] = len(chosen.keys() - read_yaml(file).keys())
-    stage = min(unknown, key=unknown.__getitem__)
-    if unknown[stage] < unknown[folder.name]:
-        raise UserError(f"the checkpoint is one of another stage, {stage}: {folder.name} needs one of its own")
-
-
 def as_dict(config: SimpleNamespace) -> dict:
     """Return a configuration as nested plain dicts, for YAML and checkpoints."""
     return json.loads(json.dumps(config, default=vars))
@@ -148,18 +137,18 @@ def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def pick(table: dict[str, Any], name: str, key: str) -> Any:
-    """Return `table[name]`. Raises UserError with the choices for the configuration key `key`."""
+    """Return `table[name]`, the choice that the configuration key `key` names. Raises UserError with all choices."""
     if name not in table:
         raise UserError(f"{key}={name} is not known; choose one of {', '.join(table)}")
     return table[name]
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the keys of a file and of its bases as one flat dict. Values are text: the schema says their type."""
+    """Read the keys of a file and of its bases as one flat dict. Values are text; their type is that of the default."""
     if path.resolve() in above:
         raise UserError(f"{path}: 'base:' leads back to the file itself")
     try:
-        config = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # safe_load without types
+        config = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # all values stay text
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"no configuration can be read from {path}: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
@@ -207,21 +196,17 @@ def _check_length(values: dict[str, tuple[Any, str]]) -> None:
 
 
 def _typed(text: Any) -> Any:
-    """Return the text of a default as the bool, int or float that it looks like."""
+    """Convert the text of a default to the bool, int or float that it looks like."""
     if isinstance(text, list):
         return [_typed(item) for item in text]
-    if text in ("true", "false"):
-        return text == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _convert(value: Any, where: str, key: str, example: Any) -> Any:
-    """Return a value, or its text, as the type of the default `example`. Raises UserError."""
+    """Convert a value, or its text, to the type of the default `example`. Raises UserError."""
     if isinstance(example, list):
         return _convert_list(value, where, key, example)
     kind = type(example)
@@ -243,7 +228,7 @@ def _convert(value: Any, where: str, key: str, example: Any) -> Any:
 
 
 def _convert_list(value: Any, where: str, key: str, example: list) -> list:
-    """Return a list, or its text, of the type of the default's items; data.scales may have any number of them."""
+    """Convert a list, or its text, to items of the default's type. Only data.scales may have another number of them."""
     try:
         items = yaml.load(str(value), Loader=yaml.BaseLoader)
     except yaml.YAMLError:

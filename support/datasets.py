@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
@@ -10,6 +11,10 @@ from pathlib import Path
 from support.config import UserError, say
 from support.lists import Entry, Videos, find_files, list_entries, list_videos, text_lines  # noqa: F401 (for notebooks)
 
+NUMBERED = (  # lines of a file of classes: number and name, or name and number, each perhaps quoted
+    re.compile(r'"?(?P<number>\d+)"?[\s,]+"?(?P<name>.*?)"?'),
+    re.compile(r'"?(?P<name>.*?)"?\s*[\t,]\s*"?(?P<number>\d+)"?'),
+)
 HEADERS = "name", "names", "label", "labels", "class", "classes", "class_name", "category"
 
 LabelledVideos = Sequence[tuple[Path, int]]  # each with the number of its class
@@ -46,10 +51,6 @@ class Classes:
             raise UserError(f"{entry.where}: {what} for {Path(entry.path).name}; {hint}")
         return self.by_label[label]
 
-    def label(self, entries: Iterable[Entry]) -> list[tuple[str, int]]:
-        """Return each video's path and class."""
-        return [(entry.path, self.index(entry)) for entry in entries]
-
 
 def _plain(label: str) -> str:
     label = label.replace("_", " ").lower()  # folders are often named riding_a_bike for "riding a bike"
@@ -74,28 +75,15 @@ def _read_classes(file: Path) -> list[tuple[int, str]]:
         lines = list(text_lines(file))
     except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(f"data.classes: no class names can be read from {file} ({error})") from None
-    for split in (_number_first, _number_last):
-        rows = [split(line) for _, line in lines]
-        numbered = [(int(number), name) for number, name in rows if number.isdecimal()]
-        if 2 * len(numbered) >= len(rows):
-            for (where, _), (number, _) in list(zip(lines, rows, strict=True))[1:]:  # the first may be a header
-                if not number.isdecimal():
+    for form in NUMBERED:
+        matches = [form.fullmatch(line) for _, line in lines]
+        if 2 * sum(map(bool, matches)) >= len(lines):
+            for (where, _), match in zip(lines[1:], matches[1:], strict=True):  # the first may be a header
+                if not match:
                     raise UserError(f"{where}: expected a number and a name, as in the other lines")
-            return numbered
+            return [(int(match["number"]), match["name"]) for match in matches if match]
     names = [line.strip('"') for _, line in lines]
     return list(enumerate(names[1:] if names[0].lower() in HEADERS else names))
-
-
-def _number_first(line: str) -> tuple[str, str]:
-    """Split `number name` or `number,name`, each perhaps quoted."""
-    number = line.replace(",", " ").partition(" ")[0].partition("\t")[0]
-    return number.strip('"'), line.removeprefix(number).strip(' \t,"')
-
-
-def _number_last(line: str) -> tuple[str, str]:
-    """Split `name,number`, each perhaps quoted."""
-    name, _, number = line.replace("\t", ",").rpartition(",")
-    return number.strip(' "'), name.strip(' "')
 
 
 def labelled_videos(
@@ -115,9 +103,9 @@ def labelled_videos(
     if len(table.names) < 2:
         what = f"a classifier needs two classes, but those of {table.where} are {table.names}"
         raise UserError(f"{what}: make a folder for each class, or a list of lines 'path label'")
-    videos = sorted(table.label(entries), key=itemgetter(1))
+    videos = sorted([(entry.path, table.index(entry)) for entry in entries], key=itemgetter(1))
     if val:
-        val_videos = table.label(list_entries(root, val))
+        val_videos = [(entry.path, table.index(entry)) for entry in list_entries(root, val)]
     else:
         videos, val_videos = hold_out(videos, table.names)
     if not any(os.path.exists(path) for path, _ in val_videos):  # raise now, not after days of training

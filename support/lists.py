@@ -4,10 +4,11 @@ import csv
 import glob
 import json
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from support.config import UserError, say
 
@@ -27,28 +28,24 @@ class Entry(NamedTuple):
 
 
 class Videos(Sequence):
-    """The paths of many videos, perhaps with their classes: `videos[index]` is a Path or a pair (Path, class).
+    """The paths of many videos, with or without their classes: `videos[index]` is a pair (Path, class) or a Path.
 
-    They are in a few large arrays, which forked loader workers share. A list would soon be copied into each worker,
-    since reading an object writes its reference count.
+    They are in two arrays, which forked loader workers share. A list would soon be copied into each worker, since
+    reading an object writes its reference count.
     """
 
     def __init__(self, paths: Iterable[str] = (), classes: Iterable[int] = ()) -> None:
-        self.text, self.ends = bytearray(), array("Q", [0])
-        for path in paths:
-            self.text += os.fsencode(path)
-            self.ends.append(len(self.text))
-        self.classes = array("Q", classes)
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+        self.classes = np.array(classes, dtype=int)
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.paths)
 
     def __getitem__(self, index: int | slice) -> Path | tuple[Path, int] | list:
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        place = range(len(self))[index]
-        path = Path(os.fsdecode(bytes(self.text[self.ends[place] : self.ends[place + 1]])))
-        return (path, self.classes[place]) if self.classes else path
+        path = Path(os.fsdecode(self.paths[index]))
+        return (path, int(self.classes[index])) if len(self.classes) else path
 
 
 def list_videos(root: str, selection: str) -> Videos:
@@ -59,12 +56,11 @@ def list_videos(root: str, selection: str) -> Videos:
 def named_videos(names: list[Path]) -> list[Path]:
     """List the videos that a command line names: files, folders, and lists with paths relative to the list's folder.
 
-    Windows' shells leave a pattern such as *.mp4 as it is, so it is expanded here, unless a file has this name.
+    Windows' shells do not expand a pattern such as *.mp4, so it is expanded here, unless a file has this name.
     """
     paths = []
     for name in names:
-        matches = [] if name.exists() else glob.glob(str(name), recursive=True)
-        paths += map(Path, sorted(matches) or [name])
+        paths += find_files("", str(name)) or [name]
     videos = []
     for name in paths:
         if name.is_dir():
@@ -211,7 +207,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _split_line(line: str) -> tuple[str, str]:
-    """Split a line into a path, perhaps quoted, and a label or "". The first suffix of a video ends a path."""
+    """Split a line into a path, perhaps quoted, and a label or "". A path ends with the first suffix of a video."""
     if line.startswith('"'):
         path, _, label = line[1:].partition('"')
         return path, label.strip(' \t,"')
@@ -230,7 +226,7 @@ def _is_number(text: str) -> bool:
 
 
 def _prepared_videos(root: str, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Replace the original videos by those that tools/prepare.py made of them."""
+    """Yield the videos that tools/prepare.py made of the original ones."""
     original = json.loads(Path(root, PREPARED).read_text("utf-8"))["root"]
     for entry in entries:
         path = Path(entry.path)

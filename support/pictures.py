@@ -42,7 +42,7 @@ CAPTIONS = {  # of the videos of pretrain.reconstruct
 
 
 def with_captions(views: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
-    """Name the videos of `pretrain.reconstruct` as they are labelled in a picture."""
+    """Return the videos of `pretrain.reconstruct` under the labels that a picture shows."""
     captions = {view: f"{ratio:.0%} masked: {CAPTIONS.get(view, view)}" for view in views}
     captions["original"] = "original"
     return {captions[view]: video for view, video in views.items()}
@@ -52,7 +52,7 @@ def estimate_statistics(mean: Tensor, std: Tensor, masked: Tensor, plane: tuple[
     """Estimate mean and std of masked cubes (N_mask, 1, 3) from those of visible ones.
 
     mean, std: of all cubes (N, 1, 3). masked: positions (N_mask,). plane: the number of cubes in height and width.
-    Visible cubes are weighted by one over the fourth power of their distance. With none, the guess is mid-gray.
+    Visible cubes are weighted by one over the fourth power of their distance. Without any, the estimate is mid-gray.
     """
     if len(masked) == len(mean):
         return torch.full_like(mean, 0.5), torch.full_like(std, 0.2)

@@ -1,4 +1,4 @@
-"""The processes of a command: how they start, agree, are asked to stop, and end."""
+"""The processes of a command: how they start, communicate, are asked to stop, and end."""
 
 import json
 import multiprocessing
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from support.config import UserError, pick
 
-STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]  # no SIGUSR1 on Windows
+# Windows has no SIGUSR1.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1", "SIGINT")]
 
 
 # ---- starting ----
@@ -45,7 +46,7 @@ class Processes:
 def start_processes(precision: str, workers: int = 0) -> Processes:
     """Join the processes that torchrun has started, one per device; `python` starts a single one.
 
-    precision: run.precision. workers: data.workers; a process without GPU leaves cores to them.
+    precision: run.precision. workers: data.workers; without a GPU, a process leaves a core to each of them.
     """
     device = find_device()
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": fast_dtype(device)}
@@ -60,7 +61,7 @@ def start_processes(precision: str, workers: int = 0) -> Processes:
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
         dist.init_process_group(backend)
-    # torch 2.14 deprecates DDP's argument for one that torch 2.11 does not have
+    # torch 2.14 deprecates an argument of DDP in favor of one that torch 2.11 does not have
     warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
     if not dist.is_initialized():
         return Processes(0, 1, device, dtype)
@@ -92,9 +93,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def loader_workers(workers: int) -> int:
-    """Return data.workers or, if it is -1, one less than the cores of the machine for each of its processes.
+    """Return data.workers or, if it is -1, one less than the cores that each training process of the machine has.
 
-    Without a GPU it is 1: computing, not loading, is what takes time.
+    Without a GPU, -1 means 1: computing takes longer than loading.
     """
     if workers >= 0:
         return workers
@@ -112,7 +113,7 @@ def compiler(setting: str, device: torch.device) -> Callable[[Any], Any]:
     return lambda function: function
 
 
-# ---- agreeing ----
+# ---- communicating ----
 
 
 def gather(items: list) -> list:
@@ -134,25 +135,20 @@ def average(x: Tensor) -> Tensor:
 
 
 class StopSignals(AbstractContextManager):
-    """Notes ctrl-C and the signals by which a cluster's scheduler announces the end of a job.
+    """Note ctrl-C and the signals by which a cluster's scheduler announces the end of a job.
 
-    In the `with` statement a signal is only noted; at the end of each step `requested` tells which ones any of the
+    In the `with` statement a signal is only noted. At the end of each step, `requested` says which ones any of the
     processes got. Inside `at_once`, where there is nothing to save, a signal ends the process.
     """
 
     def __init__(self) -> None:
         self.noted: set[str] = set()
         self.immediate = False
-        self.previous: dict[str, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for name in STOP_SIGNALS:
-            self.previous[name] = signal.signal(getattr(signal, name), self._note)
-        return self
+        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def __exit__(self, *exception: object) -> None:
-        for name, handler in self.previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.noted.add(signal.Signals(number).name)
@@ -164,10 +160,10 @@ class StopSignals(AbstractContextManager):
 
     def requested(self) -> str:
         """Return the names of the signals that any of the processes got, on every process; "" without any."""
-        counts = torch.tensor([int(name in self.noted) for name in STOP_SIGNALS])
+        counts = torch.tensor([int(number.name in self.noted) for number in STOP_SIGNALS])
         if dist.is_initialized():
             dist.all_reduce(counts)
-        return " and ".join(name for name, count in zip(STOP_SIGNALS, counts.tolist(), strict=True) if count)
+        return " and ".join(number.name for number, count in zip(STOP_SIGNALS, counts, strict=True) if count)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -181,8 +177,8 @@ class StopSignals(AbstractContextManager):
 
 def ignore_signals(worker: int) -> None:
     """Ignore stop signals in a loader worker, which has to outlive the current step."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- ending ----
@@ -197,7 +193,7 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sentence = "interrupted: the same command resumes from the last checkpoint, if there is one"
-    except (UserError, OSError, BrokenProcessPool, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         sentence = explain(error)
         if not sentence:
             raise
@@ -219,9 +215,9 @@ def explain(error: Exception) -> str:
         return str(error).rpartition("UserError: ")[2].strip()  # one of a loader worker follows a traceback
     if isinstance(error, BrokenProcessPool):
         return "a process was killed, perhaps for lack of memory: make room, then the same command resumes"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error}; give another path, or fix this one"  # e.g. permission is denied
     if isinstance(error, OSError):
+        if error.filename:
+            return f"{error}; give another path, or fix this one"  # e.g. permission is denied
         traceback.print_exc()
         return str(error)
     if lack := re.search(r"shared memory|ancdata|Too many open files", str(error)):

@@ -1,4 +1,4 @@
-"""What the loops of all stages need besides the loop: how a batch is split, the learning rate, the log."""
+"""What the loops of all stages need: how a batch is split, the learning rate, the log."""
 
 import json
 import math
@@ -77,8 +77,8 @@ def peak_memory(device: torch.device) -> float | None:
 class Log:
     """A run's folder on rank 0, locked for this run alone, with its log.jsonl, and the progress bar.
 
-    start: the step at which the run starts or resumes. epoch: its steps. clips_per_step: of all processes. Raises
-    UserError, on all processes, if another run is at work in the folder or if it cannot be written.
+    start: the step at which the run starts or resumes. epoch: the steps of one. clips_per_step: of all processes.
+    Raises UserError, on all processes, if another run is at work in the folder or if it cannot be written.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class Log:
         self.since = time.perf_counter()
 
     def progress(self, steps: Iterable[int]) -> Iterator[int]:
-        """Yield the steps, moving the progress bar; with run.profile, trace the fourth to the sixth."""
+        """Yield the steps and move the progress bar. With run.profile, trace the fourth to the sixth step."""
         tracer = None
-        if self.trace:  # by the fourth step all is compiled and has its memory
+        if self.trace:  # by the fourth step everything is compiled and all memory is allocated
             traced = schedule(wait=2, warmup=1, active=3, repeat=1)
             tracer = profile(schedule=traced, on_trace_ready=lambda done: done.export_chrome_trace(str(self.trace)))
         with self.bar, tracer or nullcontext():
             for step in steps:
                 yield step
-                self.bar.set_description(refresh=False)  # all is compiled
+                self.bar.set_description(refresh=False)  # the model is compiled
                 self.bar.update()
                 if tracer:
                     tracer.step()
@@ -154,13 +154,13 @@ class Log:
                     self.board.add_scalar(tag, value, values["step"])
 
     def last_loss(self) -> str:
-        """Return the last loss, also of a run that was finished before, as text; "" without any."""
+        """Return ", loss" and the last loss in the log, also that of a run that was finished before; "" without any."""
         lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
         losses = [line["loss"] for line in lines if "loss" in line]
         return f", loss {losses[-1]:.4f}" if losses else ""
 
     def epoch_ends(self, step: int, every: int) -> bool:
-        """Return whether a step ends an epoch of which every `every`-th counts; 0: none."""
+        """Return whether a step ends an epoch whose number is a multiple of `every`; with 0 none does."""
         return every > 0 and step % (every * self.epoch) == 0
 
     def draw(self) -> None:
@@ -179,12 +179,10 @@ class Log:
 def finetune_command(config: SimpleNamespace, init: str | Path) -> str:
     """Return the command that fine-tunes the weights `init` of a run, with its clips and lists of videos.
 
-    Of the recipes whose name the name of the run's folder starts with, the longest is meant, without one own.yaml.
+    Its recipe is the one with the longest name that the name of the run's folder starts with, or else own.yaml.
     """
     recipes = Path(__file__).parents[1] / "configs" / "finetune"
-    words = ["python"]
-    if "RANK" in os.environ:
-        words = ["torchrun"]
+    words = ["torchrun" if "RANK" in os.environ else "python"]
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         words.append(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
     words.append("finetune.py")
@@ -222,7 +220,7 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
 
 def open_log(path: Path, step: int) -> TextIO:
-    """Open log.jsonl, one JSON object per line, to append to; lines after `step`, where a run resumes, are dropped."""
+    """Open log.jsonl, one JSON object per line, to append to it. Drop lines after `step`, where a run resumes."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]  # a torn last line
@@ -243,7 +241,7 @@ def open_tensorboard(folder: Path, step: int) -> Any:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError if results cannot be written into a folder: better before hours of testing than after."""
+    """Raise UserError if results cannot be written into a folder: before hours of testing, not after them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

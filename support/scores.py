@@ -1,4 +1,4 @@
-"""The scores of a tested model, of a prediction, and two tested models compared class by class."""
+"""Write the scores of a test and of a prediction; compare two tested models class by class."""
 
 import csv
 import json
@@ -13,12 +13,13 @@ from support.pictures import new_figure
 
 
 def write_csv(file: Path, rows: Iterable[list]) -> None:
+    """Write rows of a csv file; names of files may not be valid UTF-8."""
     with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         csv.writer(opened).writerows(rows)
 
 
 def describe_accuracy(rates: dict[str, float], videos: int, unreadable: int, classes: int) -> str:
-    """Return a sentence on the rates in percent of a test. Top-5 says little about fewer than ten classes."""
+    """Return a sentence on the rates of a test, in percent. Top-5 is left out with fewer than ten classes."""
     text = f"top-1 {rates['top1']:.2f} % (mean over classes {rates['class_mean']:.2f} %)"
     if classes >= 10:
         text += f", top-5 {rates['top5']:.2f} %"

@@ -87,7 +87,7 @@ def direction(motion: str, generator: torch.Generator) -> tuple[float, float]:
 
 
 def coverage(shape: str, state: Tensor, height: int, width: int, wrap: bool = False) -> Tensor:
-    """Return how much of each pixel a shape covers, (T, H, W) in [0, 1], that moves as `state` (4, T) says.
+    """Return how much of each pixel is covered, (T, H, W) in [0, 1], by a shape that moves as `state` (4, T) says.
 
     wrap: what leaves the frame on one side comes back on the other.
     """
@@ -131,7 +131,7 @@ def write_video(path: Path, brightness: Tensor) -> None:
 def render_folder(folder: Path, settings: dict, render_video: Callable, last: str, text: str) -> Path:
     """Render the videos of `settings` that are missing in `folder`, by a function like `render_video`. Return `folder`.
 
-    The file `last`, with `text`, marks a complete folder. Raises UserError if the folder has other settings.
+    The file `last`, which holds `text`, marks a complete folder. Raises UserError if the folder has other settings.
     """
     mark, described = folder / "settings.json", json.dumps(settings)
     if not (mark.exists() and (folder / last).exists()):

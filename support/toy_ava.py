@@ -12,13 +12,13 @@ from torchvision.ops import masks_to_boxes
 from support.seeds import random_below, sample_generator
 from support.toy import CLASSES, DARK, RATE, SPEED, coverage, direction, render_folder, uniform, write_video
 
-# What the other actions change from frame to frame: angle, size. A kind stands for one of AVA's three groups.
+# What the other actions change from frame to frame: angle, size. Each kind of action stands for one of AVA's groups.
 STEPS = {"turning left": (-1, 0), "turning right": (1, 0), "growing": (0, 1), "shrinking": (0, -1)}
 ACTIONS = dict.fromkeys(CLASSES, "PERSON_MOVEMENT")
 ACTIONS |= dict.fromkeys(("turning left", "turning right"), "OBJECT_MANIPULATION")
 ACTIONS |= dict.fromkeys(("growing", "shrinking"), "PERSON_INTERACTION")
 HEIGHT, WIDTH, FRAMES = 32, 48, 60  # five seconds: key frames at seconds 901 to 904
-MARGIN = 8  # pixels around the frame to which shapes may go
+MARGIN = 8  # pixels beyond the frame that shapes may reach
 RADIUS = 4  # pixels, of a square that has not grown; it doubles
 FOLDER, VIDEOS = Path("toy_ava"), {"train": 800, "val": 160}
 LABEL = 'label {{\n  name: "{}"\n  label_id: {}\n  label_type: {}\n}}\n'

@@ -1,7 +1,8 @@
 """Read exact frames of a video file or of a part of it, and write mp4.
 
 A file holds one packet for each frame, in the order of decoding. A packet's pts says when its frame is shown. Reading
-packets is fast, decoding them is slow. A key frame can be decoded alone, others from the key frame before them on.
+packets is fast, decoding them is slow. A key frame can be decoded alone, any other only after the key frame before it
+and the packets in between.
 """
 
 import math
@@ -44,7 +45,7 @@ class Video(AbstractContextManager):
         self.matrix = None  # how frames are turned and mirrored; read from the first that is decoded
         with _named_errors(path):
             self.stream = _open(path)
-            self.size = self.stream.width, self.stream.height  # of all frames, should it change within the stream
+            self.size = self.stream.width, self.stream.height  # of all frames, even if it changes within the stream
             self.rate = Fraction(self.stream.average_rate or 25)  # average frames a second
             self.time_base = Fraction(self.stream.time_base)  # unit of pts in seconds
             origin = round(Fraction(self.stream.container.start_time or 0, 1_000_000) / self.time_base)
@@ -222,7 +223,7 @@ def _decodable(times: list[float], first: float) -> list[float]:
 
 
 def _first_pts(path: str | Path, stream: av.VideoStream, key: av.Packet) -> float:
-    """Return when the first frame is shown that can be decoded from the first key frame of a file on."""
+    """Return when the first frame is shown that can be decoded if decoding starts at a file's first key frame."""
     time = key.pts
     if stream.codec_context.name == "h264":
         # Without an IDR picture (unit type 5) it may start an intra refresh, whose first frames are incomplete.

@@ -18,7 +18,7 @@ FILES = "checkpoint.pt model.safetensors model.safetensors.index.json".split()
 FILES += "pytorch_model.bin pytorch_model.bin.index.json mp_rank_00_model_states.pt".split()
 # Keys under which a file may keep its tensors.
 KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "model_ema")
-# Parameters have the official repository's names. DistributedDataParallel, torch.compile and others add these to them.
+# Parameters have the official repository's names. DistributedDataParallel, torch.compile and others add these parts.
 WRAPPERS = {"module", "_orig_mod", "model", "backbone", "videomae"}
 
 # Parts of other projects' names, in the order in which they are replaced, and the official ones.
@@ -121,7 +121,7 @@ def _load(path: Path) -> Any:
 
 
 def describes(hub: dict, state: dict[str, Tensor]) -> bool:
-    """Return whether a config.json of Hugging Face is that of these weights, by its sizes."""
+    """Return whether the sizes in a config.json of Hugging Face are those of the weights."""
     kernel = state.get("encoder.patch_embed.proj.weight")
     if kernel is None or not {"num_frames", "image_size"} <= set(hub):
         return False

@@ -1,4 +1,4 @@
-"""Weights of any source in this project's models, and what configurations need to know of them (docs/weights.md)."""
+"""Load weights of any source into this project's models; find what configurations need of them (docs/weights.md)."""
 
 import math
 import re
@@ -29,10 +29,10 @@ def load_weights(
 ) -> None:
     """Load any file that `read_checkpoint` reads into any of this project's models. Say which parts are loaded.
 
-    Each parameter has to be in the file, with its shape, but for names that start with one of `fresh`, which keep their
-    initial values, or of `optional`, which keep them if the file has none of this shape. Each tensor has to be used,
-    unless it is of a part that the model lacks. Image models are inflated (Table 1e). Raises UserError.
-    clip_size: of the clips that the file's positions are for, if it does not say so; None: of the model's.
+    Each parameter has to be in the file, in the same shape. Exceptions are those whose names start with one of `fresh`,
+    which keep their initial values, or of `optional`, which keep them if the file has none of this shape. Each tensor
+    of the file has to be used, unless it belongs to a part that the model lacks. Image models are inflated (Table 1e).
+    clip_size: that of the file's positions, if the file does not say it; None: the model's. Raises UserError.
     """
     state, content = read_checkpoint(path)
     embedding, grid = model.encoder.patch_embed, model.encoder.grid
@@ -82,7 +82,7 @@ def load_weights(
 def fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
     """Return position tables for `new_grid`: those of the file, which are for its `grid` of cubes.
 
-    If the file has none, a model keeps its own, or gets the sine-cosine table of the file's grid if its own is one.
+    If the file has none, a sine-cosine table of the model becomes that of the file's grid; any other table is kept.
     """
     tables = {}
     for key in [key for key in own if key.endswith("pos_embed")]:
@@ -122,7 +122,7 @@ def inflate(state: dict[str, Tensor], frames: int, grid: Grid) -> dict[str, Tens
 def read_options(path: str | Path, clip_size: tuple[int, int, int] = (16, 224, 224)) -> dict[str, Any]:
     """Return the arguments of the `VideoMAE` or `VideoClassifier` that a checkpoint holds. Raises UserError.
 
-    This project's checkpoints contain them. For others, sizes are inferred from the tensors, and heads and clip size
+    This project's checkpoints contain them. For others, sizes are inferred from the tensors; heads and clip size are
     read from config.json. Without one, heads are those of `SIZES` for this width, and `clip_size` is the caller's.
     """
     state, content = read_checkpoint(path)

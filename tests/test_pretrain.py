@@ -227,7 +227,7 @@ MISTAKES = [  # words of the command and what its last line says
     ("--reconstruct a.mp4 --weights none.pt", "no weights at none.pt"),
     ("--reconstruct a.mp4 --weights OWN data.size=96", "leave data.frames, data.size and target.frames"),
     ("--reconstruct a.mp4 --weights OWN target.frames=double", "another target than target.frames=double"),
-    ("--reconstruct a.mp4 --weights FINETUNED", "one of another stage, finetune: pretrain needs one of its own"),
+    ("--reconstruct a.mp4 --weights FINETUNED", "FINETUNED is not a pre-training checkpoint"),
     ("data.root=BROKEN", "100 videos in a row could not be read; look at data.root and at the last one, BROKEN"),
     ("TOY target.frames=centre", "target.frames=centre is not known; choose one of input, double, center"),
     ("TOY target.loss=l2", "target.loss=l2 is not known; choose one of"),

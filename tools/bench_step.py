@@ -56,7 +56,7 @@ def require(name: str) -> ModuleType:
 
 
 def measure(ways: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, in alternating order: other load on the machine hits all alike.
+    """Return the seconds of each way in each round. Their order alternates, so that other load affects all alike.
 
     A way takes the number of the round and returns the seconds that it took. Round 0 comes first and does not count.
     """
@@ -114,7 +114,7 @@ def ours(config: SimpleNamespace, device: torch.device) -> tuple[nn.Module, Call
 
 
 def transformers_sdpa(config: SimpleNamespace, device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    """Return the same of transformers' model."""
+    """Return the same for transformers' model."""
     transformers = require("transformers")
     frames, targets, *positions = make_batch(config, device)
     size = SIZES[config.model.size]

@@ -89,7 +89,7 @@ def draw_detections(arguments: argparse.Namespace) -> None:
     options = config.data
     movies = {video.stem: video for video in videos}
     if len(movies) < len(videos):
-        raise UserError("two of the videos have the same name, as their results would: give one after the other")
+        raise UserError("two of the videos have the same name, and so would their results: draw them one at a time")
     processes = start_processes(config.run.precision, config.data.workers)
     model = build_from_checkpoint(weights, detect_ava.ActionDetector, config.model.pretrained_clip).to(processes.device)
     boxes, person_detector = {}, None

@@ -103,7 +103,7 @@ def gigabytes(config: SimpleNamespace) -> tuple[float, float]:
     """Return the memory of training `run.batch_per_device` clips in bf16, without and with activation checkpointing.
 
     Counted are weights, gradients and AdamW's two moments in float32, MoCo v3's second weights, bf16 copies of the
-    weights, and what each clip keeps for the backward pass; not what lives for a moment only.
+    weights, and what each clip keeps for the backward pass; not what is in memory only for a moment.
     """
     model, positions = build(config)
     state = (20 if hasattr(config, "moco") else 16) * sum(parameter.numel() for parameter in model.parameters())
@@ -170,8 +170,8 @@ def main() -> None:
     add("--gpu", default="H100", choices=list(GPUS))
     add("--gpus", type=int, default=64)
     add("--share", type=float, default=0.4, help="fraction of the GPU's FLOP/s, assumed for training; not measured")
-    add("--core-ms", type=float, default=45, help="in which a CPU core decodes, crops and resizes a clip")
-    add("--clip-mb", type=float, default=0.64, help="of a video file: 10 s of 340 x 256 in bench_loader")
+    add("--core-ms", type=float, default=45, help="time in which a CPU core decodes, crops and resizes a clip")
+    add("--clip-mb", type=float, default=0.64, help="size of a video file: 10 s of 340 x 256 in bench_loader")
     add("--link", type=float, default=400, help="GB/s between machines: eight ports of 400 Gbit/s are 400")
     add("--decoder-ratio", type=float, default=0, help="mask.decoder_ratio of pre-training")
     options = parser.parse_args()
