@@ -5,16 +5,24 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from multiprocessing import Process
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import ModuleType
+from typing import TextIO
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from videos import number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
 
 import support.processes
@@ -32,8 +40,7 @@ RESULTS = {"finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_a
 RESULTS |= {"pretrain": [], "baselines/moco_v3": []}
 
 # One thread everywhere: the losses of runs are compared to the bit.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-os.environ |= ENVIRONMENT
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 torch.set_num_threads(1)
 
 
@@ -127,7 +134,7 @@ def finished(settings, tmp_path_factory) -> Callable[..., Path]:
     return finish
 
 
-def command(script: str | Path, *arguments: object, processes: int = 0) -> list[str]:
+def command(script: str, *arguments: object, processes: int = 0) -> list[str]:
     """Return the command line of a stage (a file) or a tool (a module), with `processes` through torchrun."""
     launcher = [sys.executable]
     if processes:
@@ -136,45 +143,95 @@ def command(script: str | Path, *arguments: object, processes: int = 0) -> list[
     return [*launcher, *module, str(script), *map(str, arguments)]
 
 
-def run(
-    script: str | Path, *arguments: object, processes: int = 0, cwd: Path = ROOT, ok: bool = True
-) -> subprocess.CompletedProcess:
-    """Run a command to its end: by torchrun, or in this process, since a new one takes seconds to start."""
+def import_script(script: str) -> ModuleType:
+    return importlib.import_module(str(script).removesuffix(".py").replace("/", "."))
+
+
+def run(script: str, *arguments: object, processes: int = 0, cwd: Path = ROOT, ok: bool = True) -> CompletedProcess:
+    """Run a command to its end, in this process or in new ones."""
     if processes:
-        words = command(script, *arguments, processes=processes)
-        done = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = run_processes(script, *arguments, processes=processes)
     else:
-        module = importlib.import_module(str(script).removesuffix(".py").replace("/", "."))
         out, err, status = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(cwd)
             patch.setattr("sys.argv", [str(script), *map(str, arguments)])
             try:
-                support.processes.launch(module.main)
+                support.processes.launch(import_script(script).main)
             except SystemExit as end:
                 status = end.code
         if isinstance(status, str):  # a sentence
             err.write(f"{status}\n")
             status = 1
-        done = subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
+        done = CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def run_with_signal(words: list[str], at: str, cwd: Path = ROOT) -> str:
-    """Run a command until a signal has ended it and all processes it has started. Return its stderr.
+def run_processes(script: str, *arguments: object, processes: int) -> CompletedProcess:
+    """Run a command in processes as torchrun starts them: in forks. These cannot use a GPU; with one, use torchrun."""
+    words = command(script, *arguments, processes=processes)
+    if torch.accelerator.is_available():
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR=store.host, MASTER_PORT=store.port)
+    same |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        ranks = [same | dict(RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
+        forks = [fork(script, *arguments, environment=rank, out=out, err=err) for rank in ranks]
+        for each in forks:
+            each.join(timeout=300)
+            each.kill()
+        printed = [file.seek(0) or file.read() for file in (out, err)]
+    failed = [each for each in forks if each.exitcode != 0]
+    return CompletedProcess(words, len(failed), *printed)
+
+
+def run_with_signal(at: str, script: str | Callable[[], None], *arguments: object, processes: int = 0) -> str:
+    """Run a command, or a function, until a signal has ended it and all processes it has started. Return its stderr.
 
     at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
     """
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests/signals"), "SIGNAL_AT": at}
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(words, cwd=cwd, env=environment, start_new_session=True, **pipes)
-    _, messages = process.communicate(timeout=100)  # until nobody is left to write into the pipe
-    until = time.monotonic() + 20
-    while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
-        time.sleep(0.05)
-    assert process.returncode != 0 and not is_alive(process.pid)
-    return messages
+    environment = dict(PYTHONPATH=str(ROOT / "tests" / "signals"), SIGNAL_AT=at)
+    with open(os.devnull, "w") as out, tempfile.TemporaryFile("w+") as err:
+        if processes or (isinstance(script, str) and torch.accelerator.is_available()):
+            words, files = command(script, *arguments, processes=processes), dict(stdout=out, stderr=err)
+            process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, start_new_session=True, **files)
+            status = process.wait(timeout=100)
+        else:
+            process = fork(script, *arguments, environment=environment, out=out, err=err)
+            process.join(timeout=100)
+            status = process.exitcode
+        until = time.monotonic() + 20
+        while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
+            time.sleep(0.05)
+        assert status and not is_alive(process.pid)
+        err.seek(0)
+        return err.read()
+
+
+def fork(script: str | Callable, *arguments: object, environment: dict, out: TextIO, err: TextIO) -> Process:
+    """Start a command, or a function, in a fork of this process: a new one takes seconds to import PyTorch."""
+
+    def main() -> None:
+        os.setsid()
+        os.chdir(ROOT)
+        os.environ |= {key: str(value) for key, value in environment.items()}
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        sys.argv = [str(script), *map(str, arguments)]
+        warnings.resetwarnings()  # pytest keeps warnings for itself
+        for category in (DeprecationWarning, ResourceWarning):  # as Python does
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+        if "SIGNAL_AT" in environment:
+            exec((ROOT / "tests" / "signals" / "sitecustomize.py").read_text(), {})
+        support.processes.launch(script if callable(script) else import_script(script).main)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
 
 
 def log(folder: Path) -> list[dict]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, command, run, run_with_signal
+from conftest import run, run_with_signal
 from videos import SIZE, broken_files, number_of, write_numbered
 
 import data
@@ -194,7 +194,7 @@ def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
 
 def test_a_killed_run_resumes_at_the_next_video(videos, pretrained, tmp_path):
     words = [videos, "--weights", pretrained, "--out", tmp_path, "data.stride=1"]
-    run_with_signal(command(TOOL, *words), ".npz 2 SIGKILL itself", ROOT)
+    run_with_signal(".npz 2 SIGKILL itself", TOOL, *words)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(done) == 1 and len(list(tmp_path.rglob("*.part"))) == 1
     run(TOOL, *words)

@@ -169,8 +169,8 @@ def test_a_killed_run_resumes_where_it_was(tmp_path):
     first = video(root / "00.mp4", 60)
     for number in range(1, 8):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
-    words = command("tools.prepare", f"data.root={root}", "--to", out, "--processes", "1")
-    run_with_signal(words, ".mp4 3 SIGKILL group")
+    words = f"data.root={root}", "--to", out, "--processes", "1"
+    run_with_signal(".mp4 3 SIGKILL group", "tools.prepare", *words)
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert len(there) == 2 and list(out.glob("*.part"))
     for name in there:  # whole, each of them

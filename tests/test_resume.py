@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ENVIRONMENT,
     EVERYTHING_RANDOM,
     RESULTS,
     ROOT,
@@ -57,7 +56,7 @@ def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finish
     """The main process alone is killed, and its workers end; everything random is on."""
     reference, folder = random_run(finished, stage), tmp_path / "run"
     more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
-    run_with_signal(command(f"{stage}.py", *settings[stage], *more, "data.workers=2"), "checkpoint.pt 2 SIGKILL itself")
+    run_with_signal("checkpoint.pt 2 SIGKILL itself", f"{stage}.py", *settings[stage], *more, "data.workers=2")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # the next one is not finished
     assert (folder / "checkpoint.tmp").exists()
     done = run(f"{stage}.py", *settings[stage], *more)
@@ -138,14 +137,14 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
     """Without torchrun, all processes get it, as from Slurm or ctrl-C; torchrun gets SIGTERM, one process SIGUSR1."""
     folder = tmp_path / "run"
     words = [*settings["pretrain"], "data.workers=1", "optim.epochs=8", f"run.folder={folder}"]
-    line = command("pretrain.py", *words, "run.checkpoint_every=10", processes=processes)
-    printed = run_with_signal(line, f"checkpoint.pt 1 {name} {receiver}")
+    words.append("run.checkpoint_every=10")
+    printed = run_with_signal(f"checkpoint.pt 1 {name} {receiver}", "pretrain.py", *words, processes=processes)
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 10 <= step < 20 and log(folder)[-1]["step"] == step
     assert f"pretrain.py: stopped by {name} after step {step}: the same command resumes there" in printed
     if not processes:
         assert "Traceback" not in printed
-    run("pretrain.py", *words, "run.checkpoint_every=10")
+    run("pretrain.py", *words)
     reference = finished("pretrain", "optim.epochs=8")
     assert losses(folder) == pytest.approx(losses(reference), abs=0 if not processes else 1e-5)
 
@@ -201,7 +200,8 @@ def test_a_folder_belongs_to_one_run(settings, tmp_path):
     import filelock
 
     with filelock.FileLock(tmp_path / ".lock"):
-        done = run("pretrain.py", *settings["pretrain"], f"run.folder={tmp_path}", processes=2, ok=False)
+        words = command("pretrain.py", *settings["pretrain"], f"run.folder={tmp_path}", processes=2)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     sentence = f"pretrain.py: another run is at work in {tmp_path}: wait for it, stop it, or set another run.folder"
     assert done.returncode != 0 and "Error:" not in done.stderr.replace("ChildFailedError:", "")
     assert f"  traceback : {sentence}" in done.stderr[-600:]  # torchrun repeats it at the end of its report
@@ -216,7 +216,7 @@ def test_two_machines_train_as_one_process_does(settings, finished, tmp_path):
     launcher += ["--master_addr=127.0.0.1", "--master_port=29517"]
     lines = [[*launcher, f"--node_rank={rank}", "pretrain.py", *words] for rank in (0, 1)]
     pipes = dict(stderr=subprocess.PIPE, text=True)
-    machines = [subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **pipes) for line in lines]
+    machines = [subprocess.Popen(line, cwd=ROOT, **pipes) for line in lines]
     printed = [machine.communicate(timeout=120)[1] for machine in machines]
     assert not any(machine.returncode for machine in machines), printed[0][-2000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished("pretrain")), rel=1e-4)

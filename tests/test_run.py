@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command
+from conftest import ROOT, command
 
 import pretrain
 from support.checkpoint import describe, load_checkpoint, write_checkpoint
@@ -206,7 +206,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file
 save = lambda n: write_checkpoint(Path({str(path)!r}), dict(weight=torch.ones(n)))
 launch(lambda: (save(10), save(100_000)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert f"{path} cannot be written (" in done.stderr and "make room, then the same command resumes" in done.stderr
     assert list(tmp_path.iterdir()) == [path] and len(torch.load(path, weights_only=True)["weight"]) == 10
@@ -323,12 +323,12 @@ FEW_FILES = ["sh", "-c", 'ulimit -n 28 && exec "$@"', "sh"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits are set as on Linux")
-@pytest.mark.parametrize("limited", [FEW_FILES, SMALL_SHM], ids=["files", "memory"])
-def test_a_loader_without_shared_memory_or_open_files_ends_in_a_sentence(limited, settings, tmp_path):
+@pytest.mark.parametrize("stage, limited", [("baselines/moco_v3", FEW_FILES), ("detect_ava", SMALL_SHM)])
+def test_a_loader_without_shared_memory_or_open_files_ends_in_a_sentence(stage, limited, settings, tmp_path):
     if subprocess.run([*limited, "true"], capture_output=True).returncode:
         pytest.skip("only root can mount")
-    words = command("pretrain.py", *settings["pretrain"], "data.workers=4", f"run.folder={tmp_path / 'run'}")
-    done = subprocess.run([*limited, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    words = command(f"{stage}.py", *settings[stage], "data.workers=4", f"run.folder={tmp_path / 'run'}")
+    done = subprocess.run([*limited, *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "workers lack shared memory or open files" in last and "ulimit -n" in last, last
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, run, run_with_signal
+from conftest import ROOT, run, run_with_signal
 
 from support import datasets, toy
 from support import toy_ava as ava
@@ -81,7 +81,7 @@ def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
     folder, videos = tmp_path / "videos", {"train": 104, "val": 8}  # enough for two processes
     script = "import sys; from pathlib import Path; from support import toy; toy.render(Path(sys.argv[1]), {})"
     words = [sys.executable, "-c", script.replace("{}", str(videos)), str(folder)]
-    run_with_signal(words, ".mp4 8 SIGKILL group")
+    run_with_signal(".mp4 8 SIGKILL group", lambda: toy.render(folder, videos))
     assert 7 <= len(list(folder.rglob("*.mp4"))) < 16 and not (folder / "classes.txt").exists()
     assert list(folder.rglob("*.part"))  # one was whole, but not yet renamed
     both = [subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -94,7 +94,7 @@ def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_rendering_in_a_sentence(tmp_path):
-    printed = run_with_signal(command("tools.render_toy", tmp_path), ".mp4 8 SIGKILL itself")
+    printed = run_with_signal(".mp4 8 SIGKILL itself", "tools.render_toy", tmp_path)
     assert "a process was killed, perhaps for lack of memory: make room, then" in printed
 
 
