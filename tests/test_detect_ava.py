@@ -443,25 +443,3 @@ def test_four_clips_are_memorized(toy_ava, tmp_path):
     settings += ["run.pictures=0", "run.validate_every=0"]
     done = run("detect_ava.py", *settings)
     assert json.loads((tmp_path / "run/mAP.json").read_text())["mAP"] == pytest.approx(100), done.stdout
-
-
-MISTAKES = [
-    (["--test"], "--test needs --weights FILE"),
-    (["--weights", "y.pt"], "--test needs --weights FILE"),
-    (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
-    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv no person"),
-    (["init=scratch", "data.val={tmp}/b.csv", "data.val_exclude={tmp}/a.csv"], "b.csv no row of an action in "),
-]
-
-
-@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path, words, sentence):
-    keys = [row.split(",")[:2] for row in (toy_ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()]
-    (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
-    (tmp_path / "a.csv").write_text("val_00000,0902\n")
-    (tmp_path / "b.csv").write_text("val_00000,0902,0.1,0.1,0.5,0.5,1,0\n")
-    words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
-    done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
-    with pytest.raises(UserError, match=sentence):
-        raise UserError(done.stderr)
-    assert done.returncode and "Traceback" not in done.stderr and "testing" not in done.stderr

@@ -250,39 +250,6 @@ def test_any_weights_predict(finished, foreign, tmp_path):
     assert rows == [(row["video"], name, f"{p:.5f}") for name, p in predictions[row["video"]].items()]
 
 
-# ---- mistakes ----
-
-PREDICT = ["--predict", "none.mp4", "--weights"]
-TEST = ["--test", "--weights"]
-MISTAKES = [
-    (["--weights", "FINETUNED"], "training starts from init=FILE"),
-    (["--test"], "--test and --predict need --weights FILE"),
-    (["--predict", "none.mp4"], "--test and --predict need --weights FILE"),
-    ([*TEST, "none.pt"], "no weights at none.pt"),
-    ([*TEST, "PRETRAINED", "OTHER"], "is not a fine-tuned checkpoint"),
-    ([*TEST, "FINETUNED", "OTHER"], "unknown class"),
-    ([*TEST, "FINETUNED", "data.sampling=tsn"], "data.sampling=tsn is not known"),
-    ([*PREDICT, "PRETRAINED"], "is not a fine-tuned checkpoint"),
-    ([*PREDICT, "FINETUNED", "--out", "a.txt"], "predictions are written to a .csv or .json file"),
-    ([*PREDICT, "FINETUNED"], "none of the videos can be read"),
-    (["--compare", "a.csv", "b.csv"], "a.csv is not a scores.csv as --test writes it"),
-    (["SETTINGS", "optim.mixup=0.8", "run.batch_per_device=2"], "one video at a time has no other to be mixed with"),
-]
-
-
-@pytest.mark.parametrize("words, sentence", MISTAKES)
-def test_mistakes_end_in_a_sentence(words, sentence, settings, pretrained, finished, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / "other" / name).mkdir(parents=True)
-        (tmp_path / "other" / name / "a.mp4").touch()
-    places = {"PRETRAINED": [pretrained], "FINETUNED": [finished("finetune") / "checkpoint.pt"]}
-    places |= {"OTHER": [f"data.root={tmp_path / 'other'}", "data.train=.", "data.val=.", "data.classes="]}
-    places |= {"SETTINGS": [*settings["finetune"], f"run.folder={tmp_path / 'run'}"]}
-    done = run("finetune.py", *(part for word in words for part in places.get(word, [word])), ok=False)
-    assert done.returncode == 1 and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
 # ---- comparison ----
 
 
