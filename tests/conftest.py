@@ -85,7 +85,7 @@ def colored_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
+RANDOM = {  # all that is sampled, in the loader and on the device
     "pretrain": ["data.flip=true", "mask.type=random", "data.scales=[1, 0.75]"],
     "finetune": [
         *("optim.mixup=0.8", "optim.cutmix=1.0", "model.drop_path=0.2", "model.dropout=0.5"),
@@ -168,10 +168,13 @@ def run(script: str, *arguments: object, processes: int = 0, cwd: Path = ROOT, o
     return done
 
 
-def run_processes(script: str, *arguments: object, processes: int) -> CompletedProcess:
-    """Run a command in processes as torchrun starts them: in forks. These cannot use a GPU; with one, use torchrun."""
+def run_processes(script: str | Callable, *arguments: object, processes: int = 1) -> CompletedProcess:
+    """Run a command, or a function, in processes as torchrun starts them. test_resume.py starts torchrun itself.
+
+    They are forks, which cannot use a GPU: on a machine with one, torchrun starts the commands here too.
+    """
     words = command(script, *arguments, processes=processes)
-    if torch.accelerator.is_available():
+    if isinstance(script, str) and torch.accelerator.is_available():
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR=store.host, MASTER_PORT=store.port)
@@ -182,9 +185,9 @@ def run_processes(script: str, *arguments: object, processes: int) -> CompletedP
         for each in forks:
             each.join(timeout=300)
             each.kill()
-        printed = [file.seek(0) or file.read() for file in (out, err)]
-    failed = [each for each in forks if each.exitcode != 0]
-    return CompletedProcess(words, len(failed), *printed)
+        failed = [each for each in forks if each.exitcode != 0]
+        out.seek(0), err.seek(0)
+        return CompletedProcess(words, len(failed), out.read(), err.read())
 
 
 def run_with_signal(at: str, script: str | Callable[[], None], *arguments: object, processes: int = 0) -> str:
@@ -244,7 +247,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def random_run(finished, stage: str) -> Path:
-    return finished(stage, *EVERYTHING_RANDOM[stage])
+    return finished(stage, *RANDOM[stage])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
