@@ -17,6 +17,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (STAGES, "optim.epochs=0", "optim.epochs=0 has to be at least 1"),
     (STAGES, "run.precision=fp8", "run.precision=fp8 is not known; choose one of float32, bf16, fp16, auto"),
     (STAGES, "optim.batch_size=1000", "are fewer than one batch of 1000: set optim.batch_size so that it is"),
+    (STAGES, "--epochs 3", "there is no option --epochs; keys are given as optim.epochs=3"),
     (STAGES, "data.root=/nowhere", "there is no folder"),
     (DOWNSTREAM, "init=none.pt", "no weights at init=none.pt: make them with pretrain.py"),
     (DOWNSTREAM, "init=configs", "no weights at init=configs: make them with"),
@@ -51,6 +52,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (["pretrain"], "mask.decoder_ratio=1", "at most 0.9999"),
     (["pretrain"], "mask.decoder_ratio=-0.5", "at least 0"),
     (["pretrain"], "mask.decoder_ratio=0.99", "leaves none of 48 masked cubes"),
+    (["pretrain"], "optim.batch_size=16 data.repeats=3", "optim.batch_size=16 is not a multiple of data.repeats=3"),
     (["pretrain"], "init=none.pt", "no weights at none.pt"),
     (["pretrain"], "init=FINETUNED", "FINETUNED has no decoder of VideoMAE: pre-training continues from pre-trained"),
     (["pretrain"], "init=OWN model.decoder_depth=2", "decoder.blocks.1.attn.proj.bias is missing"),
@@ -59,11 +61,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (["pretrain"], "--weights x.pt", "--weights goes with --reconstruct"),
     (["pretrain"], "--reconstruct a.mp4 --weights none.pt", "no weights at none.pt"),
     (["pretrain"], "--reconstruct a.mp4 --weights OWN data.size=96", "leave data.frames, data.size and target"),
-    (
-        ["pretrain"],
-        "--reconstruct a.mp4 --weights OWN target.frames=double",
-        "another target than target.frames=",
-    ),
+    (["pretrain"], "--reconstruct a.mp4 --weights OWN target.frames=double", "another target than target.frames=d"),
     (["pretrain"], "--reconstruct a.mp4 --weights FINETUNED", "one of another stage, finetune: pretrain needs one of"),
     (["finetune"], "optim.mixup=0.8 run.batch_per_device=2", "one video at a time has no other to be mixed with"),
     (["finetune"], "--weights FINETUNED", "training starts from init=FILE"),
@@ -79,6 +77,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (["finetune"], "--compare a.csv b.csv", "a.csv is not a scores.csv as --test writes it"),
     (["detect_ava"], "data.val_exclude=TMP/all.csv", "or boxes/ava_val_predicted_boxes.csv no person"),
     (["detect_ava"], "data.val=TMP/b.csv data.val_exclude=TMP/a.csv", "b.csv no row of an action in "),
+    (["detect_ava"], "data.labels=TMP/9.pbtxt", "9.pbtxt lists action 9, more than data.actions=8"),
     (["detect_ava"], "--test", "--test needs --weights FILE"),
     (["detect_ava"], "--weights y.pt", "--test needs --weights FILE"),
     (["detect_ava"], "--test --weights DETECTOR --out TMP/a.csv/x", "results cannot be written into TMP/a.csv/x"),
@@ -94,6 +93,7 @@ def test_mistakes_end_in_one_sentence(stage, words, sentence, settings, finished
     (tmp_path / "all.csv").write_text("".join(",".join(row.split(",")[:2]) + "\n" for row in rows))
     (tmp_path / "a.csv").write_text("val_00000,0902\n")
     (tmp_path / "b.csv").write_text("val_00000,0902,0.1,0.1,0.5,0.5,1,0\n")
+    (tmp_path / "9.pbtxt").write_text('item { name: "sit" id: 9 }')
     places = {name: f"{finished(source)}/checkpoint.pt" for name, source in WEIGHTS.items() if name in words}
     for name, place in (places | {"PRETRAINED": str(pretrained), "TMP": str(tmp_path)}).items():
         words, sentence = words.replace(name, place), sentence.replace(name, place)

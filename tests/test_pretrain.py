@@ -124,9 +124,6 @@ def test_everything_that_the_paper_varies_runs(variant, cubes, masked, reconstru
     assert sentence in said and len(losses(tmp_path)) == 3 and len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-# ---- pre-trained weights, validation ----
-
-
 @torch.no_grad()
 def first_loss(model: m.VideoMAE, config: SimpleNamespace, videos: list[Path]) -> float:
     """The loss of the first batch of a run."""
@@ -197,9 +194,6 @@ def test_validation(settings, finished, toy_videos, tmp_path):
         errors.append(float((drawn / 255 - frames / 255).square().mean()) / 0.75)  # it is exact elsewhere
     assert lines[-1]["val_loss"] == pytest.approx(sum(by_hand) / 8, rel=1e-4)
     assert log(tmp_path / "run")[-1]["reconstruction_error"] == pytest.approx(sum(errors) / 8, rel=1e-4)
-
-
-# ---- reconstructions ----
 
 
 def test_reconstruct_own_video_with_own_and_official_weights(finished, tmp_path):
