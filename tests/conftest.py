@@ -11,14 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from multiprocessing import Process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
-from typing import TextIO
 
 import pytest
 import torch
@@ -33,6 +31,7 @@ from support import toy
 from support.config import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = ROOT / "tests" / "signals"
 
 STAGES = ["pretrain", "finetune", "probe", "detect_ava", "baselines/moco_v3"]
 DOWNSTREAM = ["finetune", "probe", "detect_ava"]
@@ -42,6 +41,9 @@ RESULTS |= {"pretrain": [], "baselines/moco_v3": []}
 # One thread everywhere: the losses of runs are compared to the bit.
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 torch.set_num_threads(1)
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", *(stage.replace("/", ".") for stage in STAGES)])
 
 
 @pytest.fixture(scope="session")
@@ -169,72 +171,68 @@ def run(script: str, *arguments: object, processes: int = 0, cwd: Path = ROOT, o
 
 
 def run_processes(script: str | Callable, *arguments: object, processes: int = 1) -> CompletedProcess:
-    """Run a command, or a function, in processes as torchrun starts them. test_resume.py starts torchrun itself.
-
-    They are forks, which cannot use a GPU: on a machine with one, torchrun starts the commands here too.
-    """
-    words = command(script, *arguments, processes=processes)
-    if isinstance(script, str) and torch.accelerator.is_available():
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Run a command, or a function, in processes as torchrun starts them. test_resume.py starts torchrun itself."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR=store.host, MASTER_PORT=store.port)
     same |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
         ranks = [same | dict(RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
         forks = [fork(script, *arguments, environment=rank, out=out, err=err) for rank in ranks]
         for each in forks:
             each.join(timeout=300)
             each.kill()
         failed = [each for each in forks if each.exitcode != 0]
-        out.seek(0), err.seek(0)
-        return CompletedProcess(words, len(failed), out.read(), err.read())
+        return CompletedProcess([script, *arguments], len(failed), out.read_text(), err.read_text())
 
 
-def run_with_signal(at: str, script: str | Callable[[], None], *arguments: object, processes: int = 0) -> str:
+def run_with_signal(at: str, script: str | Callable, *arguments: object, processes: int = 0) -> str:
     """Run a command, or a function, until a signal has ended it and all processes it has started. Return its stderr.
 
     at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
+    processes: those of torchrun.
     """
-    environment = dict(PYTHONPATH=str(ROOT / "tests" / "signals"), SIGNAL_AT=at)
-    with open(os.devnull, "w") as out, tempfile.TemporaryFile("w+") as err:
-        if processes or (isinstance(script, str) and torch.accelerator.is_available()):
-            words, files = command(script, *arguments, processes=processes), dict(stdout=out, stderr=err)
-            process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, start_new_session=True, **files)
+    environment = dict(PYTHONPATH=str(SIGNALS), SIGNAL_AT=at)
+    with tempfile.TemporaryDirectory() as folder:
+        err = Path(folder, "err")
+        if processes:
+            words = command(script, *arguments, processes=processes)
+            with open(err, "w") as file:
+                files = dict(stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+                process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **files)
             status = process.wait(timeout=100)
         else:
-            process = fork(script, *arguments, environment=environment, out=out, err=err)
+            process = fork(script, *arguments, environment=environment, out=Path(os.devnull), err=err)
             process.join(timeout=100)
             status = process.exitcode
         until = time.monotonic() + 20
         while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
             time.sleep(0.05)
         assert status and not is_alive(process.pid)
-        err.seek(0)
-        return err.read()
+        return err.read_text()
 
 
-def fork(script: str | Callable, *arguments: object, environment: dict, out: TextIO, err: TextIO) -> Process:
-    """Start a command, or a function, in a fork of this process: a new one takes seconds to import PyTorch."""
+def fork(script: str | Callable, *arguments: object, environment: dict, out: Path, err: Path) -> BaseProcess:
+    """Start a command, or a function, in a fork of a process that has imported PyTorch, which takes seconds.
 
-    def main() -> None:
-        os.setsid()
-        os.chdir(ROOT)
-        os.environ |= {key: str(value) for key, value in environment.items()}
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-        sys.argv = [str(script), *map(str, arguments)]
-        warnings.resetwarnings()  # pytest keeps warnings for itself
-        for category in (DeprecationWarning, ResourceWarning):  # as Python does
-            warnings.simplefilter("ignore", category)
-        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
-        if "SIGNAL_AT" in environment:
-            exec((ROOT / "tests" / "signals" / "sitecustomize.py").read_text(), {})
-        support.processes.launch(script if callable(script) else import_script(script).main)
-
-    process = multiprocessing.get_context("fork").Process(target=main)
+    It is not a fork of this one, where autograd's threads may run, or a GPU be in use.
+    """
+    process = FORKS.Process(target=run_in_fork, args=(script, arguments, environment, out, err))
     process.start()
     return process
+
+
+def run_in_fork(script: str | Callable, arguments: tuple, environment: dict, out: Path, err: Path) -> None:
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    sys.stdout, sys.stderr = open(out, "a", buffering=1), open(err, "a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
+    sys.argv = [str(script), *map(str, arguments)]
+    if "SIGNAL_AT" in environment:
+        exec((SIGNALS / "sitecustomize.py").read_text(), {})
+    support.processes.launch(script if callable(script) else import_script(script).main)
 
 
 def log(folder: Path) -> list[dict]:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -167,15 +168,17 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
         load_checkpoint(load_config(TOY, [f"run.folder={tmp_path}"]), TOY, videos=VIDEOS)
 
 
+def write_more_than_fits(path: Path) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file may have
+    for count in (10, 100_000):
+        write_checkpoint(path, dict(weight=torch.ones(count)))
+
+
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_old_checkpoint(tmp_path):
-    path, resource = tmp_path / "checkpoint.pt", pytest.importorskip("resource")
-
-    def write() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes that a file may have
-        for count in (10, 100_000):
-            write_checkpoint(path, dict(weight=torch.ones(count)))
-
-    done = run_processes(write)
+    path = tmp_path / "checkpoint.pt"
+    done = run_processes(partial(write_more_than_fits, path))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert f"{path} cannot be written (" in done.stderr and "make room, then the same command resumes" in done.stderr
     assert list(tmp_path.iterdir()) == [path] and len(torch.load(path, weights_only=True)["weight"]) == 10
