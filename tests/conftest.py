@@ -5,16 +5,22 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import ModuleType
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from videos import number_of, numbered_frame, turn_by_90, two_streams, write_numbered  # noqa: F401
 
 import support.processes
@@ -25,6 +31,7 @@ from support import toy
 from support.config import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = ROOT / "tests" / "signals"
 
 STAGES = ["pretrain", "finetune", "probe", "detect_ava", "baselines/moco_v3"]
 DOWNSTREAM = ["finetune", "probe", "detect_ava"]
@@ -32,9 +39,11 @@ RESULTS = {"finetune": ["scores.csv"], "probe": ["random/scores.csv"], "detect_a
 RESULTS |= {"pretrain": [], "baselines/moco_v3": []}
 
 # One thread everywhere: the losses of runs are compared to the bit.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-os.environ |= ENVIRONMENT
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 torch.set_num_threads(1)
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", *(stage.replace("/", ".") for stage in STAGES)])
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +87,7 @@ def colored_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVERYTHING_RANDOM = {  # all that is sampled, in the loader and on the device
+RANDOM = {  # all that is sampled, in the loader and on the device
     "pretrain": ["data.flip=true", "mask.type=random", "data.scales=[1, 0.75]"],
     "finetune": [
         *("optim.mixup=0.8", "optim.cutmix=1.0", "model.drop_path=0.2", "model.dropout=0.5"),
@@ -127,7 +136,7 @@ def finished(settings, tmp_path_factory) -> Callable[..., Path]:
     return finish
 
 
-def command(script: str | Path, *arguments: object, processes: int = 0) -> list[str]:
+def command(script: str, *arguments: object, processes: int = 0) -> list[str]:
     """Return the command line of a stage (a file) or a tool (a module), with `processes` through torchrun."""
     launcher = [sys.executable]
     if processes:
@@ -136,45 +145,94 @@ def command(script: str | Path, *arguments: object, processes: int = 0) -> list[
     return [*launcher, *module, str(script), *map(str, arguments)]
 
 
-def run(
-    script: str | Path, *arguments: object, processes: int = 0, cwd: Path = ROOT, ok: bool = True
-) -> subprocess.CompletedProcess:
-    """Run a command to its end: by torchrun, or in this process, since a new one takes seconds to start."""
+def import_script(script: str) -> ModuleType:
+    return importlib.import_module(str(script).removesuffix(".py").replace("/", "."))
+
+
+def run(script: str, *arguments: object, processes: int = 0, cwd: Path = ROOT, ok: bool = True) -> CompletedProcess:
+    """Run a command to its end, in this process or in new ones."""
     if processes:
-        words = command(script, *arguments, processes=processes)
-        done = subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = run_processes(script, *arguments, processes=processes)
     else:
-        module = importlib.import_module(str(script).removesuffix(".py").replace("/", "."))
         out, err, status = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(cwd)
             patch.setattr("sys.argv", [str(script), *map(str, arguments)])
             try:
-                support.processes.launch(module.main)
+                support.processes.launch(import_script(script).main)
             except SystemExit as end:
                 status = end.code
         if isinstance(status, str):  # a sentence
             err.write(f"{status}\n")
             status = 1
-        done = subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
+        done = CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def run_with_signal(words: list[str], at: str, cwd: Path = ROOT) -> str:
-    """Run a command until a signal has ended it and all processes it has started. Return its stderr.
+def run_processes(script: str | Callable, *arguments: object, processes: int = 1) -> CompletedProcess:
+    """Run a command, or a function, in processes as torchrun starts them. test_resume.py starts torchrun itself."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    same = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR=store.host, MASTER_PORT=store.port)
+    same |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        ranks = [same | dict(RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
+        forks = [fork(script, *arguments, environment=rank, out=out, err=err) for rank in ranks]
+        for each in forks:
+            each.join(timeout=300)
+            each.kill()
+        failed = [each for each in forks if each.exitcode != 0]
+        return CompletedProcess([script, *arguments], len(failed), out.read_text(), err.read_text())
+
+
+def run_with_signal(at: str, script: str | Callable, *arguments: object, processes: int = 0) -> str:
+    """Run a command, or a function, until a signal has ended it and all processes it has started. Return its stderr.
 
     at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
+    processes: those of torchrun.
     """
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests/signals"), "SIGNAL_AT": at}
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(words, cwd=cwd, env=environment, start_new_session=True, **pipes)
-    _, messages = process.communicate(timeout=100)  # until nobody is left to write into the pipe
-    until = time.monotonic() + 20
-    while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
-        time.sleep(0.05)
-    assert process.returncode != 0 and not is_alive(process.pid)
-    return messages
+    environment = dict(PYTHONPATH=str(SIGNALS), SIGNAL_AT=at)
+    with tempfile.TemporaryDirectory() as folder:
+        err = Path(folder, "err")
+        if processes:
+            words = command(script, *arguments, processes=processes)
+            with open(err, "w") as file:
+                files = dict(stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+                process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **files)
+            status = process.wait(timeout=100)
+        else:
+            process = fork(script, *arguments, environment=environment, out=Path(os.devnull), err=err)
+            process.join(timeout=100)
+            status = process.exitcode
+        until = time.monotonic() + 20
+        while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
+            time.sleep(0.05)
+        assert status and not is_alive(process.pid)
+        return err.read_text()
+
+
+def fork(script: str | Callable, *arguments: object, environment: dict, out: Path, err: Path) -> BaseProcess:
+    """Start a command, or a function, in a fork of a process that has imported PyTorch, which takes seconds.
+
+    It is not a fork of this one, where autograd's threads may run, or a GPU be in use.
+    """
+    process = FORKS.Process(target=run_in_fork, args=(script, arguments, environment, out, err))
+    process.start()
+    return process
+
+
+def run_in_fork(script: str | Callable, arguments: tuple, environment: dict, out: Path, err: Path) -> None:
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    sys.stdout, sys.stderr = open(out, "a", buffering=1), open(err, "a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
+    sys.argv = [str(script), *map(str, arguments)]
+    if "SIGNAL_AT" in environment:
+        exec((SIGNALS / "sitecustomize.py").read_text(), {})
+    support.processes.launch(script if callable(script) else import_script(script).main)
 
 
 def log(folder: Path) -> list[dict]:
@@ -187,7 +245,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def random_run(finished, stage: str) -> Path:
-    return finished(stage, *EVERYTHING_RANDOM[stage])
+    return finished(stage, *RANDOM[stage])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,8 +22,6 @@ from support.video import BrokenVideo
 
 LEFT, RIGHT = (0.0, 0.0, 0.4, 0.4), (0.5, 0.0, 0.9, 0.4)
 
-# ---- frame-mAP ----
-
 
 def official(truth: ava.Rows, found: ava.Rows, actions: set[int], skip_empty: bool) -> dict[int, float]:
     """get_ava_performance.py and object_detection_evaluation.py of ActivityNet, loop for loop, in plain Python."""
@@ -112,8 +110,6 @@ def test_equals_the_official_algorithm_on_random_rows(seed, scores):
     assert precisions[5] == 0 and math.isnan(precisions[6]) and 5 < mean_percent(precisions.values()) < 95
 
 
-# ---- the command ----
-
 LIST = """# evaluated actions
 label {
   name: "sit"
@@ -167,9 +163,6 @@ def test_command(tmp_path):
     assert " 33.33  mAP at IoU 0.5" in done.stdout  # printed before it is written
 
 
-# ---- readers ----
-
-
 def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
     text = "-bc,0903,0.5,0.1,0.9,0.8,12,1\r\n-bc,902,0.1,0.1,0.3,0.8,80,0\r\n\r\nab,0902,0.2,0.2,0.4,0.4,3,5\r\n"
     text += "-bc,0903,0.1,0.1,0.3,0.8,11,0\r\n-bc,0903,0.50,0.1,0.9,0.8,79,1\r\n"
@@ -183,16 +176,7 @@ def test_ground_truth_becomes_key_frames_and_persons(tmp_path):
     assert [tensor.shape for tensor in ava.to_persons([], 80)] == [(0, 4), (0, 80)]
 
 
-def test_detections_are_read_as_they_were_written(tmp_path):
-    scores = torch.rand(50)  # float32, as probabilities are
-    rows = [ava.Row((f'{i}, "日本"', 902), LEFT, 1, score) for i, score in enumerate(scores.tolist())]
-    ava.write_rows(tmp_path / "found.csv", rows)
-    again = ava.read_detections(tmp_path / "found.csv")
-    assert [row[:3] for row in again] == [row[:3] for row in rows]
-    assert torch.equal(torch.tensor([row.score for row in again]), scores)
-
-
-def test_rows_of_ava_kinetics(tmp_path):
+def test_rows_are_read_as_they_were_written_also_those_of_ava_kinetics(tmp_path):
     """Key frames at fractions of a second, and rows without a box: a key frame without persons."""
     text = "k,1.5,0.1,0.1,0.3,0.8,12,0\nk,2.5\nv,0902,0.1,0.1,0.3,0.8,12,0\nk,84.083333,0,0,1,1,3,1\nv,0903,,,,,,\n"
     (tmp_path / "gt.csv").write_text(text)
@@ -201,7 +185,12 @@ def test_rows_of_ava_kinetics(tmp_path):
     ava.write_rows(tmp_path / "again.csv", rows)
     written = [line.split(",")[1] for line in (tmp_path / "again.csv").read_text().splitlines()]
     assert written == ["01.5", "0902", "84.083333"]
-    assert ava.read_detections(tmp_path / "again.csv") == rows
+    scores = torch.rand(50).tolist()  # of float32, as probabilities are
+    rows += [ava.Row((f'{i}, "日本"', 902), LEFT, 1, score) for i, score in enumerate(scores)]
+    ava.write_rows(tmp_path / "again.csv", rows)
+    again = ava.read_detections(tmp_path / "again.csv")
+    assert [row[:3] for row in again] == [row[:3] for row in rows]
+    assert torch.equal(torch.tensor([row.score for row in again]), torch.tensor([row.score for row in rows]))
     (tmp_path / "x.csv").write_text("k,1.5\n\nv,902.0\n")
     assert ava.read_exclusions(tmp_path / "x.csv") == {("k", 1.5), ("v", 902)}
 
@@ -326,9 +315,6 @@ def test_the_docs_convert_a_pickle_of_boxes(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     scores = [(frame, row.score) for frame, rows in PERSONS(tmp_path / "boxes.csv").items() for row in rows]
     assert scores == [(("v", 902), 0.95), (("v", 902), 0.81), (("w", 1798), 0.9)]
-
-
-# ---- movies ----
 
 
 def test_list_of_movies(tmp_path):

@@ -21,8 +21,8 @@ TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
         ("data.flip=1", "data.flip expects bool"),
         ("mask.ratio=true", "mask.ratio expects float"),
         ("data.scales=[1.0,a]", "data.scales expects float"),
-        ("model.cube=[2, 16]", "model.cube expects list such as [2, 16, 16], not '[2, 16]'"),
-        ("model.cube=[2, 16, 16, 1]", "model.cube expects list"),
+        ("model.cube=[2,16]", "model.cube expects list such as [2, 16, 16], not '[2,16]'"),
+        ("model.cube=[2,16,16,1]", "model.cube expects list"),
         ("data.scales=[]", "data.scales expects list such as [1.0, 0.875, 0.75, 0.66], not '[]'"),
         ("data.scales=[[1]]", "data.scales expects float"),
         ("mask.ratio=[", "mask.ratio expects float"),
@@ -30,26 +30,22 @@ TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
         ("mask.ratio=90", "mask.ratio=90.0 has to be at least 0 and at most 1"),
         ("optim.base_lr=inf", "optim.base_lr=inf has to be at least 0 and finite"),
         ("optim.base_lr=-1", "optim.base_lr=-1.0 has to be at least 0"),
-        ("optim.betas=[0.9, 1.5]", "optim.betas=1.5 has to be at least 0 and at most 0.9999"),
+        ("optim.betas=[0.9,1.5]", "optim.betas=1.5 has to be at least 0 and at most 0.9999"),
         ("data.scales=[0]", "data.scales=0.0 has to be at least 0.01 and at most 1"),
-        ("model.cube=[2, 0, 8]", "model.cube=0 has to be at least 1"),
+        ("model.cube=[2,0,8]", "model.cube=0 has to be at least 1"),
         ("run.seed=5000000000", "run.seed=5000000000 has to be at least 0 and at most 4294967295"),
         ("mask.ratio", "neither a .yaml file nor key=value, which is written without spaces"),
         ("configs/finetune/toy.yaml", "configs/finetune/toy.yaml: unknown key 'model.drop_path'; "),
         ("configs/finetune/toy.yaml", " others are unknown too: is it another stage's?"),
+        ("a.yaml b.yaml", "only one configuration file can be given, not a.yaml and b.yaml"),
         ("none.yaml", "no configuration can be read from none.yaml"),
     ],
 )
 def test_mistakes_end_in_a_sentence(setting, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
-        load_config(TOY, [setting])
+        load_config(TOY, setting.split())
     assert sentence in str(error.value) and "\n" not in str(error.value)
-
-
-def test_two_files_are_one_too_many():
-    with pytest.raises(UserError, match="only one configuration file can be given, not a.yaml and b.yaml"):
-        load_config(TOY, ["a.yaml", "b.yaml"])
 
 
 def test_numbers_lists_and_words():
@@ -59,9 +55,10 @@ def test_numbers_lists_and_words():
     assert config.data.scales == [1.0, 0.875] and isinstance(config.data.scales[0], float) and config.data.flip is True
 
 
-@pytest.mark.parametrize(
-    "text", ["my #1 set", "*_test_split1.txt=1", "101", "on", "2024-01-01", "a: b", "[x", "null", " "]
-)
+TEXTS = ["my #1 set", "*_test_split1.txt=1", "101", "on", "2024-01-01", "a: b", "[x", "null", " "]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_text_key_takes_the_text_as_typed(text, tmp_path):
     assert load_config(TOY, [f"data.root={text}"]).data.root == text
     (tmp_path / "file.yaml").write_text(yaml.safe_dump({"base": str(TOY), "data": {"root": text}}))

@@ -18,7 +18,9 @@ from videos import broken_files, coordinates
 import data
 import masking
 import support.video
+from baselines import moco_v3
 from data import sample_generator
+from support.config import load_config
 from support.processes import Processes
 
 SCALES = [1.0, 0.875, 0.75, 0.66]
@@ -33,9 +35,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_numbered(folder / "mpeg4.avi", 70, "mpeg4", {"bf": "2", "g": "12"}),
         write_numbered(folder / "short_gop.mp4", 70, options={"g": "10"}),
     ]
-
-
-# ---- temporal sampling: by hand, and after the authors' code ----
 
 
 def sampled(function, *arguments, count: int = 600) -> list:
@@ -54,11 +53,15 @@ BY_HAND = [  # function, (length, frames, stride, ...), the only result
     # 75 frames 4 apart, 59 to spare: starts at 0, 14, 29, 44, 59 of them
     (data.dense_test_clips, (300, 16, 4, 5), [list(range(start, start + 64, 4)) for start in (0, 56, 116, 176, 236)]),
     (data.dense_test_clips, (65, 16, 4, 3), [list(range(start, start + 64, 4)) for start in (0, 0, 4)]),
+    (data.dense_test_clips, (64, 16, 4, 2), [list(range(0, 64, 4))] * 2),
     (data.dense_test_clips, (10, 6, 4, 2), [[0, 4, 8, 8, 8, 8]] * 2),
+    (data.dense_test_clips, (1, 6, 4, 2), [[0] * 6] * 2),
     (data.dense_test_clips, (300, 16, 4, 1), [list(range(116, 180, 4))]),  # a single one: in the middle
     (data.uniform_test_clips, (40, 8, 2, 2), [list(range(0, 40, 5)), list(range(2, 40, 5))]),  # part 5: 0, 2.5, 5, ...
     (data.uniform_test_clips, (6, 4, 2, 2), [[0, 1, 3, 4], [0, 2, 3, 5]]),  # 0 0.75 1.5 2.25 3 3.75 4.5 5.25
     (data.uniform_test_clips, (40, 8, 2, 1), [list(range(2, 40, 5))]),
+    (data.uniform_test_clips, (3, 4, 2, 2), [[0, 0, 1, 2], [0, 1, 1, 2]]),  # 0 0.375 0.75 1.125 1.5 1.875 2.25 2.625
+    (data.uniform_test_clips, (1, 4, 2, 2), [[0] * 4] * 2),
 ]
 
 
@@ -110,22 +113,6 @@ def test_uniform_training_clip_is_random_in_each_part():
     assert all(i * 4 <= index < i * 4 + 4 for clip in clips for i, index in enumerate(clip))
     assert {clip[3] for clip in clips} == {12, 13, 14, 15} and {clip[7] for clip in clips} == {28, 29, 30, 31}
     assert len({clip[0] + 4 - clip[1] for clip in clips}) > 3  # each by itself
-
-
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 63, 64, 65, 117, 300, 320])
-def test_the_test_clips_of_a_video_cover_it(length):
-    dense = data.dense_test_clips(length, 16, 4, 5)
-    assert sorted(set(sum(dense, []))) == list(range(0, length, 4))  # every fourth frame from the first to the last
-    uniform = data.uniform_test_clips(length, 16, 2, 2)
-    shown = sorted(set(sum(uniform, [])))
-    gaps = [b - a for a, b in zip(shown, [*shown[1:], length], strict=True)]
-    assert shown[0] == 0 and max(gaps) <= length / 32 + 1
-    for clips, number in ((dense, 5), (uniform, 2)):
-        assert len(clips) == number and all(len(clip) == 16 for clip in clips)
-        assert all(sorted(clip) == clip and 0 <= clip[0] and clip[-1] < length for clip in clips)
-
-
-# ---- crops ----
 
 
 def test_multi_scale_crop():
@@ -189,9 +176,6 @@ def test_normalize():
     assert torch.allclose(other[0, 1, 2], (frames[0, 2, 1] / 255 - 0.4) / 0.2, atol=1e-6)
 
 
-# ---- training clips ----
-
-
 def pretraining_clips(videos: list[Path], **options) -> data.PretrainingClips:
     defaults = dict(frames=8, stride=2, size=32, scales=SCALES, flip=True, seed=0)
     sample_mask = partial(masking.random_mask, (4, 2, 2), 0.75)
@@ -250,16 +234,21 @@ def test_memory_and_handles_stay_flat_over_600_clips(videos):
     assert resident[-1] - resident[300] < 6e6 and handles[-1] == handles[300]
 
 
-@pytest.mark.parametrize("make", [pretraining_clips, labelled_clips])
+def two_views(videos: list[Path], seed: int = 0) -> moco_v3.TwoViews:
+    config = load_config(moco_v3.DEFAULT, ["data.frames=4", "data.stride=2", "data.size=32"])
+    return moco_v3.TwoViews(videos, seed, config=config.data)
+
+
+@pytest.mark.parametrize("make", [pretraining_clips, labelled_clips, two_views])
 def test_a_sample_is_a_function_of_seed_epoch_and_index(make, videos):
     first = make(videos)[3, 1]
+    assert first[0].dtype == torch.uint8 and first[0].shape[-2:] == (32, 32)
     torch.rand(7)  # the global generator plays no part
+    state = torch.get_rng_state()
     assert all(map(torch.equal, first[:-1], make(videos)[3, 1][:-1]))
     for other in (make(videos)[4, 1], make(videos, seed=1)[3, 1], make(videos)[3, 0]):
         assert not torch.equal(first[0], other[0])
-
-
-# ---- frames are decoded once; test views ----
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.fixture
@@ -296,16 +285,6 @@ def test_views_are_the_right_pixels_and_every_frame_is_decoded_once(tmp_path, de
     expected = [everything[clip][..., start : start + 64] for clip in indices for start in (0, 16, 32)]
     assert torch.equal(pixels, torch.stack(expected))
     assert decoded == [sorted(set(sum(indices, [])))]
-
-
-def test_an_unreadable_video_has_no_views_and_is_not_replaced(tmp_path):
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    views = data.TestViews([tmp_path / "broken.mp4"], 4, 2, sampling="dense", size=32, clips=2, crops=1)
-    indices, pixels, ((index, reason),) = data.collate_views([views[0]])
-    assert (indices, pixels, index) == ([], None, 0) and "broken.mp4" in reason
-
-
-# ---- batches ----
 
 
 def test_every_epoch_is_a_shuffle_without_repetition():

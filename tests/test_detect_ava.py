@@ -48,8 +48,6 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- clips by time ----
-
 OPEN_GOP = {"x264-params": "keyint=25:min-keyint=25:bframes=3:open-gop=1:scenecut=0"}
 OFFSETS = {30: [4 * i - 32 for i in range(16)]}  # of 16 frames, 4 apart, at 30 a second
 OFFSETS |= {25: [-27, -23, -20, -17, -13, -10, -7, -3, 0, 3, 7, 10, 13, 17, 20, 23]}  # the nearest
@@ -121,9 +119,6 @@ def test_only_the_part_around_the_key_frame_is_opened(movies, monkeypatch):
     monkeypatch.setattr(ava, "open_movie", lambda *part: opened.append(part) or really_open(*part))
     clip_of(movies / "cut30.mp4", 906)
     assert opened == [(movies / "cut30.mp4", Fraction(148, 30), Fraction(208, 30))]
-
-
-# ---- boxes ----
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +237,6 @@ def test_color_jitter_moves_hue_saturation_and_value_by_whole_steps():
             assert (jittered[t, :, y, x] - expected).abs().max() < 9  # PIL has whole numbers
 
 
-# ---- model ----
-
-
 @pytest.mark.parametrize("side", [16, 8])
 def test_pooling_takes_the_cubes_under_the_box(side):
     detector = tiny_detector(side)
@@ -277,9 +269,6 @@ def test_loss_weighs_every_person_alike():
     assert float(detect_ava.detection_loss(logits, labels, 4)) == pytest.approx(float(by_hand.sum() / 4), rel=1e-5)
 
 
-# ---- weights from elsewhere ----
-
-
 def test_training_starts_from_weights(tmp_path, capfd):
     sizes = dict(clip_size=(8, 32, 32), cube=(1, 8, 8))
     pretrained = m.VideoMAE(**m.SIZES["tiny"], decoder_depth=1, **sizes)
@@ -306,9 +295,6 @@ def test_the_head_starts_at_the_frequencies_of_the_actions():
     rois = torch.tensor([[0.0, 2, 2, 20, 15], [0.0, 10, 5, 30, 30], [1.0, 0, 0, 32, 32]])
     spread = detector(torch.randn(2, 3, 8, 32, 32), rois) - detector.head.bias
     assert 1e-5 < spread.std() < 2e-3  # about 0.3 without the authors' factor of 0.001
-
-
-# ---- test ----
 
 
 def detected(config: SimpleNamespace, detector: nn.Module) -> torch.Tensor:
@@ -396,15 +382,6 @@ def test_validation_with_boxes_of_aia(toy_ava, tmp_path):
     assert frame == ("val_00001", 902) and row.score == 0.9 and row.box == pytest.approx((0.1, 0.1, 0.5, 0.6))
 
 
-def test_actions_beyond_those_of_the_configuration(toy_ava, tmp_path):
-    (tmp_path / "list.pbtxt").write_text('item { name: "sit" id: 9 }')
-    with pytest.raises(UserError, match="list.pbtxt lists action 9, more than data.actions=8"):
-        ava.find_validation(configured(f"data.labels={tmp_path / 'list.pbtxt'}").data, toy_ava)
-
-
-# ---- whole runs; what all stages have in common is in test_stages.py ----
-
-
 def test_a_run_leaves_detections_their_worth_and_pictures(finished, toy_ava, tmp_path):
     folder, annotations = finished("detect_ava"), toy_ava / "annotations"
     summary = json.loads((folder / "mAP.json").read_text())
@@ -443,25 +420,3 @@ def test_four_clips_are_memorized(toy_ava, tmp_path):
     settings += ["run.pictures=0", "run.validate_every=0"]
     done = run("detect_ava.py", *settings)
     assert json.loads((tmp_path / "run/mAP.json").read_text())["mAP"] == pytest.approx(100), done.stdout
-
-
-MISTAKES = [
-    (["--test"], "--test needs --weights FILE"),
-    (["--weights", "y.pt"], "--test needs --weights FILE"),
-    (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
-    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv no person"),
-    (["init=scratch", "data.val={tmp}/b.csv", "data.val_exclude={tmp}/a.csv"], "b.csv has no row of an action in "),
-]
-
-
-@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_mistakes_end_in_a_sentence_before_any_work(finished, toy_ava, tmp_path, words, sentence):
-    keys = [row.split(",")[:2] for row in (toy_ava / "boxes/ava_val_predicted_boxes.csv").read_text().splitlines()]
-    (tmp_path / "all.csv").write_text("".join(f"{video},{second}\n" for video, second in keys))
-    (tmp_path / "a.csv").write_text("val_00000,0902\n")
-    (tmp_path / "b.csv").write_text("val_00000,0902,0.1,0.1,0.5,0.5,1,0\n")
-    words = [word.format(tmp=tmp_path, weights=finished("detect_ava") / "checkpoint.pt") for word in words]
-    done = run("detect_ava.py", *words, f"data.root={toy_ava}", f"run.folder={tmp_path / 'run'}", ok=False)
-    with pytest.raises(UserError, match=sentence):
-        raise UserError(done.stderr)
-    assert done.returncode and "Traceback" not in done.stderr and "testing" not in done.stderr

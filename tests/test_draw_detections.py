@@ -6,24 +6,17 @@ import av
 import pytest
 import torch
 from conftest import number_of, run, write_numbered
-from test_detect_ava import NO_PERSONS, configured, randomized
+from test_detect_ava import configured
 
-import detect_ava
 from support import ava
 from support import toy_ava as toy
-from support.config import UserError, as_dict
+from support.config import UserError
 from tools import draw_detections
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector with random weights, for clips of 8 x 32 x 32."""
-    config = configured("init=scratch")
-    detector = randomized(detect_ava.build(config, NO_PERSONS))
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pt"
-    content = dict(model=detector.state_dict(), model_options=detector.options, actions={1: "walk"})
-    torch.save(content | dict(config=as_dict(config)), path)
-    return path
+@pytest.fixture
+def weights(finished) -> Path:
+    return finished("detect_ava") / "checkpoint.pt"
 
 
 def film(path: Path, frames: int) -> Path:
@@ -73,10 +66,10 @@ def test_whole_frames_of_videos_folders_and_lists(weights, tmp_path):
     assert (tmp_path / "three.mp4").read_bytes() == before
 
 
-def test_persons_from_a_file(finished, toy_ava, tmp_path):
+def test_persons_from_a_file(weights, toy_ava, tmp_path):
     videos, out = toy_ava / "videos", tmp_path / "out/drawn.mp4"
     options = ["--boxes", toy_ava / "boxes/ava_val_predicted_boxes.csv", "data.workers=0"]
-    options += ["--weights", finished("detect_ava") / "checkpoint.pt"]
+    options += ["--weights", weights]
     done = run("tools.draw_detections", videos / "val_00001.mp4", *options, "--out", out)
     orange = orange_in(out)
     assert len(orange) == toy.FRAMES and orange.any() and "key frames: " in done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, command, run, run_with_signal
+from conftest import run, run_with_signal
 from videos import SIZE, broken_files, number_of, write_numbered
 
 import data
@@ -48,9 +48,6 @@ def fine_tuned(tmp_path_factory) -> Path:
 def read(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as stored:
         return dict(stored)
-
-
-# ---- windows ----
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi"])
@@ -107,9 +104,6 @@ def test_few_frames_are_in_memory(tmp_path, window_stride, most):
             alive.append(shapes.count((3, 37, 37)))
             assert shapes.count((3, 74, 74)) <= 2
     assert 4 <= max(alive) <= most
-
-
-# ---- features ----
 
 
 def keep_of(tokens: torch.Tensor, keep: str) -> torch.Tensor:
@@ -173,9 +167,6 @@ def test_weights_of_every_kind(videos, pretrained, fine_tuned, tmp_path):
     assert official.shape == (2, 128) and not np.allclose(official, expected[:2])
 
 
-# ---- files, processes, kills ----
-
-
 def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
     """One file per video, below --out as below the folder; the same by two processes."""
     words = ["--weights", pretrained, "data.frames=8", "data.stride=1", "--out"]
@@ -194,7 +185,7 @@ def test_files_of_a_folder_and_two_processes(videos, pretrained, tmp_path):
 
 def test_a_killed_run_resumes_at_the_next_video(videos, pretrained, tmp_path):
     words = [videos, "--weights", pretrained, "--out", tmp_path, "data.stride=1"]
-    run_with_signal(command(TOOL, *words), ".npz 2 SIGKILL itself", ROOT)
+    run_with_signal(".npz 2 SIGKILL itself", TOOL, *words)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(done) == 1 and len(list(tmp_path.rglob("*.part"))) == 1
     run(TOOL, *words)
@@ -224,9 +215,6 @@ def test_folders_of_features_are_those_of_the_videos_on_one_drive_alone():
     assert result_files([one, other, one], out) == {out / "x.npz": one, out / "b/x.npz": other}
     with pytest.raises(UserError, match="the videos are on different drives"):
         result_files([one, far], out)
-
-
-# ---- mistakes ----
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,6 @@ def test_what_is_shared_in_a_mask():
     assert ((frames.sum(1) == 0) | (frames.sum(1) == 196)).all() and int(frames[:, 0].sum()) == 7
 
 
-# ---- which masked cubes are reconstructed ----
-
-
 def reconstructed(grid, mask, ratio, generator):
     """As a mask (T/2, H/16, W/16)."""
     result = torch.zeros(grid, dtype=torch.bool)

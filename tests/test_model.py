@@ -87,9 +87,6 @@ def test_interpolated_positions():
     assert torch.allclose(stretched[:, 1:5], expected[:, None].expand(4, 4, 6), atol=1e-6)
 
 
-# ---- initial values and regularization ----
-
-
 def test_initial_values_of_pretraining():
     torch.manual_seed(0)
     model = m.VideoMAE(**m.SIZES["S"], decoder_depth=4)
@@ -156,11 +153,9 @@ def test_options_build_the_same_model_again():
         m.VideoMAE(**SMALL, cube=(16, 16))
 
 
-# ---- the optimizer's parameter groups: by layer, first what decays; optimizer state is matched by position ----
-
-
 @pytest.mark.parametrize("size, depth", [("B", 12), ("L", 24), ("H", 32)])
 def test_layer_wise_rates_of_every_parameter(size, depth):
+    """Groups are by layer, first what decays: optimizer state is matched by position."""
     with torch.device("meta"):
         model = m.VideoClassifier(**m.encoder_size(size), classes=400)
     expected = [(["encoder.patch_embed.proj.weight"], ["encoder.patch_embed.proj.bias"])]

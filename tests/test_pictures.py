@@ -1,13 +1,10 @@
 """Pictures: files as described, boxes where they belong, labels whole, charts of every curve."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -91,8 +88,3 @@ def test_copies_of_the_nearest_visible_cubes(grid, pixels, space, time):
     cubes = torch.tensor(pixels).float()[:, None]
     copies = [copy.flatten().tolist() for copy in pictures.copy_visible(cubes, cubes[:, 0] == 0, grid).values()]
     assert copies == [space, time, [(s + t) / 2 for s, t in zip(space, time, strict=True)]]
-
-
-def test_only_charts_import_matplotlib():
-    code = "import sys, support.pictures, tools.study; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -37,9 +37,6 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return -10 * float(((a.float() - b.float()) / 255).square().mean().clamp(min=1e-10).log10())
 
 
-# ---- every frame and its time stay ----
-
-
 def test_frames_and_times_stay(tmp_path):
     root = tmp_path / "videos"
     (root / "a b" / "ü").mkdir(parents=True)
@@ -132,20 +129,14 @@ def test_only_what_a_list_names_is_prepared_and_hidden_entries_are_left_out(tmp_
     assert list(list_videos(str(out), "")) == [out / name for name in ("jump/a.mp4", "run/b.mp4", "run/c.mp4")]
 
 
-# ---- what goes wrong ----
-
-
 def test_names_that_are_not_utf8(tmp_path):
     root, name, strict = tmp_path / "videos", os.fsdecode(b"\xff\xe9"), {"PYTHONIOENCODING": "utf-8:strict"}
     video(root / name / f"{name}.mp4")
     (root / name / f"{name} 2.avi").write_text("no video")
     words = ["tools.prepare", "--to", tmp_path / "prepared", "--processes", "1"], ["tools.check_dataset"]
-    prepared, checked = (
-        subprocess.run(
-            command(*part, f"data.root={root}"), capture_output=True, env=os.environ | strict, cwd=ROOT
-        ).stdout
-        for part in words
-    )
+    commands = [command(*part, f"data.root={root}") for part in words]
+    runs = [subprocess.run(each, capture_output=True, env=os.environ | strict, cwd=ROOT) for each in commands]
+    prepared, checked = (done.stdout for done in runs)
     assert b"1 of 2 videos are in" in prepared and (tmp_path / "prepared" / name / f"{name}.mp4").exists()
     assert b"\xff\xe9 2.avi: " in (tmp_path / "prepared" / "unreadable.txt").read_bytes()
     assert b"1 unreadable" in checked and b"/\\udcff\\udce9 2.avi" in checked
@@ -169,8 +160,8 @@ def test_a_killed_run_resumes_where_it_was(tmp_path):
     first = video(root / "00.mp4", 60)
     for number in range(1, 8):
         (root / f"{number:02}.mp4").write_bytes(first.read_bytes())
-    words = command("tools.prepare", f"data.root={root}", "--to", out, "--processes", "1")
-    run_with_signal(words, ".mp4 3 SIGKILL group")
+    words = f"data.root={root}", "--to", out, "--processes", "1"
+    run_with_signal(".mp4 3 SIGKILL group", "tools.prepare", *words)
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert len(there) == 2 and list(out.glob("*.part"))
     for name in there:  # whole, each of them

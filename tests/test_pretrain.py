@@ -124,9 +124,6 @@ def test_everything_that_the_paper_varies_runs(variant, cubes, masked, reconstru
     assert sentence in said and len(losses(tmp_path)) == 3 and len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-# ---- pre-trained weights, validation ----
-
-
 @torch.no_grad()
 def first_loss(model: m.VideoMAE, config: SimpleNamespace, videos: list[Path]) -> float:
     """The loss of the first batch of a run."""
@@ -199,9 +196,6 @@ def test_validation(settings, finished, toy_videos, tmp_path):
     assert log(tmp_path / "run")[-1]["reconstruction_error"] == pytest.approx(sum(errors) / 8, rel=1e-4)
 
 
-# ---- reconstructions ----
-
-
 def test_reconstruct_own_video_with_own_and_official_weights(finished, tmp_path):
     video, official = write_numbered(tmp_path / "mine.mp4", 40), tmp_path / "official.pth"
     own = finished("pretrain") / "checkpoint.pt"
@@ -219,47 +213,6 @@ def test_reconstruct_own_video_with_own_and_official_weights(finished, tmp_path)
     done = run("pretrain.py", "--reconstruct", none, video, "--weights", own, "--out", tmp_path / "two", ok=False)
     assert f"no picture of {none}" in done.stderr and "1 of 2 videos cannot be read; see above" in done.stderr
     assert done.returncode == 1 and (tmp_path / "two/mine.png").exists() and "Traceback" not in done.stderr
-
-
-MISTAKES = [  # words of the command and what its last line says
-    ("--reconstruct a.mp4", "--reconstruct needs --weights FILE"),
-    ("--weights x.pt", "--weights goes with --reconstruct"),
-    ("--reconstruct a.mp4 --weights none.pt", "no weights at none.pt"),
-    ("--reconstruct a.mp4 --weights OWN data.size=96", "leave data.frames, data.size and target.frames"),
-    ("--reconstruct a.mp4 --weights OWN target.frames=double", "another target than target.frames=double"),
-    ("--reconstruct a.mp4 --weights FINETUNED", "FINETUNED is not a pre-training checkpoint"),
-    ("data.root=BROKEN", "100 videos in a row could not be read; look at data.root and at the last one, BROKEN"),
-    ("TOY target.frames=centre", "target.frames=centre is not known; choose one of input, double, center"),
-    ("TOY target.loss=l2", "target.loss=l2 is not known; choose one of"),
-    ("TOY target.frames=double data.stride=1", "data.stride=1 has to be even"),
-    ("TOY mask.ratio=0.001", "some have to be masked and some visible"),
-    ("TOY mask.decoder_ratio=1", "at most 0.9999"),
-    ("TOY mask.decoder_ratio=-0.5", "at least 0"),
-    ("TOY mask.decoder_ratio=0.99", "leaves none of 48 masked cubes"),
-    ("TOY data.val=OTHER", "no video of data.val exists, not even "),
-    ("TOY data.val=", "run.validate_every needs videos that are not trained on: name them by data.val"),
-    ("TOY init=none.pt", "no weights at none.pt"),
-    ("TOY init=FINETUNED", "FINETUNED has no decoder of VideoMAE: pre-training continues from pre-trained weights"),
-    ("TOY init=OWN model.decoder_depth=2", "decoder.blocks.1.attn.proj.bias is missing"),
-    ("TOY init=OWN model.cube=[2,8,8]", "(another model.size, model.cube, model.pretrained_clip, model.decoder_depth"),
-]
-
-
-@pytest.mark.parametrize("words, sentence", MISTAKES)
-def test_mistakes_end_in_a_sentence(words, sentence, settings, finished, tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos/a.mp4").touch()
-    (tmp_path / "other.txt").write_text("elsewhere/a.mp4\n")
-    places = {"OWN": f"{finished('pretrain')}/checkpoint.pt", "FINETUNED": f"{finished('finetune')}/checkpoint.pt"}
-    places |= {"TOY": " ".join(settings["pretrain"]), "BROKEN": str(tmp_path / "videos")}
-    places["OTHER"] = str(tmp_path / "other.txt")
-    for name, place in places.items():
-        words, sentence = words.replace(name, place), sentence.replace(name, place)
-    if "--weights" not in words:
-        words = f"{words} run.folder={tmp_path / 'run'}"
-    done = run("pretrain.py", *words.split(), ok=False)
-    assert done.returncode == 1 and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("normalize", ["true", "false"])

@@ -1,12 +1,15 @@
-"""What the README and the pages in docs/ name is there, and each command that they show can be started."""
+"""What the README and the pages in docs/ name is there, each command can be started, and the notebook runs."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
 import detect_ava
 import finetune
@@ -15,6 +18,7 @@ import probe
 from baselines import moco_v3
 from support.config import load_config, read_yaml
 
+NOTEBOOK = ROOT / "docs" / "walkthrough.ipynb"
 README = (ROOT / "README.md").read_text("utf-8")
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT): path.read_text("utf-8") for path in FILES}
@@ -133,3 +137,22 @@ def test_commands_are_real(words):
         name = next((stage for stage in STAGES if STAGES[stage].DEFAULT.parent.name in folders), "finetune")
     if name in STAGES:
         load_config(STAGES[name].DEFAULT, settings)
+
+
+def outputs(notebook: dict) -> str:
+    return "".join(json.dumps(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_notebook_runs_and_is_committed_with_the_outputs_of_a_whole_run_in_order(tmp_path: Path, monkeypatch):
+    """In a short form, and committed with the outputs of the long one."""
+    committed, notebook = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    whole = outputs(committed)
+    assert "step 3,000: loss" in whole and '"error"' not in whole and "stderr" not in whole and " nan" not in whole
+    assert whole.count("image/png") >= 15 and "image/jpeg" not in whole and NOTEBOOK.stat().st_size < 500_000
+    monkeypatch.setenv("WALKTHROUGH", "short")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the video of section 1 is written there
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    short = outputs(notebook)
+    assert "step 10: loss" in short and short.count("image/png") == whole.count("image/png")

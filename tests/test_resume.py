@@ -1,29 +1,13 @@
 """Resuming, for all stages: a run killed, stopped by a signal, of an older version, with other videos or machines."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    ENVIRONMENT,
-    EVERYTHING_RANDOM,
-    RESULTS,
-    ROOT,
-    STAGES,
-    command,
-    log,
-    losses,
-    random_run,
-    run,
-    run_with_signal,
-    same_tensors,
-)
+from conftest import RANDOM, RESULTS, ROOT, STAGES, command, log, losses, random_run, run, run_with_signal, same_tensors
 
 from support.checkpoint import load_checkpoint
 from support.config import UserError, load_config
@@ -38,26 +22,12 @@ def run_of(folder: Path, reference: Path, **changes) -> dict:
     return content
 
 
-def before_checkpoint(number: int, act: Callable[[], None], monkeypatch) -> None:
-    """Call `act` when the n-th checkpoint of this process is written, but not yet renamed."""
-    replace, renamed = os.replace, []
-
-    def watch(source: Path, target: Path) -> None:
-        if Path(target).name == "checkpoint.pt":
-            renamed.append(target)
-            if len(renamed) == number:
-                act()
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watch)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finished, tmp_path):
     """The main process alone is killed, and its workers end; everything random is on."""
     reference, folder = random_run(finished, stage), tmp_path / "run"
-    more = [*EVERYTHING_RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
-    run_with_signal(command(f"{stage}.py", *settings[stage], *more, "data.workers=2"), "checkpoint.pt 2 SIGKILL itself")
+    more = [*RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
+    run_with_signal("checkpoint.pt 2 SIGKILL itself", f"{stage}.py", *settings[stage], *more, "data.workers=2")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # the next one is not finished
     assert (folder / "checkpoint.tmp").exists()
     done = run(f"{stage}.py", *settings[stage], *more)
@@ -69,9 +39,7 @@ def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finish
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_of_another_version_resumes_and_one_of_other_videos_only_on_request(
-    stage, settings, finished, tmp_path
-):
+def test_of_another_version_a_run_resumes_and_with_other_videos_on_request(stage, settings, finished, tmp_path):
     reference, folder = finished(stage), tmp_path / "run"
     content = run_of(folder, reference)
     del content["config"]["run"]["profile"]
@@ -87,27 +55,22 @@ def test_a_checkpoint_of_another_version_resumes_and_one_of_other_videos_only_on
     assert len(losses(folder)) == 1
 
 
-@pytest.mark.parametrize(
-    "stage, changes, sentence",
-    [
-        ("finetune", dict(classes=["a", "b"]), "holds a run with other classes: set another run.folder"),
-        ("detect_ava", dict(actions={1: "a"}), "holds a run with other actions: set another run.folder"),
-        ("probe", dict(encoder="another"), "holds a run with other encoder: set another run.folder"),
-    ],
-)
-def test_a_run_belongs_to_its_classes_and_encoder(stage, changes, sentence, settings, finished, tmp_path):
-    run_of(tmp_path / "run", finished(stage), **changes)
-    done = run(f"{stage}.py", *settings[stage], f"run.folder={tmp_path / 'run'}", ok=False)
-    assert done.returncode == 1 and sentence in done.stderr
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
+ANOTHER_RUN = [  # stage, what another run's checkpoint holds, a setting, and what is said
+    ("finetune", dict(classes=["a", "b"]), "", "other classes: set another run.folder"),
+    ("detect_ava", dict(actions={1: "a"}), "", "other actions: set another run.folder"),
+    ("probe", dict(encoder="another"), "", "other encoder: set another run.folder"),
+    *((stage, {}, "optim.batch_size=4", "optim.batch_size=8, not 4") for stage in STAGES),
+    *((stage, {}, "run.seed=7", "run.seed=0, not 7") for stage in STAGES),
+]
 
 
-@pytest.mark.parametrize("setting, before", [("optim.batch_size=4", 8), ("run.seed=7", 0)])
-def test_a_run_belongs_to_its_configuration(setting, before, settings, finished):
-    for stage in STAGES:
-        folder, (key, now) = finished(stage), setting.split("=")
-        done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", setting, ok=False)
-        assert done.returncode == 1 and f"{folder} holds a run with {key}={before}, not {now}" in done.stderr
+@pytest.mark.parametrize("stage, changes, setting, sentence", ANOTHER_RUN)
+def test_a_folder_holds_one_run_alone(stage, changes, setting, sentence, settings, finished, tmp_path):
+    folder = tmp_path / "run"
+    run_of(folder, finished(stage), **changes)
+    done = run(f"{stage}.py", *settings[stage], f"run.folder={folder}", *setting.split(), ok=False)
+    assert done.returncode == 1 and f"{folder} holds a run with {sentence}" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -128,61 +91,47 @@ def test_a_finished_run_is_extended_and_not_shortened(stage, settings, finished,
     assert f"a run of {steps + 2} steps, {steps + 2} of them done: {steps} are too few, set optim.steps" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name, receiver, processes",
-    [("SIGUSR1", "group", 0), ("SIGINT", "group", 0), ("SIGTERM", "parent", 2), ("SIGUSR1", "itself", 2)],
-)
-def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
-    name, receiver, processes, settings, finished, tmp_path
-):
+SIGNALS = [("SIGUSR1", "group", 0), ("SIGINT", "group", 0), ("SIGTERM", "parent", 2), ("SIGUSR1", "itself", 2)]
+
+
+@pytest.mark.parametrize("name, receiver, processes", SIGNALS)
+def test_a_signal_saves_a_checkpoint_and_the_run_resumes(name, receiver, processes, settings, finished, tmp_path):
     """Without torchrun, all processes get it, as from Slurm or ctrl-C; torchrun gets SIGTERM, one process SIGUSR1."""
     folder = tmp_path / "run"
     words = [*settings["pretrain"], "data.workers=1", "optim.epochs=8", f"run.folder={folder}"]
-    line = command("pretrain.py", *words, "run.checkpoint_every=10", processes=processes)
-    printed = run_with_signal(line, f"checkpoint.pt 1 {name} {receiver}")
+    words.append("run.checkpoint_every=10")
+    printed = run_with_signal(f"checkpoint.pt 1 {name} {receiver}", "pretrain.py", *words, processes=processes)
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 10 <= step < 20 and log(folder)[-1]["step"] == step
     assert f"pretrain.py: stopped by {name} after step {step}: the same command resumes there" in printed
     if not processes:
         assert "Traceback" not in printed
-    run("pretrain.py", *words, "run.checkpoint_every=10")
+    run("pretrain.py", *words)
     reference = finished("pretrain", "optim.epochs=8")
     assert losses(folder) == pytest.approx(losses(reference), abs=0 if not processes else 1e-5)
 
 
 @pytest.mark.parametrize("stage, checkpoint", [("finetune", 2), ("detect_ava", 3)])
-def test_a_signal_ends_validation_and_the_test_at_once(stage, checkpoint, settings, tmp_path, monkeypatch):
+def test_a_signal_ends_validation_and_the_test_at_once(stage, checkpoint, settings, tmp_path):
     """The signal comes with the checkpoint before the validation of fine-tuning and before the test of detection."""
-    folder = tmp_path / "run"
-    words = [*settings[stage], f"run.folder={folder}", "run.validate_every=1"]
-    before_checkpoint(checkpoint, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
-    printed = run(f"{stage}.py", *words, ok=False).stderr
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    words = [*settings[stage], f"run.folder={tmp_path}", "run.validate_every=1"]
+    printed = run_with_signal(f"checkpoint.pt {checkpoint} SIGTERM itself", f"{stage}.py", *words)
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert f"{stage}.py: stopped by SIGTERM" in printed and "Traceback" not in printed
-    assert step == log(folder)[-1]["step"] and not (folder / RESULTS[stage][0]).exists()
+    assert step == log(tmp_path)[-1]["step"] and not (tmp_path / RESULTS[stage][0]).exists()
 
 
 @pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
-def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrained, tmp_path, monkeypatch):
-    init, folder = tmp_path / "init.pt", tmp_path / "run"
+def test_a_run_resumes_without_the_file_it_started_from(stage, settings, pretrained, tmp_path):
+    init, whole, resumed = tmp_path / "init.pt", tmp_path / "whole", tmp_path / "resumed"
     shutil.copy(pretrained, init)
-    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=32", f"run.folder={folder}"]
-    words += ["run.checkpoint_every=4"]
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    before_checkpoint(2, interrupt, monkeypatch)
-    assert "interrupted: the same command resumes" in run(f"{stage}.py", *words, ok=False).stderr
-    monkeypatch.undo()
+    words = [*settings[stage], f"init={init}", "data.frames=8", "data.size=32", "run.keep_every=2"]
+    run(f"{stage}.py", *words, f"run.folder={whole}")
     init.unlink()
-    run(f"{stage}.py", *words)
-    resumed = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    shutil.rmtree(folder)
-    shutil.copy(pretrained, init)
-    run(f"{stage}.py", *words)
-    whole = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed.mkdir()
+    shutil.copy(whole / "checkpoint_0002.pt", resumed / "checkpoint.pt")
+    run(f"{stage}.py", *words, f"run.folder={resumed}")
+    assert same_tensors(resumed, whole)
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_a_lower_learning_rate_may_follow(settings, tmp_path):
@@ -201,39 +150,37 @@ def test_a_folder_belongs_to_one_run(settings, tmp_path):
     import filelock
 
     with filelock.FileLock(tmp_path / ".lock"):
-        done = run("pretrain.py", *settings["pretrain"], f"run.folder={tmp_path}", processes=2, ok=False)
+        words = command("pretrain.py", *settings["pretrain"], f"run.folder={tmp_path}", processes=2)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     sentence = f"pretrain.py: another run is at work in {tmp_path}: wait for it, stop it, or set another run.folder"
     assert done.returncode != 0 and "Error:" not in done.stderr.replace("ChildFailedError:", "")
     assert f"  traceback : {sentence}" in done.stderr[-600:]  # torchrun repeats it at the end of its report
 
 
-# ---- two machines: two agents of torchrun, one process each, on the loopback address ----
-
-
 def test_two_machines_train_as_one_process_does(settings, finished, tmp_path):
+    """Two agents of torchrun, one process each, on the loopback address."""
     words = [*settings["pretrain"], "run.pictures=0", f"run.folder={tmp_path / 'run'}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     launcher += ["--master_addr=127.0.0.1", "--master_port=29517"]
     lines = [[*launcher, f"--node_rank={rank}", "pretrain.py", *words] for rank in (0, 1)]
     pipes = dict(stderr=subprocess.PIPE, text=True)
-    machines = [subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **pipes) for line in lines]
+    machines = [subprocess.Popen(line, cwd=ROOT, **pipes) for line in lines]
     printed = [machine.communicate(timeout=120)[1] for machine in machines]
     assert not any(machine.returncode for machine in machines), printed[0][-2000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished("pretrain")), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "other, sentence",
-    [
-        ((8, 24), r"checkpoints of different steps \(0, 8\) in .* has to be on a disk that all machines share"),
-        ((0, 23), r"different training videos \(24, 23\): give all machines the same data.root"),
-    ],
-)
+OTHER_MACHINES = [  # the step of its checkpoint and its number of videos, not 0 and 24, and what is said
+    ((8, 24), r"checkpoints of different steps \(0, 8\) in .* has to be on a disk that all machines share"),
+    ((0, 23), r"different training videos \(24, 23\): give all machines the same data.root"),
+]
+
+
+@pytest.mark.parametrize("other, sentence", OTHER_MACHINES)
 def test_machines_with_different_checkpoints_or_videos_end_with_a_sentence(other, sentence, tmp_path, monkeypatch):
     default, (step, count) = ROOT / "configs/pretrain/toy.yaml", other
     state = step, dict(count=count, digest=f"of {count}")
     monkeypatch.setattr("support.checkpoint.gather", lambda states: [*states, state])  # as of the other machine
+    config = load_config(default, [f"run.folder={tmp_path}"])
     with pytest.raises(UserError, match=f"processes find {sentence}"):
-        load_checkpoint(
-            load_config(default, [f"run.folder={tmp_path}"]), default, videos=dict(count=24, digest="of 24")
-        )
+        load_checkpoint(config, default, videos=dict(count=24, digest="of 24"))

@@ -7,11 +7,12 @@ import multiprocessing
 import re
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from conftest import DOWNSTREAM, EVERYTHING_RANDOM, RESULTS, STAGES, log, losses, random_run, run, same_tensors, tensors
+from conftest import DOWNSTREAM, RANDOM, RESULTS, STAGES, log, losses, random_run, run, same_tensors, tensors
 
 import support.run
 from support.config import as_dict, load_config
@@ -20,9 +21,6 @@ from support.run import warmup_cosine
 
 def module(stage: str):
     return importlib.import_module(stage.replace("/", "."))
-
-
-# ---- what a run prints and leaves ----
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -62,8 +60,6 @@ def test_repeats_in_pre_training_count_in_the_batch_and_not_in_epochs(settings, 
     parts = [*words[:-1], "run.batch_per_device=5", "data.workers=2", f"run.folder={tmp_path / 'parts'}"]
     run("pretrain.py", *parts)  # one video, four clips, at a time
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path), rel=1e-4)
-    done = run("pretrain.py", *words, "data.repeats=3", f"run.folder={tmp_path / 'other'}", ok=False)
-    assert done.returncode == 1 and "optim.batch_size=16 is not a multiple of data.repeats=3" in done.stderr
 
 
 def test_tensorboard_gets_what_the_log_holds_also_when_resumed(settings, finished, tmp_path):
@@ -87,16 +83,10 @@ def test_tensorboard_that_is_missing_ends_in_a_sentence(settings, tmp_path, monk
     assert done.returncode == 1 and "run.tensorboard=true needs TensorBoard: pip install tensorboard" in done.stderr
 
 
-def paper_layer(name: str, depth: int) -> int:
-    """Table 10's layer-wise lr decay: 0 the cube embedding, 1 to depth the blocks, then what follows the encoder."""
-    block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-    return 0 if name.startswith("encoder.patch_embed.") else int(block[1]) + 1 if block else depth + 1
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
 def test_every_step_is_adamw_of_the_paper(stage, settings, tmp_path, monkeypatch):
     """Each parameter is in one group, with the learning rate, betas and decay of Tables 9, 10 and 12."""
-    steps, cleared, models = [], [], []
+    steps, cleared = [], []
 
     class AdamW(torch.optim.AdamW):
         def step(self) -> None:
@@ -108,29 +98,27 @@ def test_every_step_is_adamw_of_the_paper(stage, settings, tmp_path, monkeypatch
             cleared.append(len(steps))
             super().zero_grad()
 
-    groups_of = module(stage).parameter_groups
+    groups_of = Mock(side_effect=module(stage).parameter_groups)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    monkeypatch.setattr(
-        module(stage), "parameter_groups", lambda model, *x: models.append(model) or groups_of(model, *x)
-    )
+    monkeypatch.setattr(module(stage), "parameter_groups", groups_of)
     more = ["optim.betas=[0.8, 0.97]", "optim.min_lr=0.003", "optim.weight_decay=0.3", "data.workers=0"]
     run(f"{stage}.py", *settings[stage], *more, f"run.folder={tmp_path}")
     optim = load_config(module(stage).DEFAULT, [str(tmp_path / "config.yaml")]).optim
-    depth = len(models[0].encoder.blocks)
+    model = groups_of.call_args.args[0]
+    depth = len(model.encoder.blocks)
     assert cleared == list(range(1, len(steps) + 1))
     for number, groups in enumerate(steps):
         lr = warmup_cosine(number, len(steps), len(steps) // 3, optim.base_lr * 8 / 256, optim.min_lr * 8 / 256)
         group_of = {parameter: group for group in groups for parameter in group["params"]}
         assert len(group_of) == sum(len(group["params"]) for group in groups)
-        for name, parameter in models[0].named_parameters():
+        for name, parameter in model.named_parameters():
             group = group_of.pop(parameter)
-            scale = 1.0 if stage == "pretrain" else 0.7 ** (depth + 1 - paper_layer(name, depth))
+            block = re.match(r"encoder\.blocks\.(\d+)\.", name)  # layer 0 is the cube embedding
+            layer = 0 if name.startswith("encoder.patch_embed.") else int(block[1]) + 1 if block else depth + 1
+            scale = 1.0 if stage == "pretrain" else 0.7 ** (depth + 1 - layer)
             assert group["lr"] == pytest.approx(lr * scale) and tuple(group["betas"]) == (0.8, 0.97), name
             assert group["weight_decay"] == (0.3 if parameter.ndim > 1 and name != "mask_token" else 0), name
         assert not group_of
-
-
-# ---- processes, workers, accumulation, memory ----
 
 
 @pytest.mark.parametrize(
@@ -143,9 +131,7 @@ def test_every_step_is_adamw_of_the_paper(stage, settings, tmp_path, monkeypatch
         ("detect_ava", 2, ["data.workers=2", "run.batch_per_device=1"]),
     ],
 )
-def test_results_do_not_depend_on_processes_workers_or_micro_batches(
-    stage, processes, more, settings, finished, tmp_path
-):
+def test_processes_workers_and_micro_batches_change_nothing(stage, processes, more, settings, finished, tmp_path):
     """Without what is sampled on each device."""
     done = run(f"{stage}.py", *settings[stage], *more, f"run.folder={tmp_path}", processes=processes)
     accumulated, at_once = (1, 8) if processes == 1 else (4, 1) if stage == "detect_ava" else (2, 2)
@@ -181,9 +167,7 @@ def test_loader_workers_that_are_spawned_give_the_same_run(stage, settings, fini
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.003)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_half_precision_rounds_a_little_and_resumes_bit_for_bit(
-    stage, precision, tolerance, settings, finished, tmp_path
-):
+def test_half_precision_rounds_a_little_and_resumes_exactly(stage, precision, tolerance, settings, finished, tmp_path):
     words = [*settings[stage], f"run.precision={precision}", "data.workers=0", "run.keep_every=2"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(f"{stage}.py", *words, f"run.folder={whole}")
@@ -209,22 +193,11 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped(stage, settings, fini
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "detect_ava"])
-def test_activation_checkpointing_changes_nothing(stage, settings, tmp_path):
-    same = [*settings[stage], *EVERYTHING_RANDOM[stage], "optim.epochs=1", "run.batch_per_device=4", "data.workers=0"]
-    models = []
-    for name in ("false", "true"):
-        run(f"{stage}.py", *same, f"run.recompute={name}", f"run.folder={tmp_path / name}")
-        models.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
-    assert losses(tmp_path / "false") == losses(tmp_path / "true") and len(losses(tmp_path / "true")) >= 2
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
-
-
-@pytest.mark.parametrize("stage", ["finetune", "detect_ava"])
-def test_validation_changes_nothing_that_follows(stage, settings, finished, tmp_path):
-    for every in (0, 1):  # with drop path, which validation turns off
-        more = ["model.drop_path=0.9", f"run.validate_every={every}", f"run.folder={tmp_path / str(every)}"]
-        run(f"{stage}.py", *settings[stage], *more, "data.workers=0")
-    assert losses(tmp_path / "0") == losses(tmp_path / "1") != losses(finished(stage))
+def test_activation_checkpointing_and_validation_change_nothing(stage, settings, finished, tmp_path):
+    """The run that it is compared with is validated once, after two epochs. Validation turns drop path off."""
+    more = [*RANDOM[stage], "run.recompute=true", "run.validate_every=1", f"run.folder={tmp_path}"]
+    run(f"{stage}.py", *settings[stage], *more)
+    assert same_tensors(tmp_path, random_run(finished, stage)) and len(losses(tmp_path)) >= 6
 
 
 def test_a_trace_and_kept_checkpoints_change_nothing(settings, finished, tmp_path):
@@ -254,7 +227,7 @@ def test_only_lines_of_the_log_wait_for_the_gpu(stage, compiled, settings, tmp_p
 
     monkeypatch.setattr(support.run.Log, "progress", strict)
     more = [f"run.compile={compiled}", "run.log_every=1000", "run.checkpoint_every=1000", f"run.folder={tmp_path}"]
-    config = load_config(module(stage).DEFAULT, [*settings[stage], *EVERYTHING_RANDOM[stage], *more])
+    config = load_config(module(stage).DEFAULT, [*settings[stage], *RANDOM[stage], *more])
     if hasattr(config.run, "validate_every"):
         config.run.validate_every = 0
     try:

@@ -3,14 +3,13 @@
 import itertools
 import math
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, run, run_with_signal
+from conftest import run, run_processes, run_with_signal
 
 from support import datasets, toy
 from support import toy_ava as ava
@@ -78,15 +77,13 @@ def test_files_hold_what_was_rendered(toy_videos, toy_ava):
 
 
 def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
-    folder, videos = tmp_path / "videos", {"train": 104, "val": 8}  # enough for two processes
-    script = "import sys; from pathlib import Path; from support import toy; toy.render(Path(sys.argv[1]), {})"
-    words = [sys.executable, "-c", script.replace("{}", str(videos)), str(folder)]
-    run_with_signal(words, ".mp4 8 SIGKILL group")
+    folder = tmp_path / "videos"
+    render = partial(toy.render, folder, {"train": 104, "val": 8})  # enough for two processes
+    run_with_signal(".mp4 8 SIGKILL group", render)
     assert 7 <= len(list(folder.rglob("*.mp4"))) < 16 and not (folder / "classes.txt").exists()
     assert list(folder.rglob("*.part"))  # one was whole, but not yet renamed
-    both = [subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=100)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and sorted("/112" in text for text in printed) == [0, 1]
+    done = run_processes(render, processes=2)
+    assert done.returncode == 0 and done.stderr.count(" 0/112") == 1
     found = datasets.list_videos(str(folder), "")
     assert len(found) == 112 and all(len(Video(path)) == toy.FRAMES for path in found)
     names = {path.name for path in folder.rglob("*") if path.suffix != ".mp4" and path.is_file()}
@@ -94,7 +91,7 @@ def test_a_killed_rendering_is_finished_and_of_two_at_once_one_waits(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_rendering_in_a_sentence(tmp_path):
-    printed = run_with_signal(command("tools.render_toy", tmp_path), ".mp4 8 SIGKILL itself")
+    printed = run_with_signal(".mp4 8 SIGKILL itself", "tools.render_toy", tmp_path)
     assert "a process was killed, perhaps for lack of memory: make room, then" in printed
 
 
@@ -163,7 +160,7 @@ def test_both_sets_of_labels_are_balanced(toy_videos):
     assert all(pairs.count(pair) == 2 for pair in itertools.product(toy.CLASSES, toy.SHAPES))
 
 
-def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
+def test_toy_ava_has_groups_of_actions_and_persons_that_are_missed_or_false(toy_ava):
     labels = (toy_ava / "annotations" / "ava_action_list_v2.2.pbtxt").read_text()
     groups = ("PERSON_MOVEMENT", "OBJECT_MANIPULATION", "PERSON_INTERACTION")
     assert [labels.count(group) for group in groups] == [4, 2, 2]
@@ -171,11 +168,6 @@ def test_toy_ava_rows_name_videos_seconds_and_actions(toy_ava):
     for split, videos in (("train", 6), ("val", 3)):
         truth = read_rows(toy_ava / f"annotations/ava_{split}_v2.2.csv")
         detected = read_rows(toy_ava / f"boxes/ava_{split}_predicted_boxes.csv")
-        for video, second, *box, action, last in truth + detected:
-            assert (toy_ava / "videos" / f"{video}.mp4").exists() and 901 <= int(second) <= 904
-            x1, y1, x2, y2 = map(float, box)
-            assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-            assert 1 <= int(action) <= 8 and 0 <= int(last) < 4 if action else 0.5 <= float(last) <= 1
         assert len({row[0] for row in truth}) == videos
         persons = len({(*row[:2], row[7]) for row in truth})
         assert 0.7 < len(detected) / persons < 1.5  # some are missed, some are false

@@ -250,11 +250,8 @@ def test_a_frame_that_is_missing_at_the_end_is_named(videos):
 
 
 def test_a_codec_that_nobody_knows_is_named(tmp_path):
-    for file, codec, tag in (
-        ("a.mkv", "libx264", b"ISO/AVC"),
-        ("a.avi", "mpeg4", b"FMP4"),
-        ("a.mov", "libx264", b"avc1"),
-    ):
+    codecs = [("a.mkv", "libx264", b"ISO/AVC"), ("a.avi", "mpeg4", b"FMP4"), ("a.mov", "libx264", b"avc1")]
+    for file, codec, tag in codecs:
         path = write_numbered(tmp_path / file, 5, codec)
         content = path.read_bytes()
         path.write_bytes(content.replace(tag, tag[:-3] + b"qqq"))

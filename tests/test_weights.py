@@ -76,17 +76,13 @@ def namings(model: m.VideoMAE | m.VideoClassifier) -> dict[str, dict]:
     return names
 
 
+# keys under which the tensors are, and what stands before their names
+LAYOUTS = [("", ""), ("module", "backbone."), ("model_state_dict", "module."), ("model_ema", "module._orig_mod.")]
+LAYOUTS += [("model state_dict", "model.module.backbone._orig_mod.model.")]
+
+
 @pytest.mark.parametrize("build", [autoencoder, classifier])
-@pytest.mark.parametrize(
-    "keys, prefix",  # keys under which the tensors are, and what stands before their names
-    [
-        ("", ""),
-        ("module", "backbone."),
-        ("model_state_dict", "module."),
-        ("model_ema", "module._orig_mod."),
-        ("model state_dict", "model.module.backbone._orig_mod.model."),
-    ],
-)
+@pytest.mark.parametrize("keys, prefix", LAYOUTS)
 def test_names_of_every_source_in_every_layout(tmp_path, build, keys, prefix):
     source = build()
     for name, state in namings(source).items():
@@ -97,9 +93,6 @@ def test_names_of_every_source_in_every_layout(tmp_path, build, keys, prefix):
         model = type(source)(**source.options)
         load_weights(model, tmp_path / "file.pth")
         assert same(model, source), name
-
-
-# ---- against transformers ----
 
 
 def hugging_face(model: m.VideoMAE | m.VideoClassifier, **options: object) -> transformers.PreTrainedModel:
@@ -134,9 +127,6 @@ def test_prediction_loss_and_logits_equal_transformers(tmp_path, clip_size, cube
     load_weights(own, tmp_path / "classifier.bin")
     expected = theirs(clip.transpose(1, 2)).logits
     assert relative(own(clip), expected) < 1e-5 and float(expected.std()) > 0.1
-
-
-# ---- files: official ones, what is refused, what is said ----
 
 
 @pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
@@ -219,9 +209,6 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
             load_weights(model, tmp_path / name)
 
 
-# ---- position tables ----
-
-
 def test_positions_are_those_of_the_pretraining_clips(tmp_path):
     """16 x 224 x 224 to 32 x 320 x 320, in small: computed and learned ones. An unknown grid is refused."""
     small, learned = classifier(clip_size=(4, 48, 48)), torch.randn(18, 48)
@@ -265,9 +252,6 @@ def test_position_tables_of_encoder_and_decoder_are_told_apart(tmp_path):
         load_weights(model, tmp_path / "file.pth", optional=NEW)
         assert torch.equal(model.encoder.pos_embed, tables["encoder.pos_embed"])
     assert torch.equal(source.pos_embed, tables["pos_embed"][0])
-
-
-# ---- image models ----
 
 
 def image_vit(naming: str) -> dict[str, torch.Tensor]:
@@ -324,9 +308,6 @@ def test_image_positions_of_another_size_are_interpolated(tmp_path):
     assert torch.allclose(model.encoder.pos_embed, state["pos_embed"][0, 0].expand(20, -1), atol=1e-5)
 
 
-# ---- what configurations need of weights ----
-
-
 def test_the_configuration_for_weights(tmp_path):
     """A .yaml file on the command line, else the checkpoint's own, else Kinetics' recipe; overrides go over each."""
     own = as_dict(load_config(FINETUNE, ["data.frames=4", "data.stride=3"]))
@@ -334,11 +315,8 @@ def test_the_configuration_for_weights(tmp_path):
     torch.save(classifier().state_dict(), tmp_path / "official.pth")
     recipe = str(FINETUNE.with_name("k400_base.yaml"))
     kinetics = as_dict(load_config(FINETUNE, [recipe]))
-    for name, settings, expected in (
-        ("own.pt", [], own),
-        ("own.pt", [recipe], kinetics),
-        ("official.pth", [], kinetics),
-    ):
+    cases = [("own.pt", [], own), ("own.pt", [recipe], kinetics), ("official.pth", [], kinetics)]
+    for name, settings, expected in cases:
         assert as_dict(w.stored_config(tmp_path / name, FINETUNE, settings)) == expected
         changed = expected | dict(data=expected["data"] | dict(stride=2))
         assert as_dict(w.stored_config(tmp_path / name, FINETUNE, [*settings, "data.stride=2"])) == changed
@@ -420,14 +398,6 @@ def test_weights_in_several_files(tmp_path):
     (tmp_path / "output/latest").write_text("checkpoint-49\n")
     assert weights_file(tmp_path / "output") == weights_file(step) == step / "mp_rank_00_model_states.pt"
 
-
-def test_sizes_of_an_official_checkpoint_are_read_from_its_tensors(tmp_path):
-    source = m.VideoMAE(**m.SIZES["S"], decoder_depth=2)
-    torch.save({"model": source.state_dict()}, tmp_path / "official.pth")
-    assert build_from_checkpoint(tmp_path / "official.pth").options == source.options
-
-
-# ---- the export ----
 
 CLASSES = ["brush hair", "Jump_up", "été", "run", "0"]
 
