@@ -94,8 +94,9 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     elif stored:
         source, chosen = "the checkpoint", flatten(stored)
         if differ := sorted(defaults.keys() ^ chosen.keys()):
+            _check_stage(default.parent, chosen)
             what = f"these keys take their defaults or are gone: {', '.join(differ)}"
-            say(f"{source} was made by another version or stage: {what}")
+            say(f"{source} was made by another version: {what}")
             chosen = {key: value for key, value in chosen.items() if key in defaults}
     else:
         source, chosen = str(default), read_yaml(default)
@@ -118,6 +119,16 @@ def load_config(default: Path, settings: list[str], stored: dict | None = None) 
     if not config.run.folder:
         config.run.folder = f"runs/{default.parent.name}/{Path(files[0] if files else default).stem}"
     return config
+
+
+def _check_stage(folder: Path, chosen: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint's keys are those of another stage, not of another version of this one."""
+    unknown = {}
+    for file in folder.parent.glob("*/defaults.yaml"):
+        unknown[file.parent.name] = len(chosen.keys() - read_yaml(file).keys())
+    stage = min(unknown, key=unknown.__getitem__)
+    if unknown[stage] < unknown[folder.name]:
+        raise UserError(f"the checkpoint is one of another stage, {stage}: {folder.name} needs one of its own")
 
 
 def as_dict(config: SimpleNamespace) -> dict:

@@ -65,7 +65,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (["pretrain"], "--reconstruct a.mp4 --weights none.pt", "no weights at none.pt"),
     (["pretrain"], "--reconstruct a.mp4 --weights OWN data.size=96", "leave data.frames, data.size and target"),
     (["pretrain"], "--reconstruct a.mp4 --weights OWN target.frames=double", "another target than target.frames=d"),
-    (["pretrain"], "--reconstruct a.mp4 --weights FINETUNED", "FINETUNED is not a pre-training checkpoint"),
+    (["pretrain"], "--reconstruct a.mp4 --weights FINETUNED", "one of another stage, finetune: pretrain needs one of"),
     (["finetune"], "optim.mixup=0.8 run.batch_per_device=2", "one video at a time has no other to be mixed with"),
     (["finetune"], "--weights FINETUNED", "training starts from init=FILE"),
     (["finetune"], "--test", "--test and --predict need --weights FILE"),
