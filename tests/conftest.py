@@ -182,29 +182,29 @@ def run_processes(script: str | Callable, *arguments: object, processes: int = 1
         for each in forks:
             each.join(timeout=300)
             each.kill()
-        failed = [each for each in forks if each.exitcode != 0]
-        return CompletedProcess([script, *arguments], len(failed), out.read_text(), err.read_text())
+        status = any(each.exitcode for each in forks)
+        return CompletedProcess([script, *arguments], int(status), out.read_text(), err.read_text())
 
 
 def run_with_signal(at: str, script: str | Callable, *arguments: object, processes: int = 0) -> str:
     """Run a command, or a function, until a signal has ended it and all processes it has started. Return its stderr.
 
     at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
-    processes: those of torchrun.
+    processes: those of torchrun. A killed fork's loader processes would live on, which those of a command do not.
     """
     environment = dict(PYTHONPATH=str(SIGNALS), SIGNAL_AT=at)
     with tempfile.TemporaryDirectory() as folder:
         err = Path(folder, "err")
-        if processes:
+        if callable(script):
+            process = fork(script, *arguments, environment=environment, out=Path(os.devnull), err=err)
+            process.join(timeout=100)
+            status = process.exitcode
+        else:
             words = command(script, *arguments, processes=processes)
             with open(err, "w") as file:
                 files = dict(stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
                 process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **files)
             status = process.wait(timeout=100)
-        else:
-            process = fork(script, *arguments, environment=environment, out=Path(os.devnull), err=err)
-            process.join(timeout=100)
-            status = process.exitcode
         until = time.monotonic() + 20
         while is_alive(process.pid) and time.monotonic() < until:  # the last ones are ending
             time.sleep(0.05)

@@ -78,7 +78,7 @@ MISTAKES = [  # stages, settings over those of conftest or, with an option, all 
     (["finetune"], "--predict none.mp4 --weights FINETUNED --out a.txt", "are written to a .csv or .json file"),
     (["finetune"], "--predict none.mp4 --weights FINETUNED", "1 of 1 videos cannot be read; see above"),
     (["finetune"], "--compare a.csv b.csv", "a.csv is not a scores.csv as --test writes it"),
-    (["detect_ava"], "data.val_exclude=TMP/all.csv", "or boxes/ava_val_predicted_boxes.csv no person"),
+    (["detect_ava"], "data.val_exclude=TMP/all.csv", "or boxes/ava_val_predicted_boxes.csv has no person"),
     (["detect_ava"], "data.val=TMP/b.csv data.val_exclude=TMP/a.csv", "b.csv has no row of an action in "),
     (["detect_ava"], "data.labels=TMP/9.pbtxt", "9.pbtxt lists action 9, more than data.actions=8"),
     (["detect_ava"], "--test", "--test needs --weights FILE"),
