@@ -207,8 +207,8 @@ def train(config: SimpleNamespace) -> None:
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256  # Sec. B: the linear scaling rule
     end_lr = config.optim.min_lr * config.optim.batch_size / 256
 
-    identity = dict(videos=describe(videos))  # the same when a run resumes
-    checkpoint = load_checkpoint(config, DEFAULT, **identity)
+    stored = dict(videos=describe(videos), model_options=model.options)
+    checkpoint = load_checkpoint(config, DEFAULT, videos=stored["videos"])  # the same when a run resumes
     if config.init and not checkpoint:
         load_weights(model, config.init, clip_size=config.model.pretrained_clip)
         say(f"initialized from {config.init}")
@@ -219,7 +219,6 @@ def train(config: SimpleNamespace) -> None:
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=processes.dtype == torch.float16)  # small gradients would be 0
 
-    stored = identity | dict(model_options=model.options)
     if config.init:  # may have other positions than the model computes, and state_dict leaves them out
         stored |= dict(positions=model.encoder.pos_embed, decoder_positions=model.pos_embed)
     start = 0
