@@ -449,7 +449,7 @@ MISTAKES = [
     (["--test"], "--test needs --weights FILE"),
     (["--weights", "y.pt"], "--test needs --weights FILE"),
     (["--test", "--weights", "{weights}", "--out", "{tmp}/all.csv/x"], "results cannot be written into .*all.csv/x"),
-    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv no person"),
+    (["init=scratch", "data.val_exclude={tmp}/all.csv"], "or boxes/ava_val_predicted_boxes.csv has no person"),
     (["init=scratch", "data.val={tmp}/b.csv", "data.val_exclude={tmp}/a.csv"], "b.csv has no row of an action in "),
 ]
 
