@@ -72,6 +72,8 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
     jobs = []
     for name in only or study["experiments"]:
         experiment = pick(study["experiments"], name, "--only")
+        if seed not in experiment.get("seeds", [seed]):
+            continue
         init = experiment.get("init", name)
         source, weights = None, "scratch"
         if init != "scratch":
