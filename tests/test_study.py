@@ -169,7 +169,7 @@ def test_the_rule_of_agreement(high, low, small, agrees):
     sides = {"a": [*high, 99], "b": low}  # a third seed of one side does not count
     keys = [(name, str(seed), "finetune") for name, top1 in sides.items() for seed in range(len(top1))]
     results = {key: dict(zip(COLUMNS, (*key, sides[key[0]][int(key[1])]), strict=False)) for key in keys}
-    here, verdict = study_report.compare(results, dict(higher="a", lower="b", stage="finetune", small=small))
+    here, verdict = study_report.compare(results, dict(higher="a", lower="b", small=small))
     assert verdict == agrees and here.startswith(f"**{(sum(high) - sum(low)) / 2:+.1f}** ({high[0] - low[0]:+.1f}, ")
 
 

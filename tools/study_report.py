@@ -51,7 +51,7 @@ def compare(results: dict, claim: dict) -> tuple[str, bool]:
 
 def _side(results: dict, claim: dict, side: str) -> dict[str, float]:
     """Return top-1 by seed of an experiment, or of the first less the second of two experiments."""
-    stage = claim.get(f"{side}_stage", claim["stage"])
+    stage = claim.get(f"{side}_stage", claim.get("stage", "finetune"))
     if isinstance(claim[side], str):
         return values(results, claim[side], stage)
     first, second = (values(results, name, stage) for name in claim[side])
@@ -64,7 +64,7 @@ def write_report(study: dict, results: dict, page: Path, folder: Path) -> None:
     for table in study["tables"]:
         name = table["title"].split(":")[0]
         for claim in table["claims"]:
-            here, agrees = compare(results, {"stage": table.get("stage", "finetune")} | claim)
+            here, agrees = compare(results, claim)
             if here:
                 agreement[name] = agreement.get(name, True) and agrees
                 verdict = "agrees" if agrees else "**does not**"
@@ -99,7 +99,7 @@ def draw_cases(tables: list[dict], results: dict, path: Path) -> None:
         axes.set(title=table["title"], xlim=(0, 100), xlabel="top-1, %")
         axes.invert_yaxis()
         for row in table["rows"]:
-            top1 = [*values(results, row["experiment"], row.get("stage", table.get("stage", "finetune"))).values()]
+            top1 = [*values(results, row["experiment"], row.get("stage", "finetune")).values()]
             if top1:
                 axes.barh(row["case"], statistics.mean(top1), color="lightsteelblue")
                 axes.plot(top1, [row["case"]] * len(top1), "o", color="black", markersize=3)
