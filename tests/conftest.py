@@ -244,10 +244,6 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log(folder) if "loss" in line]
 
 
-def random_run(finished, stage: str) -> Path:
-    return finished(stage, *RANDOM[stage])
-
-
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return everything in a run's checkpoint that is a tensor."""
     content = flatten(torch.load(folder / "checkpoint.pt", weights_only=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANDOM, RESULTS, ROOT, STAGES, command, log, losses, random_run, run, run_with_signal, same_tensors
+from conftest import RANDOM, RESULTS, ROOT, STAGES, command, log, losses, run, run_with_signal, same_tensors
 
 from support.checkpoint import load_checkpoint
 from support.config import UserError, load_config
@@ -25,7 +25,7 @@ def run_of(folder: Path, reference: Path, **changes) -> dict:
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_while_it_saves_a_run_resumes_bit_for_bit(stage, settings, finished, tmp_path):
     """The main process alone is killed, and its workers end; everything random is on."""
-    reference, folder = random_run(finished, stage), tmp_path / "run"
+    reference, folder = finished(stage, *RANDOM[stage]), tmp_path / "run"
     more = [*RANDOM[stage], f"run.folder={folder}", "run.checkpoint_every=4"]  # not a divisor of the steps
     run_with_signal("checkpoint.pt 2 SIGKILL itself", f"{stage}.py", *settings[stage], *more, "data.workers=2")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # the next one is not finished

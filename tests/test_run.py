@@ -97,7 +97,6 @@ def test_the_next_command_fine_tunes_on_clips_and_videos_of_the_run(stage, folde
         assert {key: after[key] for key in same} == {key: before[key] for key in same} and following.init == "w.pt"
 
 
-# ---- the split of a batch ----
 SPLITS = [(1024, 64, 64, 16, False), (1024, 8, 64, 64, False), (192, 8, 24, 24, False), (12, 1, 5, 4, False)]
 SPLITS += [(7, 1, 0, 1, False), (7, 1, 3, 1, True), (254, 2, 64, 1, True), (254, 1, 64, 2, True)]
 

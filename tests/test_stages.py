@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from conftest import DOWNSTREAM, RANDOM, RESULTS, STAGES, log, losses, random_run, run, same_tensors, tensors
+from conftest import DOWNSTREAM, RANDOM, RESULTS, STAGES, log, losses, run, same_tensors, tensors
 
 import support.run
 from support.config import as_dict, load_config
@@ -25,7 +25,7 @@ def module(stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_leaves_its_log_configuration_and_checkpoint(stage, finished):
-    folder = random_run(finished, stage)
+    folder = finished(stage, *RANDOM[stage])
     printed, lines = (folder / "said.txt").read_text(), [line for line in log(folder) if "loss" in line]
     steps = len(lines)
     assert steps == (6 if stage == "detect_ava" else 9)  # 21 key frames or 24 videos, 8 in a batch
@@ -197,7 +197,7 @@ def test_activation_checkpointing_and_validation_change_nothing(stage, settings,
     """The run that it is compared with is validated once, after two epochs. Validation turns drop path off."""
     more = [*RANDOM[stage], "run.recompute=true", "run.validate_every=1", f"run.folder={tmp_path}"]
     run(f"{stage}.py", *settings[stage], *more)
-    assert same_tensors(tmp_path, random_run(finished, stage)) and len(losses(tmp_path)) >= 6
+    assert same_tensors(tmp_path, finished(stage, *RANDOM[stage])) and len(losses(tmp_path)) >= 6
 
 
 def test_a_trace_and_kept_checkpoints_change_nothing(settings, finished, tmp_path):
