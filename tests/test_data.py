@@ -234,9 +234,8 @@ def test_memory_and_handles_stay_flat_over_600_clips(videos):
     assert resident[-1] - resident[300] < 6e6 and handles[-1] == handles[300]
 
 
-def two_views(videos: list[Path], seed: int = 0) -> moco_v3.TwoViews:
-    config = load_config(moco_v3.DEFAULT, ["data.frames=4", "data.stride=2", "data.size=32"])
-    return moco_v3.TwoViews(videos, seed, config=config.data)
+CONFIG = load_config(moco_v3.DEFAULT, ["data.frames=4", "data.stride=2", "data.size=32"])
+two_views = partial(moco_v3.TwoViews, seed=0, config=CONFIG.data)
 
 
 @pytest.mark.parametrize("make", [pretraining_clips, labelled_clips, two_views])

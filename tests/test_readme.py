@@ -113,12 +113,6 @@ def test_every_page_recipe_file_and_tool_is_named():
     assert tools <= set(re.findall(r"\btools\.\w+", README)) and {f"{stage}.py" for stage in STAGES} <= started
 
 
-def test_ci_finds_the_test_command():
-    """.ci/run reads it from the README."""
-    marked = README[README.index("<!-- test command -->\n```bash\n") :]
-    assert "<!-- test command -->" in (ROOT / ".ci/run").read_text("utf-8") and "pytest" in marked.split("```")[1]
-
-
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_real(words):
     """Scripts, modules, options and configuration files exist; every key=value is valid for what is started."""

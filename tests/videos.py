@@ -79,7 +79,7 @@ def two_streams(path: Path, count: int) -> Path:
     return path
 
 
-def audio_only(path: Path) -> Path:
+def audio_only(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
         for i in range(20):
@@ -87,7 +87,6 @@ def audio_only(path: Path) -> Path:
             frame.sample_rate, frame.pts = 16000, i * 1024
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return path
 
 
 def remux(source: Path, path: Path, first: int = 0, shift: int = 0, **options: str) -> Path:
