@@ -79,7 +79,7 @@ def plan(study: dict, seed: int, only: list[str], settings: list[str]) -> list[t
             source = make_job(study, init, stage, seed, settings)
             weights = source.folder / "checkpoint.pt"
         for stage in ("finetune", "probe"):
-            if stage == "finetune" or stage in experiment:
+            if stage in experiment:
                 jobs.append((source, make_job(study, name, stage, seed, [f"init={weights}", *settings])))
     return jobs
 
