@@ -111,7 +111,6 @@ def draw_length(points: list[dict], results: dict, path: Path) -> None:
     figure = new_figure(10, 3.6)
     left, right = figure.subplots(1, 2)
     _draw_line(left, points, results, PROBE, "top1", "linear probe", "tab:blue")
-    _draw_line(left, points, results, "finetune", "top1", "fine-tuned", "tab:orange")
     _draw_line(right, points, results, "pretrain", "error", "reconstruction", "tab:blue")
     _draw_line(right, points, results, "pretrain", "copy_error", "best copy", "gray")
     left.set(ylabel="top-1, %", ylim=(0, 100))
