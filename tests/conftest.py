@@ -182,15 +182,14 @@ def run_processes(script: str | Callable, *arguments: object, processes: int = 1
         for each in forks:
             each.join(timeout=300)
             each.kill()
-        status = any(each.exitcode for each in forks)
-        return CompletedProcess([script, *arguments], int(status), out.read_text(), err.read_text())
+        status = int(any(each.exitcode != 0 for each in forks))  # None of one that hung
+        return CompletedProcess([script, *arguments], status, out.read_text(), err.read_text())
 
 
 def run_with_signal(at: str, script: str | Callable, *arguments: object, processes: int = 0) -> str:
     """Run a command, or a function, until a signal has ended it and all processes it has started. Return its stderr.
 
-    at: ending of a file's name, which of the renamings to it, the signal, who gets it; see tests/signals.
-    processes: those of torchrun. A killed fork's loader processes would live on, which those of a command do not.
+    at: end of a file's name, number of the renaming to it, signal, receiver; see tests/signals. processes: torchrun's.
     """
     environment = dict(PYTHONPATH=str(SIGNALS), SIGNAL_AT=at)
     with tempfile.TemporaryDirectory() as folder:
@@ -223,6 +222,7 @@ def fork(script: str | Callable, *arguments: object, environment: dict, out: Pat
 
 
 def run_in_fork(script: str | Callable, arguments: tuple, environment: dict, out: Path, err: Path) -> None:
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as in a command, not by a fork server
     os.setsid()
     os.chdir(ROOT)
     os.environ |= {key: str(value) for key, value in environment.items()}
